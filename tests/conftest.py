@@ -1,0 +1,37 @@
+"""Every test runs offline, on two threads, on the package that lies beside this folder."""
+import os, sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+OFFLINE = ROOT / "tests" / "offline"
+
+
+def first(path, *rest): return os.pathsep.join(dict.fromkeys([*map(str, (path, *rest)), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
+
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "IN_TEST": "1", "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", "MPLBACKEND": "agg", "WANDB_MODE": "offline",
+    "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": first(OFFLINE, ROOT)} # child processes: the same package, the same block
+for key in ("HF_TOKEN", "WANDB_API_KEY", "HUGGING_FACE_HUB_TOKEN"): os.environ.pop(key, None)
+for folder in (OFFLINE, ROOT / "tools", ROOT): # the last one comes first
+    if str(folder) not in sys.path: sys.path.insert(0, str(folder))
+
+import runpy
+
+runpy.run_path(str(OFFLINE / "sitecustomize.py"))
+
+import pytest
+import sdcourse
+
+if Path(sdcourse.__file__).resolve().parent != ROOT / "sdcourse": raise RuntimeError(f"the tests of {ROOT} would test {sdcourse.__file__}")
+
+
+@pytest.fixture(scope="session")
+def root(): return ROOT
+
+
+@pytest.fixture(autouse=True)
+def two_threads():
+    "A test that changes the number of threads does not change it for the next one."
+    yield
+    torch = sys.modules.get("torch")
+    if torch and torch.get_num_threads() != 2: torch.set_num_threads(2)

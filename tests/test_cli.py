@@ -1,0 +1,140 @@
+"""`python -m sdcourse.train`: quick help, one line for each mistake, true exit codes, the same object as in the notebook."""
+import logging, os, resource, subprocess, sys, types
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import yaml
+
+import sdcourse.train.__main__ as cli
+from sdcourse.config import TrainConfig, from_dict, resolve
+from sdcourse.core import UserError
+from sdcourse.train.track import read_metrics
+
+@dataclass
+class Config(TrainConfig):
+    depth: int = 4 # blocks
+    presets: ClassVar[dict] = {"tiny": {"max_steps": 10}, "full": {"depth": 28}}
+
+class Result:
+    exit_code = 0
+    def summary(self): return "samples: here"
+
+@pytest.fixture
+def trained(monkeypatch):
+    "A fake task and a fake engine; the configs that were trained."
+    seen = []
+    def train(task):
+        logging.getLogger("sdcourse").info("preflight: fits")
+        seen.append(task)
+        return Result()
+    monkeypatch.setitem(cli.TASKS, "toy", "toy_task_module")
+    monkeypatch.setitem(sys.modules, "toy_task_module", types.SimpleNamespace(Config=Config, Task=lambda cfg: cfg))
+    monkeypatch.setitem(sys.modules, "sdcourse.train.loop", types.SimpleNamespace(train=train))
+    for name in ("RANK", "WORLD_SIZE"): monkeypatch.delenv(name, raising=False)
+    return seen
+
+def python(*args):
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, timeout=150, env=os.environ | {"HF_HUB_OFFLINE": "1"})
+
+def cpu_seconds(*args):
+    "Processor time of one start: a busy machine is no defect."
+    spent = lambda: sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+    start = spent()
+    assert python(*args).returncode == 0
+    return spent() - start
+
+# ---- with a fake engine
+def test_a_run_gets_the_same_object_as_the_notebook_builds(trained, capsys):
+    assert cli.main("toy --preset full --lr 3e-4 --compile".split()) == 0
+    assert trained == [resolve(Config, preset="full", overrides=dict(lr=3e-4, compile=True, out="runs/toy-full"))]
+    out, err = capsys.readouterr()
+    assert out == "samples: here\n" and err == "preflight: fits\n"
+
+def test_out_is_kept_when_given(trained):
+    cli.main(["toy", "--out", "here"])
+    assert trained[0].out == "here"
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_the_exit_code_is_the_results(trained, monkeypatch, code):
+    monkeypatch.setattr(Result, "exit_code", code)
+    assert cli.main(["toy"]) == code
+
+def test_print_config_is_yaml_that_gives_the_same_object_and_trains_nothing(trained, capsys):
+    assert cli.main("toy --preset full --seed 3 --print-config".split()) == 0
+    found = yaml.safe_load(capsys.readouterr().out)
+    assert from_dict(Config, found) == resolve(Config, preset="full", overrides=dict(seed=3, out="runs/toy-full")) and trained == []
+
+@pytest.mark.parametrize("line, words", [
+    ("", ["no task given", "flow_dit"]), ("flow_ditt", ["unknown task", "'flow_dit'"]), ("toy --dept 3", ["--dept", "'--depth'"]), ("toy --lr fast", ["--lr", "number"]),
+    ("toy --preset ful", ["'full'"]), ("toy --batch-size 0", ["--batch-size"]), ("toy --precision fp16 --device cpu", ["fp16"]), ("toy --config no.yaml", ["no.yaml"])])
+def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(trained, capsys, line, words):
+    assert cli.main(line.split()) == 2 and trained == []
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and all(w in err for w in words), err
+
+def test_a_refusal_of_the_engine_is_one_line_too(trained, capsys, monkeypatch):
+    def refuse(task): raise UserError("runs/x: holds other files; choose another --out")
+    monkeypatch.setattr(sys.modules["sdcourse.train.loop"], "train", refuse)
+    assert cli.main(["toy"]) == 2 and capsys.readouterr().err == "error: runs/x: holds other files; choose another --out\n"
+
+def test_a_bug_keeps_its_trace(trained, monkeypatch):
+    def bug(task): raise ZeroDivisionError
+    monkeypatch.setattr(sys.modules["sdcourse.train.loop"], "train", bug)
+    with pytest.raises(ZeroDivisionError): cli.main(["toy"])
+
+def test_more_ranks_than_images_are_refused_before_the_engine(trained, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert cli.main("toy --batch-size 2".split()) == 2 and "--batch-size 2" in capsys.readouterr().err
+
+def test_only_rank_0_reports(trained, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert cli.main(["toy"]) == 0 and capsys.readouterr() == ("", "")
+
+def test_help_of_a_task_shows_the_presets_defaults(trained, capsys):
+    assert cli.main("toy --preset full --help".split()) == 0
+    page = " ".join(capsys.readouterr().out.split())
+    assert "blocks [a whole number; default 28]" in page and trained == []
+
+def test_the_log_is_left_as_it_was(trained):
+    before = list(logging.getLogger("sdcourse").handlers)
+    cli.main(["toy"]); cli.main(["nothing"])
+    assert logging.getLogger("sdcourse").handlers == before
+
+# ---- real processes
+def test_help_is_quick_and_imports_no_torch():
+    code = "import sys, sdcourse.train.__main__ as m; assert m.main(['--help']) == 0; assert not {'torch', 'numpy', 'diffusers'} & set(sys.modules)"
+    assert python("-c", code).returncode == 0
+    assert min(cpu_seconds("-m", "sdcourse.train", "--help") for _ in range(2)) < 1.0
+
+def test_unknown_task_as_a_process():
+    done = python("-m", "sdcourse.train", "flow_ditt")
+    assert (done.returncode, done.stdout) == (2, "") and done.stderr == "error: flow_ditt: unknown task; did you mean 'flow_dit'?\n"
+
+@pytest.mark.parametrize("task", list(cli.TASKS))
+def test_task_help_is_quick(task):
+    assert min(cpu_seconds("-m", "sdcourse.train", task, "--help") for _ in range(2)) < 2.5
+
+@pytest.mark.timeout(170) # 20 s on two free cores
+@pytest.mark.parametrize("task", list(cli.TASKS))
+def test_smoke_run_leaves_a_whole_run_folder_and_is_not_repeated(task, tmp_path):
+    line = ["-m", "sdcourse.train", task, "--preset", "tiny", "--max-steps", "30", "--log-every", "10", "--batch-size", "32", "--threads", "1", "--out", str(tmp_path/"run")]
+    done = python(*line)
+    assert done.returncode == 0, done.stderr
+    found = {p.name for p in (tmp_path/"run").iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "checkpoints", "samples", "export", "README.md"} <= found
+    rows = read_metrics(tmp_path/"run")
+    assert [r["step"] for r in rows] == [10, 20, 30]
+    assert {"step", "samples", "epoch", "loss", "loss_by_t", "grad_norm", "lr", "images_per_s", "mfu", "peak_memory_gb", "data_wait", "skipped"} <= set(rows[0])
+    assert list((tmp_path/"run"/"samples").glob("*.png")) and list((tmp_path/"run"/"checkpoints").glob("step-00000030"))
+    assert yaml.safe_load((tmp_path/"run"/"README.md").read_text().split("---")[1])["library_name"] == "diffusers"
+    for place in ("samples", "metrics.jsonl", "export"): assert place in done.stdout
+    again = python(*line)
+    assert again.returncode == 0 and len(read_metrics(tmp_path/"run")) == 3
+    refused = python(*line, "--lr", "0.5")
+    assert refused.returncode == 2 and "lr: 0.001 -> 0.5" in refused.stderr and refused.stderr.count("error: ") == 1
+
+def test_a_refused_run_touches_nothing(tmp_path):
+    (tmp_path/"thesis.tex").write_text("years of work")
+    done = python("-m", "sdcourse.train", "flow_dit", "--out", str(tmp_path))
+    assert done.returncode == 2 and "thesis.tex" in done.stderr and [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]

@@ -1,0 +1,186 @@
+"""Options: one dataclass, four layers, one line for each mistake, and run folders that are never overwritten."""
+import dataclasses, linecache, os, subprocess, sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import pytest
+import yaml
+
+from sdcourse.config import (Free, TrainConfig, check_run_folder, help_of, load_config, parse_args, resolve, run_diff,
+                             save_config, to_yaml)
+from sdcourse.core import UserError
+
+@dataclass
+class Config(TrainConfig):
+    lr: float = 2e-3 # peak learning rate (measured here)
+    size: Literal["tiny/2", "XL/2"] = "tiny/2" # of the model
+    interval: tuple[float, float] = (0.0, 1.0) # guidance acts in this range of t, 100 % by default
+    presets: ClassVar[dict] = {"tiny": {"batch_size": 64}, "full": {"batch_size": 256, "size": "XL/2"}}
+
+def refusal(fn, *args, **kwargs):
+    with pytest.raises(UserError) as e: fn(*args, **kwargs)
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+def run(line): return parse_args(Config, line.split(), "prog")[0]
+
+# ---- help
+def test_help_covers_every_field_own_and_inherited():
+    notes = help_of(Config)
+    assert list(notes) == [f.name for f in fields(Config)] and all(notes.values())
+    assert notes["lr"] == "peak learning rate (measured here)" and notes["seed"] == help_of(TrainConfig)["seed"]
+
+def test_help_of_a_class_in_a_notebook_cell():
+    name = "<a cell that is no file>"
+    source = ["@dataclass\n", "class InCell(TrainConfig):\n", "    depth: int = 4 # blocks\n", "x = 1 # not a field\n"]
+    linecache.cache[name] = (1, None, source, name)
+    space = {"__name__": "__main__", "dataclass": dataclass, "TrainConfig": TrainConfig}
+    try:
+        exec(compile("".join(source), name, "exec"), space)
+        assert help_of(space["InCell"])["depth"] == "blocks" and help_of(space["InCell"])["lr"]
+    finally: del linecache.cache[name]
+
+def test_help_page_names_default_of_the_preset_type_and_source(capsys):
+    with pytest.raises(SystemExit) as e: run("--preset full --help")
+    page = " ".join(capsys.readouterr().out.split())
+    assert e.value.code == 0
+    assert "images per optimizer step over all ranks (DiT and SiT: 256) [a whole number; default 256]" in page
+    assert "default 0.002" in page and "one of tiny/2, XL/2; default 'XL/2'" in page and "100 % by default" in page
+    for f in fields(Config): assert "--" + f.name.replace("_", "-") + " " in page
+
+# ---- layers and types
+def test_layers_the_last_one_wins(tmp_path):
+    file = tmp_path/"my.yaml"
+    file.write_text("batch_size: 32\nlr: 1e-4\nseed: 5\n")
+    got = resolve(Config, preset="full", file=file, overrides={"seed": 7})
+    assert (got.batch_size, got.lr, got.seed, got.size, got.max_steps) == (32, 1e-4, 7, "XL/2", 1000)
+    assert run(f"--preset full --config {file} --seed 7") == got
+
+def test_notebook_yaml_and_command_line_are_one_object(tmp_path):
+    cfg = Config(batch_size=64, lr=3e-4, compile=True, interval=(0.1, 0.9), tracker="wandb")
+    assert run("--lr 3e-4 --compile --interval 0.1,0.9 --tracker wandb") == cfg
+    (tmp_path/"a.yaml").write_text(to_yaml(cfg))
+    assert resolve(Config, file=tmp_path/"a.yaml") == cfg
+    save_config(tmp_path/"config.yaml", cfg, {"world": 2})
+    assert resolve(Config, file=tmp_path/"config.yaml") == cfg
+
+@pytest.mark.parametrize("line, want", [("--force", True), ("--force true", True), ("--force --no-force", False), ("--force=false", False), ("", False)])
+def test_bool_on_the_command_line(line, want): assert run(line).force is want
+
+@pytest.mark.parametrize("line, words", [
+    ("--batch-sizes 3", ["--batch-sizes", "'--batch-size'"]), ("--lr fast", ["--lr", "a number", "'fast'"]), ("--max-steps 2.5", ["--max-steps", "whole"]),
+    ("--tracker wanb", ["--tracker", "'wandb'"]), ("--preset ful", ["'full'"]), ("--force maybe", ["--force", "true or false"]),
+    ("--max-step 3", ["--max-step:", "'--max-steps'"]), ("--lr", ["--lr", "expected one argument"]), ("flow", ["flow"]), ("--lr nan", ["--lr"]),
+    ("--interval 1", ["--interval", "2 values"]), ("--config missing.yaml", ["missing.yaml"])])
+def test_command_line_mistakes(line, words):
+    text = refusal(run, line)
+    assert all(w in text for w in words), text
+
+@pytest.mark.parametrize("content, words", [
+    ("lrate: 1", ["bad.yaml: lrate", "'lr'"]), ("lr: fast", ["bad.yaml: lr", "'fast'"]), ("resume: no", ["resume", "text", "False"]), ("max_steps: true", ["max_steps"]),
+    ("[1, 2]", ["bad.yaml", "mapping"]), ("a: [", ["bad.yaml", "not valid YAML"]), ("config: 3", ["config", "unknown option"])])
+def test_yaml_mistakes_name_file_and_key(tmp_path, content, words):
+    (tmp_path/"bad.yaml").write_text(content)
+    text = refusal(resolve, Config, file=tmp_path/"bad.yaml")
+    assert all(w in text for w in words), text
+
+def test_a_typo_in_a_preset_is_found():
+    bad = type("Bad", (Config,), {"presets": {"tiny": {"lrr": 1}}})
+    assert "preset tiny: lrr" in refusal(resolve, bad)
+
+# ---- combinations
+@pytest.mark.parametrize("bad, option", [
+    (dict(max_steps=0), "--max-steps"), (dict(lr=-1.0), "--lr"), (dict(seed=-1), "--seed"), (dict(log_every=0), "--log-every"), (dict(keep=0), "--keep"),
+    (dict(micro_batch=-1), "--micro-batch"), (dict(ema_decay=1.0), "--ema-decay"), (dict(lr_end=1e-5), "--lr-schedule"),
+    (dict(lr_end=0.1, lr_schedule="cosine"), "--lr-end"), (dict(device="gpu"), "--device"),
+    (dict(optimizer="sgd"), "--optimizer"), (dict(resume="nevr"), "--resume"), (dict(push_to_hub="a/b/c"), "--push-to-hub"), (dict(batch_size="8"*9 + "x"), "batch_size")])
+def test_check_names_the_option(bad, option): assert option in refusal(Config(**bad).check)
+
+def test_batch_smaller_than_the_ranks_is_refused():
+    Config(batch_size=4).check(world=4)
+    assert "--batch-size 3" in refusal(Config(batch_size=3).check, world=4)
+
+def test_fp16_on_cpu_is_refused():
+    Config(precision="fp16", device="cuda").check()
+    assert "--precision" in refusal(Config(precision="fp16", device="cpu").check)
+
+def test_all_presets_pass_their_check():
+    for preset in Config.presets: resolve(Config, preset=preset).check()
+
+def test_a_smoke_run_shorter_than_the_warm_up_is_allowed():
+    TrainConfig(max_steps=30, warmup_steps=1000, lr_schedule="cosine").check()
+
+# ---- what a run remembers
+def test_config_yaml_holds_options_versions_commit_and_facts(tmp_path):
+    save_config(tmp_path/"config.yaml", Config(), {"data": {"digits": "ab12"}, "threads": 2})
+    found = yaml.safe_load((tmp_path/"config.yaml").read_text())
+    assert set(found["config"]) == {f.name for f in fields(Config)}
+    assert found["versions"]["torch"] and "git_commit" in found and found["data"] == {"digits": "ab12"} and found["threads"] == 2
+
+def test_run_diff_reports_fixed_fields_only(tmp_path):
+    save_config(tmp_path/"config.yaml", Config(), {})
+    old = load_config(tmp_path/"config.yaml")
+    free = dict(log_every=1, num_workers=2, micro_batch=8, out="x", compile=True, tracker="wandb", resume="never", keep=5)
+    assert run_diff(old, Config()) == [] == run_diff(old, Config(**free))
+    assert run_diff(old, Config(lr=3e-4, interval=(0.0, 0.5), **free)) == ["lr: 0.002 -> 0.0003", "interval: [0.0, 1.0] -> [0.0, 0.5]"]
+
+def test_run_diff_with_options_that_came_or_went():
+    old = {"config": {"lr": 2e-3, "cfg_drop": 0.1}}
+    assert run_diff(old, Config()) == ["cfg_drop: 0.1 -> no such option"]
+    assert "size: tiny/2 -> XL/2" in run_diff(old, Config(size="XL/2"))
+
+def test_every_shared_option_is_marked_as_agreed():
+    free = "out max_seconds micro_batch compile gradient_checkpointing num_workers threads log_every validate_every checkpoint_every keep max_bad_steps resume force device tracker push_to_hub dry_run"
+    marked = [f.name for f in fields(TrainConfig) if "free" in getattr(f.type, "__metadata__", ())]
+    assert set(marked) == set(free.split()) and Free[int].__metadata__ == ("free",)
+
+# ---- run folders
+def tree(folder): return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in Path(folder).rglob("*")}
+
+def a_run(folder, step=None):
+    folder.mkdir()
+    save_config(folder/"config.yaml", Config(), {})
+    if step: (folder/"checkpoints"/f"step-{step:08d}").mkdir(parents=True)
+    return folder
+
+def test_new_empty_and_own_folders_are_taken(tmp_path):
+    assert check_run_folder(tmp_path/"a"/"b") == tmp_path/"a"/"b" and tree(tmp_path/"a") == {"b": None}
+    assert check_run_folder(tmp_path/"a"/"b").is_dir()
+    (tmp_path/"a"/"b"/"slurm-7.out").touch()
+    check_run_folder(tmp_path/"a"/"b")
+    check_run_folder(a_run(tmp_path/"c", step=5))
+    check_run_folder(a_run(tmp_path/"d"), resume="never")
+
+@pytest.mark.parametrize("files", [{"thesis.tex": "x"}, {"config.yaml": "lr: 3\n"}, {"sub/x": "1"}])
+def test_foreign_folder_is_refused_and_untouched(tmp_path, files):
+    for name, text in files.items():
+        (tmp_path/name).parent.mkdir(exist_ok=True)
+        (tmp_path/name).write_text(text)
+    before = tree(tmp_path)
+    text = refusal(check_run_folder, tmp_path)
+    assert str(tmp_path) in text and "--out" in text and tree(tmp_path) == before
+
+def test_never_refuses_a_folder_with_checkpoints(tmp_path):
+    folder = a_run(tmp_path/"r", step=7)
+    before = tree(folder)
+    assert "--resume never" in refusal(check_run_folder, folder, resume="never") and tree(folder) == before
+
+def test_unwritable_folder_is_refused(tmp_path, monkeypatch):
+    (tmp_path/"file").touch()
+    for path in (tmp_path/"file", tmp_path/"file"/"run"): assert "--out" in refusal(check_run_folder, path)
+    locked = tmp_path/"locked"
+    locked.mkdir()
+    if os.geteuid():
+        locked.chmod(0o500)
+        assert "cannot be written" in refusal(check_run_folder, locked)
+        locked.chmod(0o700)
+    def full(**_): raise OSError(28, "No space left on device")
+    monkeypatch.setattr("sdcourse.config.tempfile.TemporaryFile", full)
+    assert "No space left" in refusal(check_run_folder, locked) and tree(locked) == {}
+
+def test_config_needs_no_torch():
+    code = "import sys, sdcourse.config; assert not {'torch', 'numpy', 'diffusers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+def test_dataclass_replace_keeps_type(): assert isinstance(dataclasses.replace(Config(), out="x"), Config)

@@ -1,0 +1,238 @@
+"""The flow DiT as a task: objective, data formats, command line, export, learning."""
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from sdcourse.config import resolve
+from sdcourse.core import UserError, write_json
+from sdcourse.diffusion import Density
+from sdcourse.train.flow_dit import Config, FlowMatching, Task, cached_latents, source, synthetic_latents
+from sdcourse.train.loop import Run, step, train
+from sdcourse.train.order import Draws
+from sdcourse.train.track import read_metrics
+
+COMMAND = [sys.executable, "-m", "sdcourse.train", "flow_dit"]
+
+
+def config(out="", **over):
+    small = dict(size="tiny/4", max_steps=4, batch_size=8, warmup_steps=0, device="cpu", num_samples=20, num_inference_steps=2, log_every=2)
+    return resolve(Config, overrides=dict(out=str(out), **{**small, **over}))
+
+
+def command(*options, timeout=55, **env):
+    return subprocess.run([*COMMAND, *map(str, options)], capture_output=True, text=True, timeout=timeout, env={**os.environ, **env})
+
+
+class Constant(torch.nn.Module):
+    "A stand-in model that returns what it is told and records its input."
+    def __init__(self, value):
+        super().__init__()
+        self.value, self.config = value, type("C", (), dict(num_classes=10))
+
+    def forward(self, x, t, y, return_dict):
+        self.x, self.t, self.y = x, t, y
+        return (self.value(x, t),)
+
+
+def forward(dit, batch, rows=range(64), **over):
+    return FlowMatching(dit, config(**over), shift=0.5, scale=2.0)(batch, Draws(0, 0, rows))
+
+
+def pixels(n=64):
+    g = torch.Generator().manual_seed(1)
+    return dict(pixels=torch.randn(n, 1, 8, 8, generator=g), label=torch.arange(n) % 10)
+
+
+def test_objective():
+    "O5: the input is on the straight path, the target is noise - data; the oracle has loss 0."
+    batch, draws = pixels(), Draws(0, 0, range(64))
+    eps, t = draws.normal("noise", (1, 8, 8)), Density().sample(draws.uniform("time"))
+    oracle = Constant(lambda x, t: (x - batch["pixels"]) / t[:, None, None, None])
+    loss, times = forward(oracle, batch)
+    assert torch.equal(times, t) and loss.shape == (64,) and loss.max() < 1e-3
+    want = (1 - t[:, None, None, None]) * batch["pixels"] + t[:, None, None, None] * eps
+    assert (oracle.x - want).abs().max() < 1e-6
+    zero, _ = forward(Constant(lambda x, t: torch.zeros_like(x)), batch)
+    assert (zero - (eps - batch["pixels"]).square().mean((1, 2, 3))).abs().max() < 1e-5
+
+
+def test_class_dropping():
+    "O8: at rate p, to the null class, and nothing else changes."
+    n = 10_000
+    batch = dict(pixels=torch.zeros(n, 1, 2, 2), label=torch.arange(n) % 10)
+    dit = Constant(lambda x, t: torch.zeros_like(x))
+    forward(dit, batch, range(n), cond_drop=0.2)
+    dropped = dit.y == 10
+    assert abs(dropped.float().mean() - 0.2) < 3 * math.sqrt(0.16 / n)
+    assert torch.equal(dit.y[~dropped], batch["label"][~dropped])
+    forward(dit, batch, range(n), cond_drop=0.0)
+    assert torch.equal(dit.y, batch["label"])
+
+
+def test_dropped_rows_equal_the_null_class_bit_for_bit():
+    cfg = config(cond_drop=0.5)
+    module = Task(cfg).build()
+    for p in module.dit.parameters():
+        p.data += 0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel()))
+    batch, draws = pixels(), Draws(0, 0, range(64))
+    dropped = draws.bernoulli("cond_drop", 0.5)
+    null = {**batch, "label": torch.full((64,), 10)}
+    a, b = module(batch, draws)[0], module(null, draws)[0]
+    assert torch.equal(a[dropped], b[dropped]) and (a[~dropped] != b[~dropped]).all()
+
+
+def test_density_options_reach_the_loss():
+    t = {m: forward(Constant(lambda x, t: x), pixels(), density_mean=m)[1].mean() for m in (-1.0, 0.0, 1.0)}
+    assert t[-1.0] < t[0.0] - 0.1 < t[1.0] - 0.2
+
+
+def test_latents_are_sampled_mirrored_and_scaled():
+    "Cached moments: a fresh posterior sample, the mirror for half of the draws, (z - shift) * scale."
+    n = 400
+    mean = torch.stack([torch.zeros(n, 4, 2, 2), torch.ones(n, 4, 2, 2)], 1)
+    batch = dict(mean=mean, std=torch.full_like(mean, 0.1), label=torch.zeros(n, dtype=torch.long))
+    def clean(step=0, **over):
+        return FlowMatching(Constant(None), config(**over), shift=0.5, scale=2.0).clean(batch, Draws(0, step, range(n)))
+    x = clean()
+    mirrored = x.mean((1, 2, 3)) > 0
+    assert abs(mirrored.float().mean() - 0.5) < 3 * 0.5 / math.sqrt(n)
+    for rows, centre in ((mirrored, 1.0), (~mirrored, -1.0)):
+        assert abs(x[rows].mean() - centre) < 0.02 and abs(x[rows].std() - 0.2) < 0.01
+    assert not torch.equal(x, clean(step=1))
+    assert (clean(flip=False).mean((1, 2, 3)) < 0).all()
+
+
+def latents_folder(folder, **broken):
+    folder.mkdir(exist_ok=True)
+    items = synthetic_latents(24, 4, 8, classes=3).tensors | broken
+    save_file({k: v for k, v in items.items() if v is not None}, folder / "latents-train.safetensors")
+    write_json(folder / "latents.json", dict(channels=4, side=8, classes=["cat", "dog", "owl"], shift=0.1, scale=0.5, licence="none"))
+    return folder
+
+
+def test_trains_from_a_folder_of_latents(tmp_path):
+    data = latents_folder(tmp_path / "latents")
+    result = train(Task(config(tmp_path / "run", data=str(data), batch_size=10)))
+    assert result.step == 4 and (tmp_path / "run" / "export" / "transformer" / "config.json").exists()
+    s = source(config(data=str(data)))
+    assert (s.channels, s.side, s.shift, s.scale) == (4, 8, 0.1, 0.5) and len(cached_latents(data)) == 24
+
+
+@pytest.mark.parametrize("over,text", [
+    (dict(size="XXL/2"), "--size XXL/2: unknown"), (dict(size="tiny/3"), "unknown"), (dict(cond_drop=1.5), "--cond-drop 1.5"),
+    (dict(data="digitz"), "--data digitz: no such folder"), (dict(vae="nowhere"), "--vae nowhere"), (dict(size="tiny/8", data="synthetic", latent=(4, 12)), "patch 8 does not divide"),
+])
+def test_wrong_input_is_refused_before_anything_heavy(over, text):
+    with pytest.raises(UserError, match=text):
+        Task(config(**over)).check()
+
+
+def test_broken_latents_are_refused(tmp_path):
+    with pytest.raises(UserError, match="has no tensor std"):
+        train(Task(config(tmp_path / "a", data=str(latents_folder(tmp_path / "x", std=None)))))
+    with pytest.raises(UserError, match="label 7 is out of range, there are 3 classes"):
+        train(Task(config(tmp_path / "b", data=str(latents_folder(tmp_path / "y", label=torch.full((24,), 7))))))
+    (tmp_path / "y" / "latents.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        Task(config(data=str(tmp_path / "y"))).check()
+
+
+def test_presets_resolve_and_full_sizes_fit_their_names():
+    for preset in Config.presets:
+        cfg = resolve(Config, preset=preset)
+        cfg.check()
+        with torch.device("meta"):
+            from sdcourse.models.dit import DiT, dit_config
+            n = sum(p.numel() for p in DiT(**dit_config(cfg.size, mlp=cfg.mlp, position=cfg.position, qk_norm=cfg.qk_norm)).parameters())
+        want = {"tiny": 0.75e6, "full": 675e6, "full452m": 452e6}[preset]
+        assert abs(n / want - 1) < (0.4 if preset == "tiny" else 0.015), (preset, n)
+
+
+def test_no_host_read_inside_the_step():
+    from torch.utils._python_dispatch import TorchDispatchMode
+    class Reads(TorchDispatchMode):
+        found = []
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.is_nonzero):
+                self.found.append(func)
+            return func(*args, **(kwargs or {}))
+    run = Run(Task(config(data="synthetic", latent=(4, 8))))
+    with Reads() as reads:
+        step(run), step(run)
+    assert not reads.found
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_no_sync_on_a_gpu(): # P6
+    run = Run(Task(config(data="synthetic", device="cuda", max_steps=40, size="S/2")), __import__("sdcourse.dist").dist.join("cuda"))
+    for _ in range(5):
+        step(run)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(20):
+            step(run)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path):
+    def after(**over):
+        run = Run(Task(config(precision="fp64", **over)))
+        step(run), step(run)
+        return list(run.module.parameters())
+    assert max((a - b).abs().max() for a, b in zip(after(), after(gradient_checkpointing=True))) < 1e-12
+
+
+def test_overfits_eight_digits(tmp_path):
+    "O13: eight images, all noise levels; the loss falls below a tenth within 300 steps."
+    task = Task(config(tmp_path, size="tiny/4", batch_size=32, max_steps=300, lr=3e-3, warmup_steps=20, log_every=10, cond_drop=0.0, num_samples=0, density="uniform"))
+    full = task.dataset("train")
+    eight = full.where(torch.arange(len(full)) < 8)
+    task.dataset = lambda split: eight if split == "train" else None
+    train(task)
+    rows = read_metrics(tmp_path)
+    assert rows[-1]["loss"] <= 0.1 * rows[0]["loss"], (rows[0]["loss"], rows[-1]["loss"])
+
+
+def test_command_line_end_to_end(tmp_path):
+    "U2, O3 and the export in a fresh process: thirty steps, a picture, metrics, a checkpoint, a card, a pipeline."
+    out = tmp_path / "run"
+    done = command("--preset", "tiny", "--max-steps", 30, "--warmup-steps", 5, "--num-samples", 50, "--threads", 2, "--out", out)
+    assert done.returncode == 0, done.stderr
+    for name in ("samples", "metrics.jsonl", "export", "README.md"):
+        assert str(out / name) in done.stdout
+    assert "asked class" in done.stdout and "batch: 128 = micro 128 x ranks 1 x accumulation 1" in done.stderr
+    row = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["step"] == 30 and row["asked class"]["n"] == 50 and row["FD[digits-judge]"]["floor"] > 0 and row["mfu"] > 0 and row["val_loss"] > 0
+    with Image.open(out / "samples" / "step-00000030.png") as im:
+        assert im.mode == "L" and np.asarray(im).std() > 5
+    code = f"from sdcourse.models.dit import FlowDiTPipeline, image_generators as g; p = FlowDiTPipeline.from_pretrained({str(out / 'export')!r}); im = p(['3', 4], num_inference_steps=3, generator=g([1, 2])).images; print(im[0].size, im[0].mode, len(im))"
+    fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=55)
+    assert fresh.stdout.strip() == "(8, 8) L 2", fresh.stderr
+    again = command("--preset", "tiny", "--max-steps", 30, "--warmup-steps", 5, "--num-samples", 50, "--out", out)
+    assert again.returncode == 0 and "finished 30 steps" in again.stdout
+
+
+@pytest.mark.parametrize("options,text", [
+    (("--presett", "tiny"), "did you mean '--preset'"), (("--preset", "tinny"), "did you mean 'tiny'"), (("--lr", "fast"), "--lr: expected a number"),
+    (("--precision", "fp16", "--device", "cpu"), "fp16"), (("--data", "nowhere"), "--data nowhere"), (("--batch-size", "0"), "--batch-size"),
+])
+def test_bad_options_are_one_line(options, text, tmp_path):
+    done = command(*options, "--out", tmp_path / "run")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and text in done.stderr, done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_foreign_folder_is_refused_and_untouched(tmp_path):
+    (tmp_path / "thesis.tex").write_text("precious")
+    done = command("--out", tmp_path)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "choose another --out" in done.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"] and (tmp_path / "thesis.tex").read_text() == "precious"

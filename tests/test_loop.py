@@ -1,0 +1,322 @@
+"""The loop: accumulation, guards, validation, refusals, what a run leaves behind."""
+import json
+import logging
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from toy import ToyTask, config, run
+
+import sdcourse.train.loop as loop
+from sdcourse.core import UserError
+from sdcourse.dist import Ranks
+from sdcourse.train.checkpoint import latest_checkpoint, load_checkpoint
+from sdcourse.train.loop import Run, step
+from sdcourse.train.optim import lr_at
+from sdcourse.train.track import read_metrics
+
+
+def weights(folder, n=None):
+    path = folder / "checkpoints" / f"step-{n:08}" if n else latest_checkpoint(folder / "checkpoints")[0]
+    return load_checkpoint(path)["tensors"]
+
+
+def distance(a, b, name="model"):
+    return max((x - y).abs().max().item() for x, y in zip(a[name].values(), b[name].values()))
+
+
+@pytest.mark.parametrize("precision,lr,limit", [("fp64", 1e-2, 1e-9), ("fp32", 1e-4, 1e-6)])
+@pytest.mark.parametrize("micro", [2, 3, 1])
+def test_accumulation_equals_one_batch(tmp_path, precision, lr, limit, micro):
+    "O1: 1 x 8, 4 x 2, 3 + 3 + 2 and 8 x 1 give the same weights after 10 steps."
+    over = dict(max_steps=10, precision=precision, lr=lr)
+    run(tmp_path / "one", **over)
+    run(tmp_path / "many", micro_batch=micro, **over)
+    assert distance(weights(tmp_path / "one"), weights(tmp_path / "many")) <= limit
+    assert distance(weights(tmp_path / "one"), weights(tmp_path / "many"), "ema") <= limit
+
+
+def test_one_step_is_plain_adamw_on_the_mean_loss(tmp_path):
+    "An independent straight-line computation of the first update."
+    cfg = config(tmp_path, precision="fp64", micro_batch=3)
+    r = Run(ToyTask(cfg))
+    before = {n: p.detach().clone() for n, p in r.module.named_parameters()}
+    data, items = r.data, r.items(0, range(8))
+    x0 = data.x[items].double()
+    draws = loop.Draws(0, 0, range(8), dtype=torch.float64)
+    loss, _ = r.module(dict(x=x0), draws)
+    grads = torch.autograd.grad(loss.mean(), r.params)
+    norm = torch.sqrt(sum(g.square().sum() for g in grads))
+    step(r)
+    scale = min(1.0, 1.0 / (norm.item() + 1e-6))
+    named = {n: p for n, p in r.module.named_parameters() if p.requires_grad}
+    for (n, p), g in zip(named.items(), grads):
+        g = g * scale
+        assert (p - (before[n] - 1e-2 * g / (g.abs() + 1e-8))).abs().max() < 1e-9
+    assert torch.equal(before["frozen"], r.module.frozen)
+
+
+def test_learning_rate_in_the_optimizer_is_the_closed_form(tmp_path):
+    "O3, whatever the accumulation."
+    cfg = config(tmp_path, lr_schedule="cosine", warmup_steps=3, lr_end=1e-3, micro_batch=3)
+    r = Run(ToyTask(cfg))
+    seen = []
+    for s in range(12):
+        step(r)
+        seen.append(r.optimizer.param_groups[0]["lr"])
+        assert abs(seen[-1] - lr_at(s, cfg)) < 1e-12
+    assert abs(seen[-1] - 1e-3) < 1e-12
+
+
+def test_bad_step_counts_but_changes_nothing(tmp_path):
+    "R10: number, learning rate and data go on; weights, moments and Adam's step count stay."
+    run(tmp_path, nan_at=4, checkpoint_every=1, keep=20, validate_every=0)
+    four, five, six = (load_checkpoint(tmp_path / "checkpoints" / f"step-{n:08}") for n in (4, 5, 6))
+    assert all(torch.equal(a, b) for a, b in zip(four["tensors"]["model"].values(), five["tensors"]["model"].values()))
+    a, b = four["objects"]["optimizer"]["state"], five["objects"]["optimizer"]["state"]
+    assert all(torch.equal(a[k][n], b[k][n]) for k in a for n in ("step", "exp_avg", "exp_avg_sq"))
+    assert distance(five["tensors"], six["tensors"]) > 0
+    rows = read_metrics(tmp_path)
+    assert [r["skipped"] for r in rows] == [0, 1, 1, 1] and all(r["loss"] is not None for r in rows)
+
+
+def test_too_many_bad_steps_end_the_run_with_the_ids(tmp_path):
+    with pytest.raises(UserError, match=r"6 steps in a row.*items \[10\d"):
+        run(tmp_path, items=8, poison=3, max_bad_steps=5, log_every=6)
+
+
+def test_a_row_of_bad_steps_is_counted_across_log_lines(tmp_path):
+    with pytest.raises(UserError, match="in a row"):
+        run(tmp_path, items=8, poison=3, max_bad_steps=5, log_every=1)
+
+
+def test_no_host_read_inside_the_step(tmp_path):
+    "A CPU stand-in for CUDA's sync debug mode: no tensor value is read by Python during a step."
+    from torch.utils._python_dispatch import TorchDispatchMode
+    class Reads(TorchDispatchMode):
+        found = []
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.is_nonzero):
+                self.found.append(func)
+            return func(*args, **(kwargs or {}))
+    r = Run(ToyTask(config(tmp_path, micro_batch=4)))
+    with Reads() as reads:
+        for _ in range(3):
+            step(r)
+    assert not reads.found
+    with Reads() as reads:
+        r.meter.losses.sum().item()
+    assert reads.found
+
+
+@pytest.mark.parametrize("every", [1, 5])
+def test_validation_never_disturbs_training(tmp_path, every):
+    "E12, bit for bit, with dropout on."
+    run(tmp_path / "off", dropout=0.3)
+    run(tmp_path / "on", dropout=0.3, validate_every=every)
+    for a, b in zip(weights(tmp_path / "off").values(), weights(tmp_path / "on").values()):
+        assert all(torch.equal(a[k], b[k]) for k in a)
+    assert len([r for r in read_metrics(tmp_path / "on") if "val_loss" in r]) == (12 if every == 1 else 3)
+
+
+def test_validation_uses_the_average_and_fixed_noise(tmp_path):
+    r = Run(ToyTask(config(tmp_path)))
+    a, b = loop.validation_loss(r), loop.validation_loss(r)
+    assert a == b
+    r.module.blocks[0].weight.data.add_(1.0)
+    assert loop.validation_loss(r) == a
+    r.ema.module.blocks[0].weight.data.add_(1.0)
+    assert loop.validation_loss(r) != a
+    r.cfg.micro_batch = 3
+    in_threes = loop.validation_loss(r)
+    r.cfg.micro_batch = 0
+    assert abs(in_threes / loop.validation_loss(r) - 1) < 1e-5
+
+
+def test_a_failing_validation_warns_and_training_goes_on(tmp_path, monkeypatch, caplog):
+    def broken(self, module, path):
+        raise RuntimeError("no ink")
+    monkeypatch.setattr(ToyTask, "sample", broken)
+    result = run(tmp_path, validate_every=4)
+    assert result.step == 12 and not result.stopped
+    assert "no ink" in caplog.text and "training goes on" in caplog.text
+
+
+def test_resume_with_other_settings_is_refused(tmp_path):
+    "R11."
+    run(tmp_path, max_steps=6)
+    kept = sorted(p.name for p in tmp_path.rglob("*"))
+    with pytest.raises(UserError, match=r"lr: 0.01 -> 0.02.*--force"):
+        run(tmp_path, max_steps=6, lr=0.02)
+    assert sorted(p.name for p in tmp_path.rglob("*")) == kept
+    run(tmp_path, max_steps=6, log_every=1, micro_batch=2, num_workers=0)
+    assert run(tmp_path, max_steps=8, lr=0.02, force=True).step == 8
+
+
+def test_another_commit_warns(tmp_path, monkeypatch, caplog):
+    run(tmp_path, max_steps=3)
+    monkeypatch.setattr(loop, "git_commit", lambda: "0123456789abcdef")
+    run(tmp_path, max_steps=3)
+    assert "0123456789ab" in caplog.text
+
+
+def test_a_finished_run_does_nothing(tmp_path, monkeypatch):
+    "R12."
+    first = run(tmp_path)
+    def never(*_):
+        raise AssertionError("a finished run must not build or step")
+    monkeypatch.setattr(loop, "Run", never)
+    again = run(tmp_path)
+    assert again.step == 12 and again.exit_code == 0 and again.metrics == first.metrics
+
+
+def test_an_export_that_was_lost_is_made_again(tmp_path):
+    run(tmp_path)
+    shutil.rmtree(tmp_path / "export")
+    run(tmp_path)
+    assert (tmp_path / "export" / "model.safetensors").exists()
+
+
+def test_corrupt_newer_checkpoints_fall_back(tmp_path, caplog):
+    "R14."
+    run(tmp_path, checkpoint_every=3, keep=10)
+    shutil.rmtree(tmp_path / "export")
+    for n, name in ((6, "model.safetensors"), (9, "optimizer.pt"), (12, "state.json")):
+        f = tmp_path / "checkpoints" / f"step-{n:08}" / name
+        f.write_bytes(f.read_bytes()[:-1] + b"?")
+    want = weights(tmp_path, 3)
+    start = []
+    original = loop.find_start
+    loop.find_start = lambda cfg: start.append(original(cfg)) or start[0]
+    try:
+        run(tmp_path)
+    finally:
+        loop.find_start = original
+    assert start[0]["state"]["step"] == 3 and distance(start[0]["tensors"], want) == 0
+    assert caplog.text.count("skipped a checkpoint") == 3
+
+
+def test_missing_tensors_are_an_error(tmp_path):
+    "R13: a checkpoint that lacks the average does not silently continue without it."
+    run(tmp_path / "a", ema_decay=0.0, max_steps=3)
+    with pytest.raises(UserError, match="ema"):
+        run(tmp_path / "b", max_steps=3, resume=str(latest_checkpoint(tmp_path / "a" / "checkpoints")[0]), force=True)
+
+
+def test_low_precision_weights_are_refused(tmp_path, monkeypatch):
+    "O11."
+    build = ToyTask.build
+    monkeypatch.setattr(ToyTask, "build", lambda self: build(self).bfloat16())
+    with pytest.raises(UserError, match="blocks.0.weight is torch.bfloat16"):
+        run(tmp_path, precision="bf16")
+
+
+def test_bf16_autocast_keeps_fp32_weights(tmp_path):
+    run(tmp_path, precision="bf16", max_steps=4)
+    w = weights(tmp_path)
+    assert {v.dtype for part in w.values() for v in part.values()} == {torch.float32}
+
+
+def test_wrong_pairing_is_noticed(tmp_path, monkeypatch):
+    "D1: an item that carries another id than the order says."
+    from toy import Points
+    get = Points.__getitem__
+    monkeypatch.setattr(Points, "__getitem__", lambda self, i: get(self, (i + 1) % len(self)))
+    with pytest.raises(RuntimeError, match="expected"):
+        run(tmp_path)
+
+
+def test_what_a_run_leaves_behind(tmp_path):
+    "DESIGN section 6 and U8."
+    result = run(tmp_path, checkpoint_every=5, validate_every=6, keep=2)
+    names = {p.name for p in tmp_path.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "checkpoints", "samples", "export", "README.md"} <= names
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000010", "step-00000012"]
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["step-00000006.png", "step-00000012.png"]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["step"] for r in rows] == [3, 6, 9, 12] and [r["samples"] for r in rows] == [24, 48, 72, 96]
+    for r in rows:
+        assert {"loss", "loss_by_t", "grad_norm", "lr", "images_per_s", "mfu", "peak_memory_gb", "data_wait", "skipped", "epoch"} <= r.keys()
+        assert len(r["loss_by_t"]) == 10 and 0 <= r["data_wait"] <= 1 and r["mfu"] > 0
+    text = result.summary()
+    assert "finished 12 steps" in text and str(tmp_path / "export") in text
+
+
+def test_export_is_the_average(tmp_path):
+    run(tmp_path)
+    exported, ema = load_file(tmp_path / "export" / "model.safetensors"), weights(tmp_path)["ema"]
+    assert all(torch.equal(exported[k], v) for k, v in ema.items())
+
+
+def test_loss_by_t_covers_the_window(tmp_path):
+    "The logged loss is the mean over all samples of the window, and the buckets add up to it."
+    r = Run(ToyTask(config(tmp_path, lr=1e-12)))
+    losses, times = [], []
+    for s in range(3):
+        rows = range(8)
+        x = r.data.x[r.items(s, rows)]
+        loss, t = r.module(dict(x=x), loop.Draws(0, s, rows))
+        losses.append(loss.detach()), times.append(t)
+        step(r)
+    row, loss, t = r.meter.read(), torch.cat(losses).double(), torch.cat(times)
+    assert abs(row["loss"] - loss.mean().item()) < 1e-6
+    for b in range(10):
+        mine = loss[(t * 10).long() == b]
+        assert (row["loss_by_t"][b] is None) if len(mine) == 0 else abs(row["loss_by_t"][b] - mine.mean().item()) < 1e-6
+
+
+def test_keys_have_no_wrapper_names(tmp_path):
+    "R18: compiled or not, the saved names are the model's own."
+    run(tmp_path / "plain", max_steps=2)
+    run(tmp_path / "compiled", max_steps=2, compile=True)
+    assert weights(tmp_path / "plain")["model"].keys() == weights(tmp_path / "compiled")["model"].keys()
+    assert not any(k.startswith(("module.", "_orig_mod.")) or "._orig_mod" in k for k in weights(tmp_path / "compiled")["model"])
+
+
+def test_dry_run_leaves_nothing(tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="sdcourse")
+    result = run(tmp_path / "x", dry_run=True)
+    assert result.stopped == "dry run" and not any((tmp_path / "x").iterdir())
+    assert "batch: 8 = micro 8 x ranks 1 x accumulation 1" in caplog.text and "dry run" in caplog.text
+
+
+def test_preflight_refuses_what_does_not_fit(tmp_path, monkeypatch):
+    import sdcourse.train.preflight as preflight
+    monkeypatch.setattr(preflight, "free_memory", lambda device: 100)
+    with pytest.raises(UserError, match="need .* has 100 B free"):
+        run(tmp_path)
+    monkeypatch.undo()
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda p: shutil._ntuple_diskusage(10, 10, 10))
+    with pytest.raises(UserError, match="disk has 10 B free"):
+        run(tmp_path)
+
+
+def test_more_ranks_than_images_is_refused(tmp_path):
+    with pytest.raises(UserError, match="batch-size"):
+        config(tmp_path, batch_size=2).check(world=3)
+
+
+def test_memory_is_flat_over_many_steps(tmp_path):
+    "R16 in small: live tensors do not grow between step 20 and step 120."
+    import gc
+    def alive():
+        gc.collect()
+        return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+    r = Run(ToyTask(config(tmp_path, max_steps=200)), Ranks())
+    for _ in range(20):
+        step(r)
+    before = alive()
+    for _ in range(100):
+        step(r)
+    assert alive() <= before
+
+
+def test_a_branch_needs_its_own_folder(tmp_path):
+    "Going on from an older checkpoint in the same folder would leave two histories in it."
+    run(tmp_path / "a", checkpoint_every=4, keep=9)
+    old = str(tmp_path / "a" / "checkpoints" / "step-00000004")
+    with pytest.raises(UserError, match="step-00000012.*its own --out"):
+        run(tmp_path / "a", checkpoint_every=4, keep=9, resume=old)
+    branch = run(tmp_path / "b", resume=old)
+    assert branch.step == 12 and distance(weights(tmp_path / "a"), weights(tmp_path / "b")) == 0

@@ -1,0 +1,127 @@
+"""Learning rate, AdamW with its guard, clipping, EMA, precision."""
+import math
+from types import SimpleNamespace as NS
+
+import pytest
+import torch
+from torch import nn
+
+from sdcourse.core import UserError
+from sdcourse.train.optim import EMA, build_optimizer, check_master_weights, clip_gradients, guarded_step, lr_at, resolve_precision
+
+CPU = torch.device("cpu")
+
+
+def cfg(**over):
+    return NS(**{**dict(lr=1e-3, lr_end=1e-5, lr_schedule="cosine", warmup_steps=10, max_steps=100, optimizer="adamw", beta2=0.99, weight_decay=0.1), **over})
+
+
+def test_lr_closed_form():
+    for s in range(10):
+        assert abs(lr_at(s, cfg()) - 1e-3 * (s + 1) / 10) < 1e-12
+    for s in range(10, 100):
+        done = (s - 10) / 89
+        assert abs(lr_at(s, cfg()) - (1e-5 + (1e-3 - 1e-5) * 0.5 * (1 + math.cos(math.pi * done)))) < 1e-12
+        assert abs(lr_at(s, cfg(lr_schedule="linear")) - (1e-3 + (1e-5 - 1e-3) * done)) < 1e-12
+        assert lr_at(s, cfg(lr_schedule="constant")) == 1e-3
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_lr_ends_at_the_configured_value_in_the_last_step(name):
+    assert abs(lr_at(99, cfg(lr_schedule=name)) - 1e-5) < 1e-12
+    assert lr_at(98, cfg(lr_schedule=name)) > 1.001e-5
+
+
+def test_optimizer_equals_plain_adamw():
+    "The fused optimizer against the formula of Loshchilov & Hutter (2019), algorithm 2."
+    w = nn.Parameter(torch.full((2, 2), 0.5, dtype=torch.float64))
+    opt = build_optimizer(nn.ParameterList([w]), cfg())
+    ref, m, v = 0.5, 0.0, 0.0
+    for t, g in enumerate([0.3, -0.2, 0.7], 1):
+        w.grad = torch.full_like(w, g)
+        guarded_step(opt, torch.tensor(False))
+        m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g * g
+        ref = ref * (1 - 1e-3 * 0.1) - 1e-3 * (m / (1 - 0.9**t)) / (math.sqrt(v / (1 - 0.99**t)) + 1e-8)
+    assert (w - ref).abs().max() < 1e-12
+
+
+def test_weight_decay_spares_vectors():
+    groups = build_optimizer(nn.Linear(3, 3), cfg()).param_groups
+    assert {tuple(p.shape): g["weight_decay"] for g in groups for p in g["params"]} == {(3, 3): 0.1, (3,): 0.0}
+
+
+@pytest.mark.parametrize("name", ["adamw", "torch.optim.RAdam"])
+def test_a_bad_step_leaves_weights_and_moments(name):
+    def after(grads):
+        w = nn.Parameter(torch.ones(4, 4))
+        opt = build_optimizer(nn.ParameterList([w]), cfg(optimizer=name))
+        for g in grads:
+            w.grad = torch.full_like(w, g)
+            guarded_step(opt, ~torch.isfinite(w.grad).all())
+        return [w.detach()] + [v for v in opt.state[w].values() if isinstance(v, torch.Tensor)]
+    for a, b in zip(after([0.1, float("inf"), 0.2, float("nan")]), after([0.1, 0.2])):
+        assert torch.equal(a, b)
+
+
+def test_unknown_optimizer_is_one_line():
+    with pytest.raises(UserError, match="torch.optim.Adamm.*package.Class"):
+        build_optimizer(nn.Linear(1, 1), cfg(optimizer="torch.optim.Adamm"))
+
+
+def test_nothing_to_train_is_refused():
+    with pytest.raises(UserError, match="no trainable"):
+        build_optimizer(nn.Linear(1, 1).requires_grad_(False), cfg())
+
+
+def test_clip_measures_before_it_scales():
+    p = nn.Parameter(torch.zeros(2))
+    p.grad = torch.tensor([3.0, 4.0])
+    assert clip_gradients([p], 0.0).item() == 5.0 and p.grad.tolist() == [3.0, 4.0]
+    assert clip_gradients([p], 1.0).item() == 5.0
+    assert (p.grad - torch.tensor([0.6, 0.8])).abs().max() < 1e-5
+
+
+def test_ema_closed_form_after_1000_steps():
+    lin = nn.Linear(1, 1).double()
+    ema, decay, expected = EMA(lin, 0.995), 0.995, lin.weight.item()
+    for s in range(1000):
+        nn.init.constant_(lin.weight, math.sin(s))
+        ema.update(s)
+        d = min(decay, (1 + s) / (10 + s))
+        expected = d * expected + (1 - d) * math.sin(s)
+    assert abs(ema.module.weight.item() - expected) < 1e-6
+    assert lin.weight.item() == math.sin(999)
+
+
+def test_ema_equals_a_loop_over_tensors():
+    net = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 2))
+    ema, loop = EMA(net, 0.9), [p.detach().clone() for p in net.parameters()]
+    for s in range(20):
+        for p in net.parameters():
+            p.data += 0.1
+        ema.update(s)
+        for a, p in zip(loop, net.parameters()):
+            a.lerp_(p.detach(), 1 - min(0.9, (1 + s) / (10 + s)))
+    assert all(torch.equal(a, b) for a, b in zip(loop, ema.module.parameters()))
+
+
+def test_ema_shares_frozen_weights():
+    net = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2))
+    twin = EMA(net, 0.9).module
+    assert twin[0].weight is net[0].weight and twin[1].weight is not net[1].weight
+    assert not twin.training and not any(p.requires_grad for p in twin.parameters()) and net[1].weight.requires_grad
+
+
+def test_low_precision_master_weights_are_refused():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2).bfloat16())
+    with pytest.raises(UserError, match="1.weight is torch.bfloat16"):
+        check_master_weights(net)
+    check_master_weights(net[1].requires_grad_(False))
+
+
+def test_precision():
+    assert resolve_precision("auto", CPU) == (None, torch.float32)
+    assert resolve_precision("bf16", CPU) == (torch.bfloat16, torch.float32)
+    assert resolve_precision("fp64", CPU) == (None, torch.float64)
+    with pytest.raises(UserError, match="fp16 needs a GPU"):
+        resolve_precision("fp16", CPU)

@@ -1,0 +1,66 @@
+"""Two real processes under torchrun: the same samples, the same weights, one decision."""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sdcourse.train.checkpoint import latest_checkpoint, load_checkpoint
+from sdcourse.train.track import read_metrics
+
+SCRIPT = Path(__file__).parent / "ranks_train.py"
+
+
+def launch(out, ranks, **over):
+    "Train with `ranks` processes; returns the checkpoint and what each rank reported."
+    options = [f"{k}={v!r}" for k, v in over.items()]
+    head = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", "0", "--standalone"] if ranks > 1 else [sys.executable]
+    done = subprocess.run([*head, str(SCRIPT), str(out), *options], capture_output=True, text=True, timeout=55)
+    assert done.returncode == 0, done.stderr[-3000:]
+    path, _ = latest_checkpoint(out / "checkpoints")
+    return load_checkpoint(path), [json.loads(Path(f"{out}.rank{r}.json").read_text()) for r in range(ranks)]
+
+
+@pytest.mark.parametrize("over,limit", [(dict(precision="fp64", max_steps=20), 1e-9), (dict(lr=1e-4, max_steps=20), 1e-6), (dict(precision="fp64", max_steps=20, micro_batch=3, batch_size=9), 1e-9)])
+def test_two_ranks_equal_one(tmp_path, over, limit):
+    "The same ids in every step, the same weights, average and losses; uneven ranks and micro-batches included."
+    one, (alone,) = launch(tmp_path / "one", 1, validate_every=10, **over)
+    two, both = launch(tmp_path / "two", 2, validate_every=10, **over)
+    assert alone["ids"] == [a + b for a, b in zip(both[0]["ids"], both[1]["ids"])]
+    for name in ("model", "ema"):
+        a, b = one["tensors"][name], two["tensors"][name]
+        assert a.keys() == b.keys() and not any(k.startswith("module.") for k in b)  # R18
+        assert max((a[k] - b[k]).abs().max().item() for k in a) <= limit
+    for x, y in zip(read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")):
+        assert x["step"] == y["step"] and x.get("lr") == y.get("lr")
+        for k in ("loss", "val_loss", "grad_norm"):
+            assert (k in x) == (k in y) and (k not in x or abs(x[k] - y[k]) <= max(limit, 1e-6 * abs(x[k])) * 10)
+
+
+def test_a_flag_on_one_rank_stops_both_at_the_same_step(tmp_path):
+    "R8: raised in step 5 on rank 1 only, acted on by both two steps later, and the run goes on afterwards."
+    stopped, both = launch(tmp_path / "run", 2, precision="fp64", stop_rank=1, stop_step=5)
+    assert [r["step"] for r in both] == [6, 6] and all(r["stopped"] for r in both)
+    assert stopped["state"]["step"] == 6
+    final, _ = launch(tmp_path / "run", 2, precision="fp64")
+    whole, _ = launch(tmp_path / "whole", 1, precision="fp64")
+    assert final["state"]["step"] == 12
+    assert max((final["tensors"]["model"][k] - whole["tensors"]["model"][k]).abs().max().item() for k in whole["tensors"]["model"]) <= 1e-9
+
+
+def test_a_bad_loss_on_one_rank_skips_the_step_on_both(tmp_path):
+    "The NaN item reaches one rank only; weights stay finite and equal to those of one process."
+    over = dict(precision="fp64", poison=3, max_steps=12)
+    one, _ = launch(tmp_path / "one", 1, **over)
+    two, _ = launch(tmp_path / "two", 2, **over)
+    assert read_metrics(tmp_path / "two")[-1]["skipped"] == read_metrics(tmp_path / "one")[-1]["skipped"] > 0
+    for k, v in one["tensors"]["model"].items():
+        assert torch.isfinite(v).all() and (v - two["tensors"]["model"][k]).abs().max() <= 1e-9
+
+
+def test_a_refusal_reaches_every_rank(tmp_path):
+    options = [f"{k}={v!r}" for k, v in dict(batch_size=1).items()]
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT), str(tmp_path / "x"), *options], capture_output=True, text=True, timeout=55)
+    assert done.returncode != 0 and done.stderr.count("batch-size 1: fewer images than the 2 ranks") >= 2

@@ -1,0 +1,361 @@
+"""The repository: one source for every value, nothing generated out of step, sizes within their budgets, nothing that is unsafe or
+that holds only on one machine."""
+import ast, json, os, re, shutil, subprocess, sys
+from configparser import ConfigParser
+from pathlib import Path
+
+import pytest
+
+import budgets, check, outputs, readme
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOKS = outputs.notebooks()
+MODULES = budgets.modules()
+TASKS = [n for n, p in MODULES.items() if "class Task" in p.read_text(encoding="utf-8") and n != "sdcourse.train.loop"]
+IDS = {"ids": lambda p: str(p.relative_to(ROOT)) if isinstance(p, Path) else str(p)}
+
+
+def cfg():
+    ini = ConfigParser(delimiters=["="])
+    ini.read(ROOT / "settings.ini", encoding="utf-8")
+    return ini["DEFAULT"]
+
+
+# ---- one source
+def test_settings_agree(): assert not list(check.settings(ROOT))
+
+
+def test_a_drift_is_found(tmp_path):
+    for f in ("settings.ini", "pyproject.toml", "constraints.txt"): shutil.copy(ROOT / f, tmp_path)
+    (tmp_path / "sdcourse").mkdir()
+    shutil.copy(ROOT / "sdcourse/__init__.py", tmp_path / "sdcourse")
+    assert not list(check.settings(tmp_path))
+    changes = {"pyproject.toml": ('requires-python = ">=3.11"', 'requires-python = ">=3.9"'), "sdcourse/__init__.py": ('__version__ = "', '__version__ = "9'),
+        "constraints.txt": ("\nnumpy==", "\nnumpie=="), "settings.ini": ("requirements = torch>=", "requirements = unheard-of torch>=")}
+    for name, (old, new) in changes.items():
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert text.count(old) == 1
+        (tmp_path / name).write_text(text.replace(old, new), encoding="utf-8")
+        assert len(list(check.settings(tmp_path))) == 1, name
+        (tmp_path / name).write_text(text, encoding="utf-8")
+
+
+def test_constraints_are_plain_and_satisfy_settings():
+    from packaging.requirements import Requirement
+    lines = [l for l in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines() if not l.startswith("#")]
+    pinned = dict(l.split("==") for l in lines)
+    assert all(re.fullmatch(r"[a-z0-9-]+==[\w.!]+", l) for l in lines), "name==version, without hash, index or local version"
+    assert pinned["torch"] == "2.13.0" and pinned["nbdev"] == "2.4.14" and len(lines) == len(pinned) > 150
+    for key in cfg():
+        for req in map(Requirement, cfg()[key].split() if key.endswith("requirements") else ()):
+            assert pinned[re.sub(r"[-_.]+", "-", req.name).lower()] in req.specifier, req
+
+
+def test_setup_reads_settings(tmp_path):
+    done = subprocess.run([sys.executable, "setup.py", "--name", "--version", "--license", "--url"], cwd=ROOT, capture_output=True, text=True)
+    if "No module named 'setuptools'" in done.stderr: pytest.skip("setuptools is not installed here; pip brings its own")
+    assert done.stdout.split()[-4:] == [cfg()["lib_name"], cfg()["version"], "Apache-2.0", cfg()["git_url"]]
+
+
+def test_package_imports_only_what_it_declares():
+    "Every package that a module imports comes with the base install or with an extra."
+    from importlib.metadata import packages_distributions
+    owners = packages_distributions()
+    declared = {re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", r)[0]).lower() for k in cfg() if k.endswith("requirements") for r in cfg()[k].split()}
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
+            for top in {n.split(".")[0] for n in names} - set(sys.stdlib_module_names) - {"sdcourse"}:
+                have = {d.lower().replace("_", "-") for d in owners.get(top, [top])}
+                assert have & declared, f"{name} imports {top}, which settings.ini does not ask for"
+
+
+# ---- nothing out of step, and the checks can fail
+@pytest.fixture
+def tree(tmp_path):
+    "A small checkout: two notebooks and the modules they export."
+    for name in ("core", "check"):
+        (tmp_path / "nbs/engine").mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / f"nbs/engine/{name}.ipynb", tmp_path / "nbs/engine")
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    (tmp_path / "sdcourse").mkdir()
+    (tmp_path / "sdcourse/__init__.py").write_text('__version__ = "0.0.0"\n')
+    (tmp_path / "sdcourse/by_hand.py").write_text("x = 1\n")
+    assert not list(check.nbdev(tmp_path, "nbdev_export")) and not list(check.nbdev(tmp_path, "nbdev_clean"))
+    return tmp_path
+
+
+def edit(path, old, new):
+    text = path.read_text(encoding="utf-8")
+    assert old in text
+    path.write_text(text.replace(old, new, 1), encoding="utf-8")
+
+
+def test_export_in_step(tree):
+    assert check.export(tree) == []
+    edit(tree / "sdcourse/core.py", "difflib", "DIFFLIB")
+    assert check.export(tree) == ["sdcourse/core.py: not what its notebook exports (make sync)"]
+    edit(tree / "sdcourse/core.py", "DIFFLIB", "difflib")
+    (tree / "sdcourse/old.py").write_text(f"# {check.MARKER}\n")
+    assert check.export(tree) == ["sdcourse/old.py: no notebook exports it"]
+    (tree / "sdcourse/old.py").unlink(); (tree / "sdcourse/check/__init__.py").unlink()
+    assert check.export(tree) == ["sdcourse/check/__init__.py: not what its notebook exports (make sync)"]
+
+
+def test_notebooks_clean(tree):
+    assert check.clean(tree) == []
+    path = tree / "nbs/engine/core.ipynb"
+    nb = json.loads(path.read_text(encoding="utf-8"))
+    next(c for c in nb["cells"] if c["cell_type"] == "code")["execution_count"] = 7
+    path.write_text(json.dumps(nb), encoding="utf-8")
+    assert check.clean(tree) == ["nbs/engine/core.ipynb: not clean (make sync)"]
+
+
+def stored(outputs_=(), source="1 + 1"):
+    nb = {"cells": [{"cell_type": "code", "id": "a", "source": [source], "outputs": list(outputs_)}, {"cell_type": "markdown", "id": "b", "source": ["words"]}], "metadata": {}}
+    nb["metadata"]["sdcourse"] = {"code": outputs.code_hash(nb)}
+    return nb
+
+
+def stale(tmp_path, nb):
+    (tmp_path / "x.ipynb").write_text(json.dumps(nb), encoding="utf-8")
+    return list(outputs.stale(tmp_path / "x.ipynb"))
+
+
+def test_stale_outputs_are_found(tmp_path):
+    nb = stored()
+    assert stale(tmp_path, nb) == []
+    nb["cells"][1]["source"] = ["other words"]
+    assert stale(tmp_path, nb) == []
+    nb["cells"][0]["source"] = ["1 + 2"]
+    assert stale(tmp_path, nb) == ["its code changed since its outputs were stored"]
+
+
+@pytest.mark.parametrize("text, what", [("saved to /" + "home/me/x.png", "an absolute path"), ("50%|███  | 5/10 [00:01, 4.9it/s]", "a progress bar"),
+    ("trained in 12.3 s", "a wall time"), ("<Foo at 0x7f12345678>", "a memory address")])
+def test_outputs_of_one_machine_are_found(tmp_path, text, what):
+    said = stale(tmp_path, stored([{"output_type": "stream", "name": "stdout", "text": [text]}]))
+    assert said and all(s.startswith(f"cell 0: {what}") for s in said)
+    assert stale(tmp_path, stored([{"output_type": "execute_result", "data": {"text/plain": [text]}, "metadata": {}}]))
+    assert stale(tmp_path, stored([{"output_type": "stream", "name": "stderr", "text": ["a warning"]}]))
+    assert stale(tmp_path, stored([{"output_type": "error", "ename": "E", "evalue": "", "traceback": []}]))
+    harmless = "runs/x/samples.png, 3/10 of the classes, t in [0, 1], loss 0.123, https://example.org/home/page"
+    assert not stale(tmp_path, stored([{"output_type": "stream", "name": "stdout", "text": [harmless]}]))
+
+
+def test_a_run_stores_what_nbdev_test_sees(tmp_path):
+    "Outputs are written for cells that run, kept for cells that are skipped, and compared text by text."
+    nb = {"cells": [{"cell_type": "code", "id": "a", "metadata": {}, "execution_count": 3, "outputs": [], "source": ["import os\n", "os.environ.get('IN_TEST'), 6 * 7"]},
+        {"cell_type": "code", "id": "b", "metadata": {}, "execution_count": 4, "outputs": [{"output_type": "stream", "name": "stdout", "text": ["kept"]}], "source": ["#| eval: false\n", "raise ValueError"]}],
+        "metadata": {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}, "nbformat": 4, "nbformat_minor": 5}
+    folder = ROOT / "build" / f"nb-{os.getpid()}"
+    folder.mkdir(parents=True)
+    try:
+        path = folder / "x.ipynb"
+        path.write_text(json.dumps(nb), encoding="utf-8")
+        assert outputs.main("write", str(path)) == 0 and outputs.main("check", str(path)) == 0
+        new = outputs.load(path)
+        assert new["cells"][0]["outputs"][0]["data"]["text/plain"] == ["('1', 42)"] and new["cells"][1]["outputs"] == nb["cells"][1]["outputs"]
+        assert new["metadata"]["kernelspec"]["name"] == "python3" and not list(outputs.stale(path)) and new["cells"][0]["execution_count"] is None
+        edit(path, "('1', 42)", "('1', 43)")
+        assert outputs.main("check", str(path)) == 1
+        edit(path, "6 * 7", "6 * no_such_name")
+        before = path.read_bytes()
+        assert outputs.main("write", str(path)) == 1 and path.read_bytes() == before
+    finally: shutil.rmtree(folder)
+
+
+def test_readme_of_cells():
+    nb = {"cells": [{"cell_type": "markdown", "source": ["# T\n", "[a](00_x.ipynb) [b](../LICENSE) [c](https://e.org/x.ipynb)"]},
+        {"cell_type": "code", "source": ["#| hide\n", "secret"], "outputs": []},
+        {"cell_type": "code", "source": ["1 + 1"], "outputs": [{"output_type": "execute_result", "data": {"text/plain": ["2"]}}]}]}
+    assert readme.render(nb) == f"{readme.MARK}\n\n# T\n[a](nbs/00_x.ipynb) [b](LICENSE) [c](https://e.org/x.ipynb)\n\n```python\n1 + 1\n```\n\n```text\n2\n```\n"
+
+
+def test_readme_links_lead_somewhere():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = [l for l in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"https?:|#|mailto:", l)]
+    assert links and not [l for l in links if not (ROOT / l.split("#")[0]).exists()]
+    assert "make train" in text and "make test" in text
+
+
+# ---- make
+def make(*args, **kwargs):
+    if not shutil.which("make"): pytest.skip("make is not installed")
+    return subprocess.run(["make", *args], cwd=ROOT, capture_output=True, text=True, **kwargs)
+
+
+def test_make_help_names_every_target():
+    rules = set(re.findall(r"(?m)^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8")))
+    assert rules <= set(re.findall(r"(?m)^  make (\w+)", make("help").stdout))
+
+
+def test_old_python_is_refused_in_one_line(tmp_path):
+    "Nothing is created, and the one line says what to do."
+    old = tmp_path / "python3"
+    old.write_text('#!/bin/sh\ncase "$1" in -V) echo "Python 3.8.1" ;; *) exit 1 ;; esac\n')
+    old.chmod(0o755)
+    done = subprocess.run(["sh", str(ROOT / "tools/env.sh"), str(tmp_path / "a b/.venv"), ""], cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHON": str(old)})
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr == f"error: Python 3.11 or newer is needed, and {old} is Python 3.8.1: install one, or say PYTHON=/path/to/python\n"
+    assert not (tmp_path / "a b").exists()
+
+
+# ---- budgets (U6, DESIGN 8); tools/budgets.py says what a code line is and what the engine is
+def lines(name): return len(budgets.code_lines(MODULES[name].read_text(encoding="utf-8")))
+
+
+def test_engine_size():
+    count = {n: lines(n) for n in budgets.closure(budgets.ENGINE, MODULES)}
+    assert {"sdcourse.core", "sdcourse.train.loop", "sdcourse.train.order", "sdcourse.config"} <= set(count) and not set(TASKS) & set(count)
+    assert sum(count.values()) <= budgets.MOST["engine"], count
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_task_size(name): assert lines(name) <= budgets.MOST["task"]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_module_and_function_sizes(name):
+    assert lines(name) <= budgets.MOST["module"]
+    long = {f: n for f, n in budgets.functions(MODULES[name].read_text(encoding="utf-8")) if n > budgets.MOST["function"]}
+    assert not long
+
+
+def test_code_lines_are_counted():
+    source = '"""Doc\nstring."""\n\n__all__ = ["f",\n  "g"]\n# a comment\nx = 1 # with code\ndef f(\n    a, # one\n):\n    "Doc."\n    return """two\nlines"""\n'
+    assert len(budgets.code_lines(source)) == 6 and dict(budgets.functions(source)) == {"f": 3}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, **IDS)
+def test_notebook_size(path): assert path.stat().st_size <= budgets.MOST["notebook"]
+
+
+def test_weights_size():
+    sizes = {p: p.stat().st_size for p in (ROOT / "sdcourse").rglob("*") if p.suffix in (".safetensors", ".bin", ".pt", ".npz")}
+    assert sum(sizes.values()) <= budgets.MOST["weights"]
+
+
+# ---- nothing unsafe, nothing of one machine
+ABSOLUTE = r"(?<![\w.:/])/(?:home|root|work|Users|mnt)/\w"
+UNSAFE = {
+    "an absolute path": ABSOLUTE,
+    "a pickle": r"\bpickle\.loads?\(|\bimport pickle\b|weights_only\s*=\s*False|allow_pickle\s*=\s*True|joblib\.load",
+    "a fixed device": r"\.cuda\(\)|torch\.device\([\"']cuda(:\d+)?[\"']\s*\)|map_location\s*=\s*[\"']cuda",
+    "a shell install": r"(?m)^\s*[!%]\s*pip ",
+}
+
+
+def texts(path):
+    "The text of a file; for a notebook the sources and the texts of its outputs."
+    if path.suffix != ".ipynb": return path.read_text(encoding="utf-8", errors="replace")
+    nb = outputs.load(path)
+    return "\n".join(["".join(c["source"]) for c in nb["cells"]] + [t for c in nb["cells"] for o in c.get("outputs", []) for t in outputs.texts(o)])
+
+
+@pytest.mark.parametrize("path", [*NOTEBOOKS, *MODULES.values()], **IDS)
+def test_nothing_unsafe(path):
+    text = texts(path)
+    found = {what: m.group(0) for what, pattern in UNSAFE.items() if (m := re.search(pattern, text))}
+    assert not found
+
+
+def test_no_absolute_paths_elsewhere():
+    files = [p for d in ("tests", "tools", ".ci", "slurm", "data_manifests") for p in (ROOT / d).rglob("*") if p.is_file() and p.suffix != ".pyc" and p != Path(__file__).resolve()]
+    files += [ROOT / f for f in ("README.md", "LOG.md", "Makefile", "settings.ini", "setup.py", "constraints.txt")]
+    assert not {str(p): m.group(0) for p in files if (m := re.search(ABSOLUTE, p.read_text(encoding="utf-8", errors="replace").replace("/home/me", "")))} # a test may speak of an invented home
+
+
+def test_torch_load_takes_weights_only():
+    for name, path in MODULES.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords), name
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, **IDS)
+def test_sdcourse_is_imported_before_vision_libraries(path):
+    "In notebooks: the torchvision guard must be in place first."
+    first = {}
+    for i, cell in enumerate(c for c in outputs.load(path)["cells"] if c["cell_type"] == "code"):
+        for j, line in enumerate("".join(cell["source"]).splitlines()):
+            if m := re.match(r"(?:import|from)\s+(sdcourse|diffusers|transformers|torchvision|lpips|pytorch_fid)\b", line): first.setdefault(m[1], (i, j))
+    heavy = [where for name, where in first.items() if name != "sdcourse"]
+    assert not heavy or first.get("sdcourse", (9999, 0)) < min(heavy)
+
+
+# ---- the command line without torch
+def run(code): return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.mark.parametrize("module", ["sdcourse.cli", "sdcourse.train.__main__"])
+def test_help_needs_no_torch(module):
+    done = run(f"import sys; from {module} import main; code = main(['--help']); print(code, 'torch' in sys.modules, 'diffusers' in sys.modules)")
+    assert done.stdout.splitlines()[-1] == "0 False False", done.stderr
+
+
+def test_nearest_verb():
+    done = run("import sys; from sdcourse.cli import main; sys.exit(main(['docter']))")
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: unknown verb 'docter': did you mean 'doctor'?\n")
+
+
+def test_verbs_have_functions():
+    "Every verb whose module exists names a function there; a verb of a later issue says so in one line."
+    from importlib.util import find_spec
+    from sdcourse.cli import VERBS, verb_function
+    assert {"train", "doctor", "bench"} <= set(VERBS)
+    for verb, (target, text) in VERBS.items():
+        assert text and (callable(verb_function(verb)) if find_spec(target.split(":")[0]) else verb == "bench")
+
+
+# ---- doctor
+def test_doctor_reports(capsys):
+    from sdcourse import doctor
+    assert doctor.main([]) == 0
+    said = capsys.readouterr().out
+    for word in ("torch ", "not the tested version", "torchvision", "cpu", "memory", "offline mode  ", "on (HF_HUB_OFFLINE)", "jupyter kernel", "lacking"): assert word in said, word
+
+
+def test_doctor_finds_other_versions_and_missing_packages(tmp_path, monkeypatch):
+    from sdcourse import doctor
+    from importlib.metadata import version
+    lock = tmp_path / "constraints.txt"
+    lock.write_text(f"torch=={version('torch').split('+')[0]}\nnumpy==0.1\nnever-heard-of==1.0\n")
+    assert doctor.report(lock)["not the tested version"] == [f"numpy {version('numpy')}, tested with 0.1"]
+    monkeypatch.setitem(doctor.LESSONS, "99 the future", (["never-heard-of"], "course"))
+    assert doctor.missing()["99 the future"] == (["never-heard-of"], "course")
+    assert any(line.startswith("99 the future: never-heard-of   (pip install -c constraints.txt -e") for line in doctor.report(lock)["lacking"])
+
+
+def test_doctor_knows_the_base_install():
+    from sdcourse import doctor
+    base = {re.match(r"[\w.-]+", r)[0] for r in cfg()["requirements"].split()}
+    assert set(doctor.BASE) == base
+    extras = {k.removesuffix("_requirements"): {re.match(r"[\w.-]+", r)[0] for r in cfg()[k].split()} for k in cfg() if k.endswith("_requirements")}
+    for lesson, (names, extra) in doctor.LESSONS.items(): assert set(names) <= extras.get(extra, set()), lesson
+
+
+# ---- nbdev_test's word is not enough
+def test_false_passes_of_nbdev_test_are_seen():
+    import test as tool # tools/test.py
+    assert Path(tool.__file__).parent == ROOT / "tools"
+    a, b = Path("nbs/a.ipynb"), Path("nbs/b.ipynb")
+    ran = ["Starting nbs/a.ipynb", "- Completed nbs/a.ipynb", "- Completed nbs/b.ipynb"]
+    assert tool.judge(0, [*ran, "Success."], [a, b]) == (2, [])
+    assert tool.judge(0, ["No files were eligible for testing"], [a, b]) == (0, ["nbs/a.ipynb: not run", "nbs/b.ipynb: not run"])
+    assert tool.judge(0, [*ran[:2], "Success."], [a, b]) == (1, ["nbs/b.ipynb: not run"])
+    assert tool.judge(0, ran, [a, b])[1] == ["nbdev_test: exit code 0, no success line"]
+    assert tool.judge(3, [*ran, "Success."], [a, b])[1] == ["nbdev_test: exit code 3, success line"]
+    failed = [*ran, "", "nbdev Tests Failed On The Following Notebooks:", "=" * 50, "\ta.ipynb"]
+    assert tool.judge(1, failed, [a, b]) == (1, ["a.ipynb: failed"])
+    assert tool.expected() == NOTEBOOKS
+
+
+def test_the_last_line_counts_what_ran(tmp_path, monkeypatch, capsys):
+    import test as tool
+    monkeypatch.setattr(tool, "RESULTS", tmp_path)
+    assert tool.total() == 1 and capsys.readouterr().out.endswith("0 passed, 3 failed\n")
+    tool.keep("check", 0, 0); tool.keep("notebooks", 20, 0); tool.keep("tests", 100, 0, skipped=2)
+    assert tool.total() == 0 and capsys.readouterr().out.endswith("120 passed, 0 failed\n")
+    tool.keep("mutants", 0, 1, caught=24, total=25)
+    assert tool.total() == 1 and capsys.readouterr().out.endswith("120 passed, 1 failed\n")
