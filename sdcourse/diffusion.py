@@ -245,7 +245,7 @@ def sample_flow(
     sampler: str = "euler", # "euler" | "heun" | "midpoint" | "stochastic"
     noise=None, # stochastic only: function i -> standard normal noise of step i, like x
     on_step=None, # function (i, t, x, x0_hat), called before step i with the data guessed from it
-    churn: float = 1.0, # stochastic only: 0 = euler … 1 = as much fresh noise as DDPM
+    churn: float = 1.0, # stochastic only: 0 = euler … 1 = about as much fresh noise as DDPM
 ): # x at times[-1], [b,...]
     "Walk down from noise to data, without gradients. The step to t = 0 adds no noise."
     step, churn = _step(sampler, noise, churn)

@@ -35,6 +35,7 @@ def figure_png(
     shown = {k: round(v * 100 / dpi) for k, v in zip(("width", "height"), image.size)}
     return base64.b64encode(small.getvalue()).decode(), shown
 
+# %% ../nbs/engine/plot.ipynb #59b8ecd8
 def _pyplot():
     "pyplot; in IPython, figures are shown by `figure_png` from now on."
     import matplotlib.pyplot as plt
@@ -43,6 +44,13 @@ def _pyplot():
     return plt
 
 # %% ../nbs/engine/plot.ipynb #028bf89c
+def _tensor(im):
+    if torch.is_tensor(im): return im
+    import numpy as np
+    a = torch.from_numpy(np.array(im))
+    return a[None] if a.ndim == 2 else a.permute(2, 0, 1)
+
+# %% ../nbs/engine/plot.ipynb #356c6f5b
 def to_uint8(
     images, # [n,c,h,w] float in [-1,1] or uint8, c is 1 or 3; a list of PIL images or of [c,h,w] is taken too
 ): # uint8, [n,c,h,w], on the CPU
@@ -53,12 +61,6 @@ def to_uint8(
     images = images.detach().cpu()
     if images.dtype == torch.uint8: return images
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-
-def _tensor(im):
-    if torch.is_tensor(im): return im
-    import numpy as np
-    a = torch.from_numpy(np.array(im))
-    return a[None] if a.ndim == 2 else a.permute(2, 0, 1)
 
 # %% ../nbs/engine/plot.ipynb #1e602f32
 def image_grid(
@@ -82,6 +84,16 @@ def image_grid(
     return Image.fromarray(sheet[0].numpy() if c == 1 else sheet.permute(1, 2, 0).contiguous().numpy())
 
 # %% ../nbs/engine/plot.ipynb #a9dca5fd
+def _panels(n, ncols, *, size, title):
+    plt = _pyplot()
+    ncols = min(n, ncols)
+    nrows = math.ceil(n / ncols)
+    fig, axes = plt.subplots(nrows, ncols, figsize=(size[0] * ncols, size[1] * nrows + 0.3 * bool(title)), squeeze=False, layout="constrained")
+    if title: fig.suptitle(title, fontsize=10)
+    plt.close(fig)
+    return fig, axes.ravel()
+
+# %% ../nbs/engine/plot.ipynb #97962495
 def show_images(
     images, # see `to_uint8`
     titles=None, # one short text per image, or None
@@ -98,15 +110,6 @@ def show_images(
         ax.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         if titles is not None: ax.set_title(str(titles[i]), fontsize=8)
     return fig
-
-def _panels(n, ncols, *, size, title):
-    plt = _pyplot()
-    ncols = min(n, ncols)
-    nrows = math.ceil(n / ncols)
-    fig, axes = plt.subplots(nrows, ncols, figsize=(size[0] * ncols, size[1] * nrows + 0.3 * bool(title)), squeeze=False, layout="constrained")
-    if title: fig.suptitle(title, fontsize=10)
-    plt.close(fig)
-    return fig, axes.ravel()
 
 # %% ../nbs/engine/plot.ipynb #0647573c
 def show_points(
@@ -130,6 +133,13 @@ def show_points(
     return fig
 
 # %% ../nbs/engine/plot.ipynb #974fb0eb
+def _finish(ax, title, *, legend):
+    ax.set_title(title, fontsize=10)
+    ax.spines[["top", "right"]].set_visible(False)
+    if legend: ax.legend(frameon=False, fontsize=8)
+    return ax
+
+# %% ../nbs/engine/plot.ipynb #7fc6b197
 def plot_curves(
     curves: dict, # name -> (x, y) or (x, y, low, high): a line and its band
     xlabel: str, # with the unit
@@ -152,12 +162,6 @@ def plot_curves(
         if band: ax.fill_between(x, *band, color=color, alpha=0.2, lw=0)
     ax.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if logx else "linear", yscale="log" if logy else "linear")
     return _finish(ax, title, legend=len(curves) > 1)
-
-def _finish(ax, title, *, legend):
-    ax.set_title(title, fontsize=10)
-    ax.spines[["top", "right"]].set_visible(False)
-    if legend: ax.legend(frameon=False, fontsize=8)
-    return ax
 
 # %% ../nbs/engine/plot.ipynb #64a2a3fa
 def save_gif(

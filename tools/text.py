@@ -1,7 +1,7 @@
-"""Edit a notebook as text.   python tools/text.py out NB  -> .nbtext/NAME.py      python tools/text.py in NB  <- .nbtext/NAME.py
+"""Edit a notebook as text.   python tools/text.py out NB  -> .nbtext/…      python tools/text.py in NB  <- .nbtext/…
 
-The text is jupytext's percent format; it is a working copy and never committed. `in` keeps cell ids and stored outputs, creates
-the notebook when it is new, and cleans it. Two notebooks of one name share a text file: edit one at a time.
+The text is jupytext's percent format; it is a working copy and never committed: nbs/engine/core.ipynb is .nbtext/engine/core.py. `in`
+keeps cell ids and stored outputs, creates the notebook when it is new, and cleans it.
 """
 import subprocess, sys
 from pathlib import Path
@@ -13,17 +13,23 @@ KERNEL = {"display_name": "python3", "language": "python", "name": "python3"}
 JUPYTEXT = [sys.executable, "-m", "jupytext", "-q"]
 
 
+def text_of(nb):
+    "Where the text of a notebook lies."
+    return ROOT / ".nbtext" / nb.resolve().relative_to(ROOT / "nbs").with_suffix(".py")
+
+
 def out(nb):
     "Notebook -> text."
-    text = ROOT / ".nbtext" / f"{nb.stem}.py"
-    text.parent.mkdir(exist_ok=True)
+    text = text_of(nb)
+    text.parent.mkdir(parents=True, exist_ok=True)
     subprocess.run([*JUPYTEXT, "--to", "py:percent", "--opt", "cell_metadata_filter=-all", str(nb), "-o", str(text)], check=True)
     print(text.relative_to(ROOT))
 
 
 def back(nb):
     "Text -> notebook."
-    text, kept = ROOT / ".nbtext" / f"{nb.stem}.py", {}
+    text, kept = text_of(nb), {}
+    if not text.exists(): raise SystemExit(f"{text.relative_to(ROOT)} is not there: make text NB={nb}")
     if nb.exists(): kept = read(nb, NO_CONVERT).metadata.get("sdcourse", {})
     nb.parent.mkdir(parents=True, exist_ok=True)
     subprocess.run([*JUPYTEXT, *(["--update"] if nb.exists() else []), "--to", "ipynb", str(text), "-o", str(nb)], check=True)

@@ -77,5 +77,5 @@ def preflight(
     micro = max(map(len, run.micros))
     return [f"model: {human(trained)} trainable of {human(total)} parameters, weights {str(run.dtype)[6:]}, compute {str(run.autocast_dtype or run.dtype)[6:]} on {run.device}",
             f"batch: {cfg.batch_size} = micro {micro} x ranks {world} x accumulation {len(run.micros)}" + ("" if micro * world * len(run.micros) == cfg.batch_size else " (uneven)"),
-            f"data: {n} items; {cfg.max_steps} steps are {cfg.max_steps * cfg.batch_size / n:.3g} epochs",
+            f"data: {n} items; {cfg.max_steps} steps are {cfg.max_steps * cfg.batch_size / n:.3g} epochs" + (", all of them warm-up: lower --warmup-steps" if cfg.warmup_steps >= cfg.max_steps else ""),
             f"memory: {human(need, 'B')} for weights and optimizer + activations, {human(free, 'B')} free; disk: {human(disk, 'B')} for checkpoints, {human(room, 'B')} free"]
