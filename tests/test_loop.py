@@ -122,8 +122,8 @@ def test_validation_never_disturbs_training(tmp_path, every):
 
 def test_validation_uses_the_average_and_fixed_noise(tmp_path):
     r = Run(ToyTask(config(tmp_path)))
-    a, b = loop.validation_loss(r), loop.validation_loss(r)
-    assert a == b
+    a, r.step = loop.validation_loss(r), 7
+    assert loop.validation_loss(r) == a
     r.module.blocks[0].weight.data.add_(1.0)
     assert loop.validation_loss(r) == a
     r.ema.module.blocks[0].weight.data.add_(1.0)
@@ -202,6 +202,15 @@ def test_missing_tensors_are_an_error(tmp_path):
     run(tmp_path / "a", ema_decay=0.0, max_steps=3)
     with pytest.raises(UserError, match="ema"):
         run(tmp_path / "b", max_steps=3, resume=str(latest_checkpoint(tmp_path / "a" / "checkpoints")[0]), force=True)
+
+
+def test_keys_must_fit_the_model(tmp_path):
+    r = Run(ToyTask(config(tmp_path)))
+    whole = dict(tensors=r.tensors(), objects=dict(optimizer=r.optimizer.state_dict()), state=r.state())
+    for wrong in (dict(model=whole["tensors"]["model"]), {k: dict(list(v.items())[1:]) for k, v in whole["tensors"].items()}, {k: {n: t[:1] for n, t in v.items()} for k, v in whole["tensors"].items()}):
+        with pytest.raises(UserError, match="checkpoint"):
+            r.load(whole | dict(tensors=wrong))
+    r.load(whole)
 
 
 def test_low_precision_weights_are_refused(tmp_path, monkeypatch):

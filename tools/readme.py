@@ -32,9 +32,9 @@ def block(cell):
 
 
 def render(nb):
-    "The whole page. Links to other notebooks are relative to nbs/ there and to the root here."
+    "The whole page. Links are relative to nbs/ there and to the root here."
     page = "\n\n".join(b for b in map(block, nb["cells"]) if b)
-    page = re.sub(r"\]\((?!https?:|#|/|\.\./)([\w/.-]+\.ipynb)\)", r"](nbs/\1)", page).replace("](../", "](")
+    page = re.sub(r"\]\((?!https?:|mailto:|#|\.\./)", "](nbs/", page).replace("](../", "](")
     return f"{MARK}\n\n{page}\n"
 
 

@@ -32,15 +32,18 @@ def keep(stage, passed, failed, **more):
 def stream(argv, limit, **env):
     "Run a command, show its lines as they come; (exit code, all lines). Everything that it started ends with it."
     child = subprocess.Popen(argv, cwd=ROOT, env=os.environ | ENV | env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True)
-    signal.signal(signal.SIGALRM, lambda *_: os.killpg(child.pid, signal.SIGKILL))
-    signal.alarm(limit)
+    def end(*_): os.killpg(child.pid, signal.SIGKILL)
     lines = []
-    for line in child.stdout:
-        print(line, end="", flush=True)
-        lines.append(line.rstrip("\n"))
-    code = child.wait()
-    signal.alarm(0)
-    return code, lines
+    signal.signal(signal.SIGALRM, end)
+    signal.alarm(limit)
+    try:
+        for line in child.stdout:
+            print(line, end="", flush=True)
+            lines.append(line.rstrip("\n"))
+        return child.wait(), lines
+    finally:
+        signal.alarm(0)
+        if child.poll() is None: end()
 
 
 def expected():
@@ -62,7 +65,7 @@ def judge(code, lines, wanted):
 
 def notebooks():
     say("notebooks: nbdev_test --n_workers 1")
-    command = [sys.executable, "-c", "from nbdev.test import nbdev_test; nbdev_test()", "--n_workers", "1", "--do_print", "--timing"]
+    command = [sys.executable, str(Path(sys.executable).with_name("nbdev_test")), "--n_workers", "1", "--do_print", "--timing"]
     code, lines = stream(command, LIMITS["notebooks"], PYTHONPATH=str(ROOT / "tests" / "offline"))
     wanted = expected()
     passed, problems = judge(code, lines, wanted)
@@ -107,6 +110,7 @@ def total():
 
 
 def main(options):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) # so that what was started ends too
     for old in RESULTS.glob("*"): old.unlink()
     RESULTS.mkdir(parents=True, exist_ok=True)
     start = time.time()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 from ..config import Free, TrainConfig
@@ -80,7 +81,7 @@ class FlowMatching(nn.Module):
         v = self.dit(add_noise(x0, eps, t), t, y, return_dict=False)[0]
         return (v.to(eps.dtype) - flow_velocity(x0, eps)).square().mean((1, 2, 3)), t
 
-# %% ../../nbs/06b_flow_dit.ipynb #e0865d46
+# %% ../../nbs/06b_flow_dit.ipynb #24ed8ceb
 def synthetic_latents(
     n: int = 512, # items
     channels: int = 4, # of a latent
@@ -92,6 +93,7 @@ def synthetic_latents(
     mean = torch.randn(n, 2, channels, side, side, generator=g)
     return Items(dict(id=torch.arange(n), mean=mean, std=torch.full_like(mean, 0.1), label=torch.randint(classes, (n,), generator=g)))
 
+# %% ../../nbs/06b_flow_dit.ipynb #a8394037
 def cached_latents(
     folder, # holds latents.json and one latents-SPLIT.safetensors per split
     split: str = "train", # "train" | "validate"
@@ -126,7 +128,7 @@ def source(
     try: return Source(facts["channels"], facts["side"], tuple(facts["classes"]), facts["shift"], facts["scale"], facts.get("licence", ""))
     except KeyError as e: raise UserError(f"{Path(cfg.data) / 'latents.json'}: has no {e}; make the latents again") from None
 
-# %% ../../nbs/06b_flow_dit.ipynb #14ad7e9c
+# %% ../../nbs/06b_flow_dit.ipynb #87b68447
 class Task(BaseTask):
     "A class-conditional DiT trained by flow matching."
     name, title = "flow_dit", "A class-conditional flow DiT"
@@ -164,50 +166,60 @@ class Task(BaseTask):
         from sdcourse.models.dit import train_flops
         return train_flops(module.dit)
 
-    def facts(self):
-        cfg, s = self.config, source(self.config)
-        path = Path(cfg.data) / "latents-train.safetensors"
-        fingerprint = sha256(path) if path.exists() else self.dataset("train").fingerprint()
-        return dict(data=cfg.data, data_sha256=fingerprint, data_licence=s.licence, classes=len(s.classes))
+# %% ../../nbs/06b_flow_dit.ipynb #5964dddf
+@patch
+def pipeline(self: Task,
+    module, # a `FlowMatching`
+): # FlowDiTPipeline
+    "The pipeline around this model, with the VAE where one is given."
+    from sdcourse.models.dit import AutoencoderKL, FlowDiTPipeline
+    vae = AutoencoderKL.from_pretrained(self.config.vae).to(module.dit.device) if self.config.vae else None
+    return FlowDiTPipeline(module.dit, vae=vae, id2label=dict(enumerate(source(self.config).classes)))
 
-    def card(self):
-        s = source(self.config)
-        usage = f"from sdcourse.models.dit import FlowDiTPipeline\n\npipe = FlowDiTPipeline.from_pretrained('export')\npipe(['{s.classes[0]}'], guidance_scale={self.config.guidance_scale}).images[0]"
-        return dict(data=f"{self.config.data}: {len(s.classes)} classes; licence: {s.licence or 'see the data set'}", usage=usage, tags=("flow-matching", "dit"))
+@patch
+def images(self: Task,
+    module, # a `FlowMatching`
+    labels: list, # class ids, one per image
+    seeds, # one per image
+    **over, # other arguments of the pipeline
+): # [n,c,h,w] in [-1,1], on the CPU
+    "Guided samples as the configuration says; image i depends on seeds[i] and labels[i] only."
+    from sdcourse.models.dit import image_generators
+    cfg = self.config
+    kwargs = dict(guidance_scale=cfg.guidance_scale, guidance_interval=cfg.guidance_interval, sampler=cfg.sampler, num_inference_steps=cfg.num_inference_steps)
+    return self.pipeline(module)(labels, generator=image_generators(seeds), output_type="pt", **(kwargs | over)).images * 2 - 1
 
-    def pipeline(self,
-        module, # a `FlowMatching`
-    ): # FlowDiTPipeline
-        "The pipeline around this model, with the VAE where one is given."
-        from sdcourse.models.dit import AutoencoderKL, FlowDiTPipeline
-        vae = AutoencoderKL.from_pretrained(self.config.vae).to(module.dit.device) if self.config.vae else None
-        return FlowDiTPipeline(module.dit, vae=vae, id2label=dict(enumerate(source(self.config).classes)))
+# %% ../../nbs/06b_flow_dit.ipynb #cc9998f2
+@patch
+def sample(self: Task, module, path):
+    from sdcourse.plot import image_grid
+    s = source(self.config)
+    if s.channels not in (1, 3) and not self.config.vae: return
+    classes = [round(i * (len(s.classes) - 1) / 9) for i in range(10)]
+    labels = [c for _ in range(5) for c in classes]
+    image_grid(self.images(module, labels, range(len(labels))), ncols=10).save(path)
 
-    def images(self,
-        module, # a `FlowMatching`
-        labels: list, # class ids, one per image
-        seeds, # one per image
-        **over, # other arguments of the pipeline
-    ): # [n,c,h,w] in [-1,1], on the CPU
-        "Guided samples as the configuration says; image i depends on seeds[i] and labels[i] only."
-        from sdcourse.models.dit import image_generators
-        cfg = self.config
-        kwargs = dict(guidance_scale=cfg.guidance_scale, guidance_interval=cfg.guidance_interval, sampler=cfg.sampler, num_inference_steps=cfg.num_inference_steps)
-        return self.pipeline(module)(labels, generator=image_generators(seeds), output_type="pt", **(kwargs | over)).images * 2 - 1
+@patch
+def measure(self: Task, module):
+    if self.config.data != "digits" or not self.config.num_samples: return {}
+    from sdcourse.evaluation.digits import report, the_judge
+    labels = [i % 10 for i in range(self.config.num_samples)]
+    return report(the_judge(), self.images(module, labels, range(10_000, 10_000 + len(labels))), torch.tensor(labels))
 
-    def sample(self, module, path):
-        from sdcourse.plot import image_grid
-        s = source(self.config)
-        if s.channels not in (1, 3) and not self.config.vae: return
-        classes = [round(i * (len(s.classes) - 1) / 9) for i in range(10)]
-        labels = [c for _ in range(5) for c in classes]
-        image_grid(self.images(module, labels, range(len(labels))), ncols=10).save(path)
+# %% ../../nbs/06b_flow_dit.ipynb #372a6266
+@patch
+def export(self: Task, module, folder):
+    self.pipeline(module).save_pretrained(folder)
 
-    def measure(self, module):
-        if self.config.data != "digits" or not self.config.num_samples: return {}
-        from sdcourse.evaluation.digits import report, the_judge
-        labels = [i % 10 for i in range(self.config.num_samples)]
-        return report(the_judge(), self.images(module, labels, range(10_000, 10_000 + len(labels))), torch.tensor(labels))
+@patch
+def facts(self: Task):
+    cfg, s = self.config, source(self.config)
+    path = Path(cfg.data) / "latents-train.safetensors"
+    fingerprint = sha256(path) if path.exists() else self.dataset("train").fingerprint()
+    return dict(data=cfg.data, data_sha256=fingerprint, data_licence=s.licence, classes=len(s.classes))
 
-    def export(self, module, folder):
-        self.pipeline(module).save_pretrained(folder)
+@patch
+def card(self: Task):
+    s = source(self.config)
+    usage = f"from sdcourse.models.dit import FlowDiTPipeline\n\npipe = FlowDiTPipeline.from_pretrained('export')\npipe(['{s.classes[0]}'], guidance_scale={self.config.guidance_scale}).images[0]"
+    return dict(data=f"{self.config.data}: {len(s.classes)} classes; licence: {s.licence or 'see the data set'}", usage=usage, tags=("flow-matching", "dit"))
