@@ -3,7 +3,7 @@
 Sizes are gated by tests/test_repo.py, which uses the counts below. Times are printed and never a test: a busy machine is no defect.
 
 A *code line* is a line that holds code: blank lines, comments alone on their line, docstrings and the `__all__` that nbdev writes do
-not count. A function's lines are those of its body and one for its signature, however many lines the documented parameters take. The *engine* is what
+not count, and a signature is one line, however many lines its documented parameters take. The *engine* is what
 `sdcourse.train.loop` and `python -m sdcourse.train` import from this package, directly or not; a task is not part of it.
 """
 import ast, io, os, subprocess, sys, time, tokenize
@@ -26,6 +26,7 @@ def code_lines(source):
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and ast.get_docstring(node, clean=False) is not None:
             docs |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)): docs |= set(range(node.lineno + 1, node.body[0].lineno))
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "__all__": docs |= set(range(node.lineno, node.end_lineno + 1))
     skip = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
     tokens = tokenize.generate_tokens(io.StringIO(source).readline)

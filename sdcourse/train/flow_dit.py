@@ -140,8 +140,8 @@ class Task(BaseTask):
         if not 0 <= cfg.cond_drop < 1: raise UserError(f"--cond-drop {cfg.cond_drop}: must be a probability below 1")
         if cfg.vae and not (Path(cfg.vae) / "config.json").is_file(): raise UserError(f"--vae {cfg.vae}: has no config.json; give the folder of an AutoencoderKL, or none")
         Density(cfg.density, cfg.density_mean, cfg.density_std, cfg.density_shift)
-        side, patch = source(cfg).side, int(cfg.size.split("/")[1])
-        if side % patch: raise UserError(f"--size {cfg.size}: patch {patch} does not divide the {side}x{side} images of --data {cfg.data}")
+        side, p = source(cfg).side, int(cfg.size.split("/")[1])
+        if side % p: raise UserError(f"--size {cfg.size}: patch {p} does not divide the {side}x{side} images of --data {cfg.data}")
 
     def build(self):
         from sdcourse.models.dit import DiT, dit_config
