@@ -11,30 +11,13 @@ import xml.etree.ElementTree as xml
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from planted import PLANTED
+
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("sdcourse", "tests", "tools", "nbs", "settings.ini", "setup.py", "pyproject.toml", "constraints.txt", "Makefile", "README.md", "LOG.md", "LICENSE", "slurm", "data_manifests", ".ci")
 LIMIT = 300 # seconds for one test
 
-MUTANTS = [
-    # ---- repository, guard, checks
-    ("the guard always declares the operators", "sdcourse/guard.py", "    if not why: return _say", "    if why is None: return _say", "tests/test_guard.py::test_nothing_is_defined_where_the_library_loads"),
-    ("the guard never declares the operators", "sdcourse/guard.py", "    made = define_operators()", "    made = []", "tests/test_guard.py::test_nothing_is_defined_where_the_library_loads"),
-    ("a failing guard breaks the import", "sdcourse/guard.py", "        except Exception as e: _say(f\"failed", "        except OSError as e: _say(f\"failed", "tests/test_guard.py::test_a_failing_guard_lets_the_import_go_on"),
-    ("the guard declares what is declared", "sdcourse/guard.py", "if f\"torchvision::{n}\" not in have]", "if n]", "tests/test_guard.py::test_operators_declared_by_others_stay"),
-    ("sdcourse imports torch at once", "sdcourse/__init__.py", "guard.install()", "guard.install(); import torch", "tests/test_guard.py::test_import_is_light"),
-    ("an exercise check accepts every shape", "sdcourse/check/__init__.py", "return x.shape == y.shape and bool(", "return bool(", "tests/test_check.py::test_shapes_must_agree"),
-    ("an exercise check forgives any error", "sdcourse/check/__init__.py", "        if same(mine, right, tol): continue", "        continue", "tests/test_check.py::test_wrong_values_are_wrong"),
-    ("a hint goes to any wrong answer", "sdcourse/check/__init__.py", "known = [hint for wrong, hint in hints if _agrees(wrong, cases, answers, tol)]", "known = [hint for wrong, hint in hints]", "tests/test_check.py::test_hints_go_to_their_own_mistake"),
-    ("an answer may change the inputs", "sdcourse/check/__init__.py", "    case = copy.deepcopy(case)\n", "", "tests/test_check.py::test_inputs_and_random_state_are_kept"),
-    ("a check disturbs the random state", "sdcourse/check/__init__.py", "        if torch: torch.random.set_rng_state(states[2])", "        pass", "tests/test_check.py::test_inputs_and_random_state_are_kept"),
-    ("a check raises", "sdcourse/check/__init__.py", "        except (Exception, SystemExit) as e:", "        except ValueError as e:", "tests/test_check.py::test_a_check_never_raises"),
-    ("unknown verbs get no hint", "sdcourse/cli.py", "{nearest(verb, VERBS)}", "see --help", "tests/test_repo.py::test_nearest_verb"),
-    ("the doctor calls a build suffix another version", "sdcourse/doctor.py", "v.split(\"+\")[0] != pinned[n].split(\"+\")[0]]", "v + \"+cpu\" != pinned[n]]", "tests/test_repo.py::test_doctor_finds_other_versions_and_missing_packages"),
-    ("stale outputs pass", "tools/outputs.py", "if c[\"cell_type\"] == \"code\"]\n    return hashlib", "if c[\"cell_type\"] == \"raw\"]\n    return hashlib", "tests/test_repo.py::test_stale_outputs_are_found"),
-    ("a stale module passes", "tools/check.py", "for p in sorted(have - want)]", "for p in sorted(have - have)]", "tests/test_repo.py::test_export_in_step"),
-    ("a notebook that never ran passes", "tools/test.py", "if str(p) not in completed]", "if not p]", "tests/test_repo.py::test_false_passes_of_nbdev_test_are_seen"),
-    ("the network is open in child processes", "tests/conftest.py", "\"PYTHONPATH\": first(OFFLINE, ROOT)", "\"PYTHONPATH\": first(ROOT)", "tests/test_offline.py::test_connections_are_refused_in_child_processes"),
-]
+MUTANTS = [(name, file, old, new, f"{tests}::{test}") for (file, tests), rows in PLANTED.items() for name, old, new, test in rows]
 
 
 def patched(text, old, new, where):
@@ -54,14 +37,14 @@ def copy(folder):
         elif source.exists(): shutil.copy(source, folder)
 
 
-def run(folder, test):
-    "(verdict, last lines) of one test in a copy: passed, failed, or what went wrong."
+def run(folder, *tests, limit=LIMIT):
+    "(verdict, last lines) of some tests in a copy: passed, failed, or what went wrong."
     report = folder / "report.xml"
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")} | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     found = subprocess.run([sys.executable, "-c", "import sdcourse; print(sdcourse.__file__)"], cwd=folder, env=env, capture_output=True, text=True)
     if found.returncode == 0 and not Path(found.stdout.strip()).is_relative_to(folder): return "the copy is not what is imported", found.stdout
-    try: done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", test], cwd=folder, env=env, capture_output=True, text=True, timeout=LIMIT, stdin=subprocess.DEVNULL)
-    except subprocess.TimeoutExpired: return f"no end within {LIMIT} s", ""
+    try: done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests], cwd=folder, env=env, capture_output=True, text=True, timeout=limit, stdin=subprocess.DEVNULL)
+    except subprocess.TimeoutExpired: return f"no end within {limit} s", ""
     tail = "\n".join((done.stdout + done.stderr).splitlines()[-12:])
     if not report.exists(): return f"pytest exit code {done.returncode}", tail
     suite = xml.parse(report).getroot().find("testsuite")
@@ -71,15 +54,15 @@ def run(folder, test):
     return ("skipped" if skipped and not failures and not errors else f"not a failing test (exit code {done.returncode}, {errors} errors)"), tail
 
 
-def attempt(test, mutant=None):
-    "Copy, patch, run."
+def attempt(*tests, mutant=None):
+    "Copy, patch, run; without a patch all tests in one session."
     with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
         folder = Path(folder).resolve()
         copy(folder)
         if mutant:
             name, file, old, new, _ = mutant
             (folder / file).write_text(patched((folder / file).read_text(encoding="utf-8"), old, new, file), encoding="utf-8")
-        return run(folder, test)
+        return run(folder, *tests, limit=LIMIT if mutant else 4 * LIMIT)
 
 
 def keep(caught, total):
@@ -96,16 +79,15 @@ def main(argv=None):
     chosen = [m for m in MUTANTS if not args.words or any(w in m[0] or w in m[1] for w in args.words)]
     if args.list: return print(*(f"{file}: {name}  ->  {test}" for name, file, _, _, test in chosen), sep="\n")
     for name, file, old, new, _ in chosen: patched((ROOT / file).read_text(encoding="utf-8"), old, new, file) # all patches fit, before anything runs
-    start, survived = time.time(), []
+    start = time.time()
     keep(0, len(chosen))
     with ThreadPoolExecutor(args.j) as pool:
         tests = sorted({m[4] for m in chosen})
         print(f"{len(tests)} tests without a patch, {len(chosen)} mutants, {args.j} at a time", flush=True)
-        for test, (verdict, tail) in zip(tests, pool.map(attempt, tests)):
-            if verdict != "passed": survived.append(test); print(f"NOT GREEN without a patch: {test}: {verdict}\n{tail}", flush=True)
-        done = [m for m in chosen if m[4] not in survived]
+        verdict, tail = attempt(*tests)
+        if verdict != "passed": raise SystemExit(f"not green without a patch: {verdict}\n{tail}")
         caught = 0
-        for mutant, (verdict, tail) in zip(done, pool.map(lambda m: attempt(m[4], m), done)):
+        for mutant, (verdict, tail) in zip(chosen, pool.map(lambda m: attempt(m[4], mutant=m), chosen)):
             caught += verdict == "failed"
             keep(caught, len(chosen))
             print(f"{'caught  ' if verdict == 'failed' else 'SURVIVED'} {mutant[0]}  ({mutant[4]})" + ("" if verdict == "failed" else f": {verdict}\n{tail}"), flush=True)

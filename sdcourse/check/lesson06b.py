@@ -73,8 +73,8 @@ def ex5(
     def facts(over):
         cfg = resolve(Config, preset="tiny", overrides=over)
         cfg.check(); Task(cfg).check()
-        return {"images within 1,800 x 64": cfg.batch_size * cfg.max_steps <= 115_200, "still digits": cfg.data == "digits"}
-    right = facts(dict(batch_size=64, max_steps=1800))
+        return {"images within 1,500 x 64": cfg.batch_size * cfg.max_steps <= 96_000, "still digits": cfg.data == "digits"}
+    right = facts(dict(batch_size=64, max_steps=1500))
     return compare("ex5", lambda: facts(fn()), [()], lambda: right, hints=[
-        (lambda: right | {"images within 1,800 x 64": False}, "more images than this page has seen: lower batch_size or max_steps, or the comparison says nothing about the recipe"),
+        (lambda: right | {"images within 1,500 x 64": False}, "more images than this page has seen: lower batch_size or max_steps, or the comparison says nothing about the recipe"),
         (lambda: right | {"still digits": False}, "the numbers are made for digits: keep --data digits")])

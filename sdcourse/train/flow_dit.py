@@ -26,7 +26,7 @@ class Config(TrainConfig):
     "Options of the flow DiT; see `TrainConfig` for those that all tasks share."
     data: str = "digits" # digits | synthetic | a folder of cached latents
     size: str = "tiny/2" # model: tiny, S, B, L, XL or 452M, with patch 1, 2, 4 or 8 (Peebles & Xie 2023, table 1)
-    position: Literal["rope2d", "rope1d", "sincos"] = "rope2d" # how tokens know their place
+    position: Literal["rope2d", "rope2d+sincos", "rope1d", "sincos"] = "rope2d" # how tokens know their place
     mlp: Literal["swiglu", "gelu"] = "swiglu" # kind of MLP (DiT: gelu)
     qk_norm: bool = True # RMSNorm on queries and keys
     density: Literal["logit-normal", "uniform", "mode", "cosmap"] = "logit-normal" # how often each noise level is trained (Esser et al. 2024)
@@ -37,13 +37,13 @@ class Config(TrainConfig):
     flip: bool = True # mirror latents at random; digits are never mirrored
     latent: tuple[int, int] = (4, 32) # channels and side of synthetic latents
     vae: Free[str] = "" # folder of the AutoencoderKL that decodes samples and goes into the export; empty: none
-    guidance_scale: Free[float] = 2. # w in u + w (c - u) for samples; 1: none
+    guidance_scale: Free[float] = 1.25 # w in u + w (c - u) for samples; 1: none
     guidance_interval: Free[tuple[float, float]] = (0., 1.) # guide only at noise levels in between
     sampler: Free[Literal["euler", "heun", "midpoint", "stochastic"]] = "heun" # for samples
-    num_inference_steps: Free[int] = 20 # of the sampler
+    num_inference_steps: Free[int] = 15 # of the sampler
     num_samples: Free[int] = 500 # images for the numbers of a validation
     presets: ClassVar[dict] = dict(
-        tiny=dict(max_steps=1500, batch_size=128, lr=1e-3, lr_schedule="cosine", warmup_steps=50, ema_decay=0.995, log_every=50, checkpoint_every=500),
+        tiny=dict(max_steps=1500, batch_size=64, position="rope2d+sincos", lr=4e-3, lr_schedule="cosine", warmup_steps=150, beta2=0.99, ema_decay=0.999, log_every=50, checkpoint_every=500),
         full=dict(data="imagenet-latents", size="XL/2", mlp="gelu", position="sincos", qk_norm=False, batch_size=256, max_steps=400_000, lr=1e-4, ema_decay=0.9999,
                   density="uniform", precision="bf16", compile=True, num_workers=8, log_every=100, checkpoint_every=10_000, validate_every=10_000,
                   guidance_scale=1.5, sampler="euler", num_inference_steps=50, num_samples=0),
