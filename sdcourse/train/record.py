@@ -132,4 +132,4 @@ class Result:
         head = f"stopped by {self.stopped} at step {self.step} of {self.max_steps}: the same command goes on" if self.stopped else f"finished {self.step} steps"
         places = dict(samples="samples", metrics="metrics.jsonl", model="export", card="README.md")
         where = [f"{k:<22} {self.out / v}" for k, v in places.items() if (self.out / v).exists()]
-        return "\n".join([head, *where, *(f"{k:<22} {cell(v)}" for k, v in (self.metrics or {}).items() if k not in ("step", "loss_by_t"))])
+        return "\n".join([head, *where, *(f"{k:<22} {cell(v)}" for k, v in (self.metrics or {}).items() if k not in ("step", "samples", "loss_by_t"))])
