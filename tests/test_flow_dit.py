@@ -209,7 +209,7 @@ def test_command_line_end_to_end(tmp_path):
     assert done.returncode == 0, done.stderr
     for name in ("samples", "metrics.jsonl", "export", "README.md"):
         assert str(out / name) in done.stdout
-    assert "asked class" in done.stdout and "batch: 128 = micro 128 x ranks 1 x accumulation 1" in done.stderr
+    assert "asked class" in done.stdout and "batch: 64 = micro 64 x ranks 1 x accumulation 1" in done.stderr
     row = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     assert row["step"] == 30 and row["asked class"]["n"] == 50 and row["FD[digits-judge]"]["floor"] > 0 and row["mfu"] > 0 and row["val_loss"] > 0
     with Image.open(out / "samples" / "step-00000030.png") as im:

@@ -88,7 +88,7 @@ class Run:
         if cfg.compile:
             for block in task.blocks(self.module): block.compile()
         self.forward = self.module if ranks.world == 1 else DistributedDataParallel(
-            self.module, device_ids=[self.device] if self.device.type == "cuda" else None, gradient_as_bucket_view=True, broadcast_buffers=False)
+            self.module, device_ids=[self.device] if self.device.type == "cuda" else None, gradient_as_bucket_view=True)
         self.data = task.dataset("train")
         self.micros = tuple(micro_rows(rank_rows(cfg.batch_size, ranks.rank, ranks.world), cfg.micro_batch))
         self.order = Order(len(self.data), cfg.seed, getattr(self.data, "weights", None))
