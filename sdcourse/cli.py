@@ -43,4 +43,4 @@ def main(
     try: return verb_function(argv[0])(argv[1:]) or 0
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
-        return 2
+        return e.code

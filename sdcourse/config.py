@@ -160,6 +160,9 @@ class TrainConfig:
     seed: int = 0 # of data order, noise, timesteps and weights
     max_steps: int = 1000 # optimizer steps in all
     max_seconds: Free[float] = 0.0 # save and stop after this time, seconds; 0: never
+    stop_before: Free[float] = 60.0 # save and stop so long before the end of a SLURM job, seconds; a tenth of the job at most
+    requeue_code: Free[int] = 0 # exit code of a run that was stopped before its end, but not by a file STOP; slurm/train.sbatch sets 75
+    hang_seconds: Free[float] = 1800.0 # end the processes of a launcher when no rank makes progress for so long, seconds; 0: never
     batch_size: int = 128 # images per optimizer step over all ranks (DiT and SiT: 256)
     micro_batch: Free[int] = 0 # images per forward pass on one device; 0: no accumulation
     optimizer: str = "adamw" # adamw, or the import path of a class: package.Class
@@ -201,7 +204,7 @@ class TrainConfig:
             if wrong(self, world): raise UserError(text.format(c=self, world=world))
 
 _RANGES = [(lambda x: x > 0, "max_steps batch_size lr log_every keep max_bad_steps", "greater than 0"),
-           (lambda x: x >= 0, "seed max_seconds micro_batch lr_end warmup_steps weight_decay clip num_workers threads validate_every checkpoint_every", "0 or greater"),
+           (lambda x: x >= 0, "seed max_seconds stop_before hang_seconds micro_batch lr_end warmup_steps weight_decay clip num_workers threads validate_every checkpoint_every", "0 or greater"),
            (lambda x: 0 <= x < 1, "beta2 ema_decay", "at least 0 and less than 1")]
 _COMBINATIONS = [
     (lambda c, n: c.batch_size < n, "--batch-size {c.batch_size}: fewer images than the {world} ranks; use --batch-size {world} or more, or fewer ranks"),

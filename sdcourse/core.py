@@ -14,7 +14,8 @@ from pathlib import Path
 
 # %% ../nbs/engine/core.ipynb #f46d6803
 class UserError(Exception):
-    "Wrong input. Its text is one line: what is wrong, where, and what to do."
+    "Wrong input, or a world that refuses. Its text is one line: what is wrong, where, and what to do."
+    code = 2 # exit code of a command that ends with it
 
 # %% ../nbs/engine/core.ipynb #1962f98e
 def nearest(

@@ -1,8 +1,12 @@
-"""Run by torchrun: train the toy task with options from the command line (key=value); optionally raise the flag on one rank."""
+"""Run by torchrun, srun or by hand: train the toy task with options from the command line (key=value).
+
+stop_rank, stop_step: raise the flag on one rank. hook: lines of Python that plant a fault; they see `loop`, `toy`, `os`, `time` and `rank`.
+"""
 import ast
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -10,11 +14,13 @@ import torch
 torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parent))
 import sdcourse.train.loop as loop  # noqa: E402
-from toy import run  # noqa: E402
+import toy  # noqa: E402
+from sdcourse.core import UserError  # noqa: E402
+from sdcourse.dist import launched  # noqa: E402
 
-out, rank = Path(sys.argv[1]), int(os.environ.get("RANK", 0))
+out, rank = Path(sys.argv[1]), launched().rank
 over = {k: ast.literal_eval(v) for k, v in (a.split("=", 1) for a in sys.argv[2:])}
-stop_rank, stop_step = over.pop("stop_rank", None), over.pop("stop_step", None)
+stop_rank, stop_step, hook = over.pop("stop_rank", None), over.pop("stop_step", None), over.pop("hook", "")
 ids, step, place = [], loop.step, loop.Run.place
 
 
@@ -32,5 +38,10 @@ def seen(self, batch, data, items):
 
 
 loop.step, loop.Run.place = one, seen
-result = run(out, **over)
-Path(f"{out}.rank{rank}.json").write_text(json.dumps(dict(ids=ids, step=result.step, stopped=result.stopped)))
+exec(hook, dict(loop=loop, toy=toy, os=os, time=time, rank=rank, over=over, UserError=UserError))
+try:
+    result = toy.run(out, **over)
+except UserError as e:
+    print(f"error: {e}", file=sys.stderr)
+    sys.exit(e.code)
+Path(f"{out}.rank{rank}.json").write_text(json.dumps(dict(ids=ids, step=result.step, stopped=result.stopped, exit_code=result.exit_code)))

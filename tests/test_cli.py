@@ -84,11 +84,11 @@ def test_a_bug_keeps_its_trace(trained, monkeypatch):
     with pytest.raises(ZeroDivisionError): cli.main(["toy"])
 
 def test_more_ranks_than_images_are_refused_before_the_engine(trained, capsys, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
+    for k, v in dict(RANK="0", WORLD_SIZE="4", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="1234").items(): monkeypatch.setenv(k, v)
     assert cli.main("toy --batch-size 2".split()) == 2 and "--batch-size 2" in capsys.readouterr().err
 
 def test_only_rank_0_reports(trained, capsys, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
+    for k, v in dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="localhost", MASTER_PORT="1234").items(): monkeypatch.setenv(k, v)
     assert cli.main(["toy"]) == 0 and capsys.readouterr() == ("", "")
 
 def test_help_of_a_task_shows_the_presets_defaults(trained, capsys):

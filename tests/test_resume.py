@@ -1,14 +1,18 @@
 """R1: a run that was stopped and resumed equals one that was not, bit for bit."""
 import os
 import signal
+import subprocess
+import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
-from toy import run
+from toy import ToyTask, run
 
 import sdcourse.train.loop as loop
 from sdcourse.train.checkpoint import latest_checkpoint, load_checkpoint
+from sdcourse.train.stop import StopFlag
 from sdcourse.train.track import read_metrics
 
 
@@ -112,31 +116,75 @@ def test_killed_between_checkpoints_truncates_the_log(tmp_path):
     assert same(outcome(tmp_path / "whole"), outcome(tmp_path / "parts"))
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGUSR1", "file", "deadline"])
-def test_every_way_to_stop(tmp_path, how):
-    step = loop.step
+@pytest.mark.parametrize("when", ["training", "validation", "sampling", "saving"])
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGUSR1", "file STOP", "deadline", "end of the job"])
+def test_every_way_to_stop(tmp_path, monkeypatch, how, when):
+    "R7: asked in step 5, whatever runs then; saved and left within two steps, and the same command goes on."
+    flags, fired = [], []
+    opened, step, place, sample, save = StopFlag.__init__, loop.step, loop.Run.place, ToyTask.sample, loop.save_checkpoint
+    def remember(self, *args, **kwargs):
+        opened(self, *args, **kwargs)
+        flags.append(self)
+    def fire(where, n):
+        if where != when or n != 5 or fired: return
+        fired.append(n)
+        if how == "file STOP":
+            (tmp_path / "STOP").touch()
+            flags[-1]._looked = 0.0
+        elif how.startswith("SIG"): os.kill(os.getpid(), getattr(signal, how))
+        else: flags[-1].deadlines[how] = 0.0
     def one(r):
         step(r)
-        if r.step == 5 and how == "file":
-            (tmp_path / "STOP").touch()
-        elif r.step == 5 and how != "deadline":
-            os.kill(os.getpid(), getattr(signal, how))
-    raised = loop.StopFlag.raised
-    def now(self):
-        self._looked = 0.0
-        if how == "deadline" and self.deadline != float("inf") and (tmp_path / "samples").exists() and now.calls >= 4:
-            self.deadline = 0.0
-        now.calls += 1
-        return raised(self)
-    now.calls = 0
-    loop.step, loop.StopFlag.raised = one, now
-    try:
-        result = run(tmp_path, max_seconds=1000 if how == "deadline" else 0)
-    finally:
-        loop.step, loop.StopFlag.raised = step, raised
-    assert result.exit_code == 0 and 5 <= result.step <= 7
-    assert result.stopped == {"file": "file STOP"}.get(how, how)
+        fire("training", r.step)
+    def placed(self, batch, data, items):
+        if data is not self.data: fire("validation", self.step)
+        return place(self, batch, data, items)
+    def sampled(self, module, path):
+        fire("sampling", int(path.stem[5:]))
+        sample(self, module, path)
+    def saved(root, n, **parts):
+        fire("saving", n)
+        return save(root, n, **parts)
+    for owner, name, new in ((StopFlag, "__init__", remember), (loop, "step", one), (loop.Run, "place", placed), (ToyTask, "sample", sampled), (loop, "save_checkpoint", saved)):
+        monkeypatch.setattr(owner, name, new)
+    over = dict(requeue_code=75, validate_every=5, checkpoint_every=5)
+    result = run(tmp_path, **over)
+    assert fired and 5 <= result.step <= 7 and result.stopped == how
+    assert result.exit_code == (0 if how == "file STOP" else 75) # a person who asks for a stop does not want it requeued
     path, skipped = latest_checkpoint(tmp_path / "checkpoints")
     assert load_checkpoint(path)["state"]["step"] == result.step and not skipped
     assert not (tmp_path / "STOP").exists() and not (tmp_path / "export").exists()
-    assert run(tmp_path).step == 12
+    again = run(tmp_path, **over)
+    assert (again.step, again.stopped, again.exit_code) == (12, "", 0)
+
+
+def test_a_stopped_run_exits_with_0_unless_it_is_told_otherwise(tmp_path):
+    with watched(3): result = run(tmp_path)
+    assert (result.stopped, result.exit_code) == ("SIGUSR1", 0)
+
+
+def test_a_signal_before_the_run_is_built_is_not_lost(tmp_path):
+    with StopFlag():
+        os.kill(os.getpid(), signal.SIGTERM)
+        result = run(tmp_path)
+    assert result.stopped == "SIGTERM" and result.step <= 2 and latest_checkpoint(tmp_path / "checkpoints")[0]
+
+
+def test_readers_outlive_a_signal_to_the_whole_group(tmp_path):
+    "SLURM signals every process of a step: the processes that read data must not die of it, or the last checkpoint is lost."
+    code = f"""
+import os, signal, sys
+sys.path[:0] = [{str(Path(__file__).parent)!r}]
+import sdcourse.train.loop as loop
+from toy import ToyTask, run
+step = loop.step
+def one(r):
+    step(r)
+    if r.step == 5: os.killpg(0, signal.NAME)
+loop.step = one
+r = run({str(tmp_path)!r} + '/NAME', num_workers=2, requeue_code=75)
+print(r.step, r.stopped, r.exit_code)
+"""
+    for name in ("SIGUSR1", "SIGTERM"):
+        done = subprocess.run([sys.executable, "-c", code.replace("NAME", name)], capture_output=True, text=True, timeout=50, start_new_session=True)
+        assert done.returncode == 0 and done.stdout.strip() == f"5 {name} 75", done.stdout + done.stderr[-1500:]
