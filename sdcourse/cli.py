@@ -13,6 +13,7 @@ from .core import UserError, nearest
 # %% ../nbs/engine/cli.ipynb #77e681ad
 VERBS = { # verb: (what to call, what it does)
     "train": ("sdcourse.train.__main__:main", "train a model: sdcourse train TASK --preset tiny"),
+    "sweep": ("sdcourse.sweep:main", "train a task once for each combination of options, and make one table"),
     "bench": ("sdcourse.bench:main", "measure images per second, memory and MFU of a task"),
     "doctor": ("sdcourse.doctor:main", "what this machine has, and what is missing for which lesson"),
 }

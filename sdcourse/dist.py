@@ -7,7 +7,7 @@ __all__ = ['RANK_VARIABLES', 'STEP_VARIABLES', 'LOST', 'REQUEUE', 'Launch', 'fir
            'gpu_of', 'LostRank', 'Ranks', 'join', 'Agreement', 'Job', 'job']
 
 # %% ../nbs/09_cluster.ipynb #6b65327a
-import atexit, errno, os, re, socket
+import atexit, errno, gc, os, re, socket
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -202,8 +202,14 @@ def _meet(me, device, timeout, meet):
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore("train", store), rank=me.rank, world_size=me.world,
                             timeout=seconds(timeout), device_id=device if device.type == "cuda" else None)
     control = dist.new_group(backend="gloo", timeout=seconds(timeout))
-    atexit.register(dist.destroy_process_group)
+    atexit.register(_leave)
     return store.clone(), control
+
+def _leave():
+    "Let go of groups and store while Python still stands; their threads abort the process when they outlive it."
+    dist.destroy_process_group()
+    _met.clear()
+    gc.collect()
 
 def _unmet(me, meet, why):
     "The error of ranks that did not find each other."
