@@ -1,7 +1,10 @@
 """The loop: accumulation, guards, validation, refusals, what a run leaves behind."""
 import json
 import logging
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -319,6 +322,29 @@ def test_memory_is_flat_over_many_steps(tmp_path):
     for _ in range(100):
         step(r)
     assert alive() <= before
+
+
+def test_memory_of_the_process_is_flat(tmp_path):
+    "R16: a real task, validation and pictures included; resident memory of step 500 is that of step 50, to 2 % or 16 MB."
+    code = """
+import json, sys
+import psutil, torch
+import sdcourse.train.loop as loop
+from sdcourse.train.flow_dit import Config, Task
+from sdcourse.config import resolve
+torch.set_num_threads(1)
+step, seen = loop.step, {}
+def one(r):
+    step(r)
+    seen[r.step] = psutil.Process().memory_info().rss
+loop.step = one
+loop.train(Task(resolve(Config, overrides=dict(out=sys.argv[1], size="tiny/8", batch_size=16, max_steps=500, validate_every=25, checkpoint_every=50, log_every=10, num_samples=0, num_inference_steps=2, device="cpu"))))
+print(json.dumps([seen[50], seen[500]]))
+"""
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], capture_output=True, text=True, timeout=58, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stderr[-2000:]
+    before, after = json.loads(done.stdout.splitlines()[-1])
+    assert after - before <= max(0.02 * before, 16e6), (before, after)
 
 
 def test_a_branch_needs_its_own_folder(tmp_path):

@@ -50,6 +50,20 @@ def test_a_flag_on_one_rank_stops_both_at_the_same_step(tmp_path):
     assert max((final["tensors"]["model"][k] - whole["tensors"]["model"][k]).abs().max().item() for k in whole["tensors"]["model"]) <= 1e-9
 
 
+@pytest.mark.parametrize("over, limit", [(dict(precision="fp64"), 1e-9), (dict(lr=1e-4), 1e-5)])
+def test_another_number_of_ranks_on_the_way(tmp_path, over, limit):
+    "R3: one rank, then two, then one again: the ids of every step and, to rounding, the weights of a run that was left alone."
+    over = dict(lr_schedule="cosine", warmup_steps=3) | over
+    whole, (alone,) = launch(tmp_path / "whole", 1, **over)
+    _, (first,) = launch(tmp_path / "run", 1, stop_rank=0, stop_step=4, **over)
+    _, both = launch(tmp_path / "run", 2, stop_rank=1, stop_step=7, **over)
+    final, (last,) = launch(tmp_path / "run", 1, **over)
+    assert (first["step"], both[0]["step"], last["step"]) == (4, 8, 12)
+    assert alone["ids"] == first["ids"] + [a + b for a, b in zip(both[0]["ids"], both[1]["ids"])] + last["ids"]
+    for name in ("model", "ema"): assert max((final["tensors"][name][k] - v).abs().max().item() for k, v in whole["tensors"][name].items()) <= limit
+    assert [r["step"] for r in read_metrics(tmp_path / "run")] == [3, 6, 9, 12]
+
+
 def test_a_bad_loss_on_one_rank_skips_the_step_on_both(tmp_path):
     "The NaN item reaches one rank only; weights stay finite and equal to those of one process."
     over = dict(precision="fp64", poison=3, max_steps=12)
