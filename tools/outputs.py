@@ -80,7 +80,7 @@ def run_here(path):
         if cell.cell_type != "code" or "nbdev_export" + "(" in cell.source: return True
         marks = getattr(cell, "directives_", None) or {}
         if marks.get("eval:", [""])[0].lower() == "false" or flags & marks.keys(): return True
-        ran[cell.id] = cell
+        cell["outputs"], ran[cell.id] = [], cell # a cell that says nothing any more keeps nothing
 
     try: shell.run_all(nb, exc_stop=True, preproc=skip)
     except BaseException: raise SystemExit(shell.prettytb(fname=path.name))
