@@ -14,16 +14,19 @@ ifneq ("$(shell cat $(VENV)/.here 2>/dev/null)","$(CURDIR)")
 MOVED = moved
 endif
 
-.PHONY: help train test lab check sync fresh outputs readme text nb mutants shot budgets lock clean moved
+.PHONY: help train test test-slurm lab check sync fresh outputs readme text nb mutants shot budgets lock clean moved
 
 help:          ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 train: $(VENV)/.base  ## install if needed, then train the tiny flow DiT on real handwritten digits
 	$(PY) -m sdcourse.train flow_dit --preset tiny $(ARGS)
 
 test: $(VENV)/.dev    ## install if needed, then check, run every notebook, run every test
 	$(PY) tools/test.py $(ARGS)
+
+test-slurm: $(VENV)/.dev ## the tests on a real SLURM of two nodes (root; apt-get install slurm-wlm munge)
+	$(PY) tools/test.py slurm $(ARGS)
 
 lab: $(VENV)/.dev     ## JupyterLab on the lessons
 	$(PY) -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS) nbs/00_diffusion.ipynb

@@ -27,6 +27,7 @@ LESSONS = { # lesson: (packages beyond BASE, the extra that brings them)
     "06 flow DiT": ([], ""),
     "07 evaluation": (["pytorch-fid", "lpips"], "course"),
     "08 attention and NCUT": (["ncut-pytorch"], "course"),
+    "09 on a cluster": ([], ""),
     "reading in JupyterLab": (["jupyterlab", "ipywidgets", "ipykernel"], "lab"),
     "trackers (--tracker)": (["tensorboard", "wandb"], "track"),
     "make test": (["nbdev", "pytest", "pytest-timeout", "ruff", "jupytext"], "dev"),

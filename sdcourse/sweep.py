@@ -6,7 +6,7 @@
 __all__ = ['MACHINE', 'combinations', 'run_name', 'plan', 'rows', 'write_table', 'train_all', 'main']
 
 # %% ../nbs/engine/sweep.ipynb #70aaac3b
-import argparse, fcntl, importlib, itertools, json, sys
+import argparse, fcntl, importlib, itertools, sys
 from pathlib import Path
 
 from .config import parse_args

@@ -26,8 +26,9 @@ run_ranks() {
     SLURM_JOB_END_TIME=$(date -d "$(squeue -h -j "$SLURM_JOB_ID" -o %e)" +%s 2>/dev/null) && export SLURM_JOB_END_TIME
   fi
   trap 'cancelled=yes' TERM # scancel and the time limit; the ranks get it too, save and leave, and we wait for them
-  # shellcheck disable=SC2086
-  srun --label --kill-on-bad-exit=1 $PYTHON -m "$@" &
+  # A rank is deaf until Python has opened its flag: in its first moments a signal would kill it, and nothing would be saved or requeued.
+  # shellcheck disable=SC2016,SC2086
+  srun --label --kill-on-bad-exit=1 bash -c 'trap "" USR1 TERM; exec "$@"' rank $PYTHON -m "$@" &
   ranks=$!
   while kill -0 $ranks 2>/dev/null; do wait $ranks; done
   wait $ranks

@@ -107,6 +107,11 @@ def test_help_is_quick_and_imports_no_torch():
     assert python("-c", code).returncode == 0
     assert min(cpu_seconds("-m", "sdcourse.train", "--help") for _ in range(2)) < 1.0
 
+def test_a_signal_after_the_work_does_not_change_the_exit_code():
+    "`srun` sends SIGTERM to all ranks as soon as one leaves with a code other than 0; the others may still be on their way out."
+    code = "import atexit, os, runpy, signal, sys; atexit.register(lambda: [os.kill(os.getpid(), s) for s in (signal.SIGTERM, signal.SIGUSR1)]); sys.argv[1:] = ['--help']; runpy.run_module('sdcourse.train', run_name='__main__', alter_sys=True)"
+    assert python("-c", code).returncode == 0
+
 def test_unknown_task_as_a_process():
     done = python("-m", "sdcourse.train", "flow_ditt")
     assert (done.returncode, done.stdout) == (2, "") and done.stderr == "error: flow_ditt: unknown task; did you mean 'flow_dit'?\n"

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from toy import ToyTask, run
 
 import sdcourse.train.loop as loop
 from sdcourse.train.checkpoint import latest_checkpoint, load_checkpoint
-from sdcourse.train.stop import StopFlag
+from sdcourse.train.stop import StopFlag, end_of_job
 from sdcourse.train.track import read_metrics
 
 
@@ -168,6 +169,16 @@ def test_a_signal_before_the_run_is_built_is_not_lost(tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
         result = run(tmp_path)
     assert result.stopped == "SIGTERM" and result.step <= 2 and latest_checkpoint(tmp_path / "checkpoints")[0]
+
+
+def test_the_end_of_the_job_is_a_deadline(tmp_path, monkeypatch):
+    "A job whose script did not ask for a signal still saves in time: a minute before its end, or a tenth of it."
+    now = time.time()
+    for left, expected in ((3600, 3540), (100, 90), (-5, -5)):
+        monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(now) + left))
+        assert abs(end_of_job() - expected) < 3
+    result = run(tmp_path, requeue_code=75)
+    assert (result.stopped, result.exit_code) == ("end of the job", 75) and result.step == 1
 
 
 def test_readers_outlive_a_signal_to_the_whole_group(tmp_path):

@@ -4,7 +4,8 @@ Sizes are gated by tests/test_repo.py, which uses the counts below. Times are pr
 
 A *code line* is a line that holds code: blank lines, comments alone on their line, docstrings and the `__all__` that nbdev writes do
 not count, and a signature is one line, however many lines its documented parameters take. The *engine* is what
-`sdcourse.train.loop` and `python -m sdcourse.train` import from this package, directly or not; a task is not part of it.
+`sdcourse.train.loop` and `python -m sdcourse.train` import from this package, directly or not, as far as its notebook lies in nbs/engine: a task is
+not part of it, and neither is a lesson's own module (`sdcourse.dist` is that of lesson 09).
 """
 import ast, io, os, subprocess, sys, time, tokenize
 from pathlib import Path
@@ -64,6 +65,13 @@ def closure(names, known):
     return found
 
 
+def engine(known):
+    "The modules of the engine, and the lessons' modules that it imports."
+    found = closure(ENGINE, known)
+    lessons = {n for n in found if "/engine/" not in known[n].read_text(encoding="utf-8").partition("File to edit:")[2].partition("\n")[0]}
+    return found - lessons, {n for n in lessons if code_lines(known[n].read_text(encoding="utf-8"))}
+
+
 def functions(source):
     "(name, 1 + code lines of the body) of every function."
     lines = code_lines(source)
@@ -84,9 +92,9 @@ def seconds(argv):
 def main():
     known = modules()
     count = {n: len(code_lines(p.read_text(encoding="utf-8"))) for n, p in known.items()}
-    engine = closure(ENGINE, known)
-    print(f"engine: {sum(count[n] for n in engine)} code lines of at most {MOST['engine']}")
-    for n in sorted(engine, key=count.get, reverse=True): print(f"  {count[n]:5} {n}")
+    own, lessons = engine(known)
+    print(f"engine: {sum(count[n] for n in own)} code lines of at most {MOST['engine']}, and {sum(count[n] for n in lessons)} of lessons that it stands on")
+    for n in sorted(own | lessons, key=count.get, reverse=True): print(f"  {count[n]:5} {n}{' (a lesson)' if n in lessons else ''}")
     for what, (argv, most) in TIMES.items():
         try: took = seconds(argv)
         except subprocess.CalledProcessError as e: print(f"{what}: failed with exit code {e.returncode}"); continue

@@ -3,7 +3,7 @@
 Trains the tiny flow DiT on two nodes in a job whose time limit is one minute, so that it has to be stopped and requeued until it is done, and once
 more without a limit. Writes nbs/recorded/09_cluster.json: when each row of the log appeared, the log itself, and whether the weights are equal.
 """
-import json, os, re, shutil, sys, tempfile, time
+import re, shutil, sys, tempfile, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent

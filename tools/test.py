@@ -1,8 +1,9 @@
-"""Everything that `make test` does.   python tools/test.py [pytest options]        python tools/test.py sum
+"""Everything that `make test` does.   python tools/test.py [pytest options]        python tools/test.py slurm        python tools/test.py sum
 
 check      tools/check.py: what is generated is in step with its source
 notebooks  nbdev_test of every notebook, one worker, two threads; it must name each notebook as completed and print `Success.`
-tests      pytest, with every skipped test named
+tests      pytest without those that need a SLURM, with every skipped test named
+slurm      by itself (make test-slurm, .ci/run): the tests on a real two-node SLURM; they say so when there can be none
 
 Each stage leaves its counts in build/results, and the last line is `N passed, N failed`: notebooks and tests that really ran. A check that
 fails, a surviving mutant and a stage without a result count as failed. `sum` prints that line again, with the mutants when they ran.
@@ -15,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "build" / "results"
 STAGES = ("check", "notebooks", "tests")
-LIMITS = {"notebooks": 25 * 60, "tests": 25 * 60} # seconds; a hang is a failure, not a wait
+LIMITS = {"notebooks": 25 * 60, "tests": 25 * 60, "slurm": 15 * 60} # seconds; a hang is a failure, not a wait
 ENV = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", "WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1", "MPLCONFIGDIR": str(ROOT / "build" / "mpl")}
 
 
@@ -73,16 +74,23 @@ def notebooks():
     return keep("notebooks", passed, len(problems))
 
 
-def tests(options):
-    say("tests: pytest")
-    report = RESULTS / "pytest.xml"
+def tests(options, stage="tests", mark="not slurm"):
+    say(f"{stage}: pytest")
+    report = RESULTS / f"pytest-{stage}.xml"
     report.unlink(missing_ok=True)
-    code, _ = stream([sys.executable, "-m", "pytest", "--durations=8", f"--junitxml={report}", *options], LIMITS["tests"])
-    if not report.exists(): return keep("tests", 0, 1)
+    code, _ = stream([sys.executable, "-m", "pytest", "-m", mark, "--durations=8", f"--junitxml={report}", *options], LIMITS[stage])
+    if not report.exists(): return keep(stage, 0, 1)
     suite = xml.parse(report).getroot().find("testsuite")
     count = {k: int(suite.get(k)) for k in ("tests", "failures", "errors", "skipped")}
     failed = count["failures"] + count["errors"]
-    return keep("tests", count["tests"] - failed - count["skipped"], failed or int(code != 0), skipped=count["skipped"])
+    return keep(stage, count["tests"] - failed - count["skipped"], failed or int(code != 0), skipped=count["skipped"])
+
+
+def slurm(options):
+    "On a real SLURM, or a loud word that there is none."
+    failed = tests(["tests/test_slurm.py", *options], "slurm", "slurm")
+    if json.loads((RESULTS / "slurm.json").read_text(encoding="utf-8")).get("skipped"): print("!!!! NO SLURM: the tests on a real SLURM were skipped; they need root, Linux, and Debian's slurm-wlm and munge", flush=True)
+    return int(failed > 0)
 
 
 def checks():
@@ -94,10 +102,10 @@ def checks():
 def total():
     "The last line, from what the stages left."
     bad = good = 0
-    for stage in (*STAGES, "mutants"):
+    for stage in (*STAGES, "slurm", "mutants"):
         path = RESULTS / f"{stage}.json"
         if not path.exists():
-            if stage == "mutants": continue
+            if stage not in STAGES: continue
             print(f"{stage}: no result")
             bad += 1
             continue
@@ -122,4 +130,4 @@ def main(options):
 
 
 if __name__ == "__main__":
-    raise SystemExit(total() if sys.argv[1:] == ["sum"] else main(sys.argv[1:]))
+    raise SystemExit(total() if sys.argv[1:] == ["sum"] else slurm(sys.argv[2:]) if sys.argv[1:2] == ["slurm"] else main(sys.argv[1:]))
