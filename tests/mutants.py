@@ -78,6 +78,7 @@ def main(argv=None):
     ask.add_argument("words", nargs="*"); ask.add_argument("-j", type=int, default=2); ask.add_argument("--list", action="store_true")
     args = ask.parse_args(argv)
     chosen = [m for m in MUTANTS if not args.words or any(w in m[0] or w in m[1] for w in args.words)]
+    if not chosen: raise SystemExit(f"no mutant has {' or '.join(args.words)} in its name or file: --list shows all")
     if why := cluster.missing():
         kept = [m for m in chosen if "test_slurm" not in m[4]]
         if len(kept) < len(chosen): print(f"!!!! NO SLURM: {len(chosen) - len(kept)} mutants of the batch scripts are left out ({why})", flush=True)
