@@ -242,4 +242,18 @@ PLANTED = {
     ('tests/conftest.py', 'tests/test_offline.py'): [
         ('the network is open in child processes', '"PYTHONPATH": first(OFFLINE, ROOT)', '"PYTHONPATH": first(ROOT)', 'test_connections_are_refused_in_child_processes'),
     ],
+    ('sdcourse/data/imagefolder.py', 'tests/test_imagefolder.py'): [
+        ('image folder: a failed write leaves debris', '    finally: tmp.unlink(missing_ok=True)', '    finally: pass', 'test_a_death_while_writing_leaves_no_picture'),
+        ('image folder: metadata of a stopped run', '        if n < len(jobs):', '        if False:', 'test_a_stop_is_answered_and_the_same_command_goes_on'),
+        ('image folder: an empty file counts as a picture', 'if path.is_file() and path.stat().st_size: return ""', 'if path.is_file(): return ""', 'test_a_picture_that_is_there_is_not_made_again_and_an_empty_one_is'),
+        ('image folder: workers outlive their parent', '    while os.getppid() == parent: time.sleep(0.5)', '    while True: time.sleep(0.5)', 'test_no_worker_outlives_its_parent'),
+        ('image folder: bad pictures stay in the metadata', ' and (split, j.file) not in bad)', ')', 'test_too_many_bad_ones_stop_the_work'),
+        ('image folder: any share of bad pictures passes', 'if len(bad) > limit * len(jobs):', 'if False:', 'test_too_many_bad_ones_stop_the_work'),
+        ('image folder: two recipes in one folder', 'if have["plan"] != want["plan"]:', 'if False:', 'test_another_recipe_is_refused'),
+        ('image folder: a foreign folder is taken', 'if out.exists() and any(out.iterdir()):', 'if False:', 'test_another_recipe_is_refused'),
+        ('image folder: ../ in a name is followed', 'or ".." in name.parts or', 'or', 'test_names_stay_below_the_folder'),
+        ('image folder: ids may repeat', 'or job.row["id"] in ids:', 'or False:', 'test_ids_and_names_are_used_once'),
+        ('image folder: absolute names in the metadata', '({"file_name": j.file, **j.row}', '({"file_name": str((out / split / j.file).resolve()), **j.row}', 'test_rows_name_pictures_relative_to_their_split'),
+        ('image folder: results in another order', '            if len(waiting) > 3 * workers: yield from waiting.popleft().result()', '            if len(waiting) > 3 * workers: yield from waiting.pop().result()', 'test_results_come_in_order_from_other_processes'),
+    ],
 }
