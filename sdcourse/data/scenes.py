@@ -65,14 +65,12 @@ def _pairs(u, numbers):
     "Shapes and colours, [n,2] each: the first of test scenes is a held-out pair, all others are known ones and differ from each other."
     shape, colour = (u[:, :2] * len(SHAPES)).astype(np.int64), (u[:, 2:4] * len(COLOURS)).astype(np.int64)
     shape[:, 1] = (shape[:, 0] + 1 + (u[:, 1] * (len(SHAPES) - 1)).astype(np.int64)) % len(SHAPES)
-    for _ in range(3):
-        wrong = held_out(shape, colour)
-        wrong[:, 1] |= colour[:, 1] == colour[:, 0]
-        colour = (colour + wrong) % len(COLOURS)
+    colour = (colour + held_out(shape, colour)) % len(COLOURS)
     test = numbers % 10 == 0
     colour[test, 0] = (3 * shape[test, 0] + 1) % len(COLOURS)
     clash = colour[:, 1] == colour[:, 0]
-    colour[clash, 1] = (colour[clash, 1] + 1 + held_out(shape[clash, 1], (colour[clash, 1] + 1) % len(COLOURS))) % len(COLOURS)
+    colour[clash, 1] = (colour[clash, 1] + 1) % len(COLOURS)
+    colour[:, 1] = (colour[:, 1] + held_out(shape[:, 1], colour[:, 1])) % len(COLOURS)
     return shape, colour
 
 # %% ../../nbs/data/scenes.ipynb #7868e679
