@@ -305,4 +305,18 @@ PLANTED = {
         ('celeba: odd values count as no', '    if wrong := np.argwhere((values != "1") & (values != "-1")).tolist():', '    if wrong := []:', 'test_mistakes_in_tables_name_file_and_line'),
         ('celeba: short tables pass', '    if skip == 2 and str(len(rows)) != lines[0].strip():', '    if False:', 'test_mistakes_in_tables_name_file_and_line'),
     ],
+    ('sdcourse/data/imagenet.py', 'tests/test_imagenet.py'): [
+        ('imagenet: bilinear instead of bicubic', 'Resampling.BICUBIC)', 'Resampling.BILINEAR)', 'test_the_crop_is_adms'),
+        ('imagenet: no halving before the resize', '    while min(image.size) >= 2 * size:', '    while False:', 'test_the_crop_is_adms'),
+        ('imagenet: halving one time too few', '    while min(image.size) >= 2 * size:', '    while min(image.size) > 2 * size:', 'test_the_crop_is_adms'),
+        ('imagenet: the corner instead of the middle', '(image.width - size) // 2, (image.height - size) // 2', '0, 0', 'test_the_crop_is_adms'),
+        ('imagenet: sizes cut instead of rounded', '(round(image.width * scale), round(image.height * scale))', '(int(image.width * scale), int(image.height * scale))', 'test_the_crop_is_adms'),
+        ('imagenet: grey pictures stay grey', '    image = image.convert("RGB")\n', '', 'test_grey_cmyk_and_palette_become_rgb'),
+        ('imagenet: classes in the order of the validation part', '    synsets = sorted(p.name for p in (data / "train").iterdir() if p.is_dir())', '    synsets = sorted((p.name for p in (data / "train").iterdir() if p.is_dir()), reverse=True)', 'test_classes_are_sorted_synsets_and_validation_may_be_flat'),
+        ('imagenet: a row of another row group', '_group(path, where[0])[where[1]]', '_group(path, 0)[where[1] % 37]', 'test_digits_survive_the_way_through_parquet'),
+        ('imagenet: held-out digits are trained on', '{"train": "train", "test": "validation"}[split], label', '"train", label', 'test_digits_survive_the_way_through_folders'),
+        ('imagenet: rows without label are taken', 'if row["label"] >= 0: rows.append', 'if True: rows.append', 'test_unlabelled_rows_are_left_out'),
+        ('imagenet: class names are folder names', '[names.get(s, s).strip() for s in synsets]', 'list(synsets)', 'test_classes_are_sorted_synsets_and_validation_may_be_flat'),
+        ('imagenet: an unknown validation class becomes class 0', '    if lost := next((r for r in rows if r[1] not in label), None):', '    label.setdefault("n02", 0)\n    if lost := next((r for r in rows if r[1] not in label), None):', 'test_a_validation_class_that_training_lacks_is_refused'),
+    ],
 }
