@@ -319,4 +319,16 @@ PLANTED = {
         ('imagenet: class names are folder names', '[names.get(s, s).strip() for s in synsets]', 'list(synsets)', 'test_classes_are_sorted_synsets_and_validation_may_be_flat'),
         ('imagenet: an unknown validation class becomes class 0', '    if lost := next((r for r in rows if r[1] not in label), None):', '    label.setdefault("n02", 0)\n    if lost := next((r for r in rows if r[1] not in label), None):', 'test_a_validation_class_that_training_lacks_is_refused'),
     ],
+    ('sdcourse/data/photos.py', 'tests/test_photos.py'): [
+        ('photos: regions touch', 'GAP = 4 #', 'GAP = 0 #', 'test_regions_are_a_jpeg_block_apart'),
+        ('photos: crops split at random, not by region', 'split=split.get(k, "train")', 'split=split.get(i, "train")', 'test_no_crop_of_one_split_touches_another'),
+        ('photos: crops leave their regions', 'x, y = (left + u[:, 1] * (right - left - side)).astype(int)', 'x, y = (left + u[:, 1] * (right - left)).astype(int)', 'test_crops_are_squares_large_enough_for_their_captions'),
+        ('photos: captions of the neighbour', 'text=photo.regions[k]', 'text=photo.regions[k - 1]', 'test_crops_are_squares_large_enough_for_their_captions'),
+        ('photos: any picture under the name is taken', ' and sha256(path)[:16] == photograph.sha else None', ' else None', 'test_another_picture_under_the_same_name_is_left_out'),
+        ('photos: relative names instead of file addresses', '(Path(folder).resolve() / f"{c[\'id\']}.png").as_uri()', 'f"{c[\'id\']}.png"', 'test_the_table_has_unsplashs_columns_and_its_files_exist'),
+        ('photos: a finished folder is never looked at again', '    claim(out, state, options)\n', '    if claim(out, state, options): return True\n', 'test_a_moved_folder_gets_a_new_table'),
+        ('photos: a table of a stopped run', '        if len(done) < len(jobs):', '        if False:', 'test_a_stopped_run_has_no_table_and_goes_on'),
+        ('photos: all photographs have one licence', 'photo.name, c["text"], photo.licence,', 'photo.name, c["text"], CC0,', 'test_the_table_has_unsplashs_columns_and_its_files_exist'),
+        ('photos: what is missing is not said', '("" if len(here) == len(PHOTOGRAPHS) else', '("" if True else', 'test_what_is_missing_is_named'),
+    ],
 }
