@@ -171,3 +171,31 @@ def test_wrong_input_is_refused_before_anything_is_written(argv, words, tmp_path
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as e: main(argv)
     assert words in str(e.value) and "\n" not in str(e.value) and not list(tmp_path.iterdir())
+
+
+def test_two_processes_are_nearly_twice_as_fast():
+    "At least 1.7 on two free cores; three attempts, for a machine has hiccups. A busy machine is no defect."
+    import os
+    import psutil
+    from sdcourse.data.imagenet import BenchOptions, bench
+    if len(os.sched_getaffinity(0)) < 2: pytest.skip("one core")
+    found = []
+    for _ in range(3):
+        if psutil.cpu_percent(interval=1) > 20: continue
+        found.append(bench(BenchOptions(pictures=300, size=256, repeats=1))["ratio"])
+        if found[-1] >= 1.7: return
+    if not found: pytest.skip("the cores are not free")
+    assert max(found) >= 1.7, found
+
+
+def test_bench_says_what_it_measured(capsys, monkeypatch):
+    import time
+    from sdcourse.data import imagenet
+    def work(source, out, options):
+        time.sleep(0.4 / options.workers)
+        out.mkdir()
+    monkeypatch.setattr(imagenet, "prepare_imagenet", work)
+    assert imagenet.main_bench(["--pictures", "2", "--size", "32", "--repeats", "1"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["pictures"] == 2 and said["workers"] == 2 and said["one_process_s"] >= 0.4 and 1.3 < said["ratio"] < 2.7
+    with pytest.raises(UserError, match="positive"): imagenet.main_bench(["--pictures", "0"])

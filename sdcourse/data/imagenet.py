@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NAMES', 'PARQUET', 'SUFFIXES', 'centre_crop', 'DigitsOptions', 'main_digits', 'read_folders', 'read_parquet',
-           'ImageNetOptions', 'crop_source', 'prepare_imagenet', 'main']
+           'ImageNetOptions', 'crop_source', 'prepare_imagenet', 'main', 'BenchOptions', 'bench', 'main_bench']
 
 # %% ../../nbs/data/imagenet.ipynb #2b645e4c
 import csv, io, json
@@ -199,3 +199,50 @@ def main(
     where, rest = places(argv, ("SRC", "OUT"), "sdcourse prepare imagenet")
     options, _ = parse_args(ImageNetOptions, rest, "sdcourse prepare imagenet SRC OUT")
     return 0 if prepare_imagenet(*where, options) else 3
+
+# %% ../../nbs/data/imagenet.ipynb #8ae4422c
+@dataclass
+class BenchOptions:
+    "Options of `sdcourse prepare bench`."
+    pictures: int = 300 # JPEGs to prepare
+    size: int = 512 # side of the result, pixels
+    workers: int = 2 # processes to compare with one
+    repeats: int = 2 # measurements of each; the best counts
+
+def _bench_source(folder, options):
+    "JPEGs half as large again as wanted: smooth colours with some noise, like photographs."
+    import numpy as np
+    from PIL import Image
+    (folder / "train/n0").mkdir(parents=True)
+    rng, (h, w) = np.random.default_rng(0), (options.size * 3 // 2, options.size * 2)
+    base = np.asarray(Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((w, h), Image.Resampling.BICUBIC), np.int16)
+    picture = Image.fromarray(np.clip(base + rng.integers(-12, 13, base.shape), 0, 255).astype(np.uint8))
+    for i in range(options.pictures): picture.rotate(180 * (i % 2)).save(folder / "train/n0" / f"{i}.jpg", quality=90)
+
+def bench(
+    options: BenchOptions, # pictures, size, workers
+) -> dict: # seconds of one process and of several, and their ratio
+    "Prepare the same pictures with one process and with several, in turn."
+    import importlib, os, shutil, tempfile, time
+    importlib.import_module("sdcourse.train.stop") # so that no measurement pays for torch
+    if min(options.pictures, options.size, options.workers, options.repeats) < 1: raise UserError("--pictures, --size, --workers, --repeats: give positive numbers")
+    took = {1: [], options.workers: []}
+    with tempfile.TemporaryDirectory() as folder:
+        _bench_source(Path(folder) / "src", options)
+        for k in range(options.repeats):
+            for workers in took:
+                out, start = Path(folder) / f"{workers}-{k}", time.perf_counter()
+                prepare_imagenet(Path(folder) / "src", out, ImageNetOptions(size=options.size, workers=workers))
+                took[workers].append(time.perf_counter() - start)
+                shutil.rmtree(out)
+    one, many = (min(v) for v in took.values()) if options.workers > 1 else (min(took[1]),) * 2
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return dict(pictures=options.pictures, size=options.size, cores=cores, one_process_s=round(one, 2), workers=options.workers, workers_s=round(many, 2), ratio=round(one / many, 2), load=round(os.getloadavg()[0], 1))
+
+def main_bench(
+    argv: list, # options
+) -> int: # 0
+    "`sdcourse prepare bench --pictures 300 --size 512`: prints JSON."
+    options, _ = parse_args(BenchOptions, list(argv), "sdcourse prepare bench")
+    print(json.dumps(bench(options)))
+    return 0
