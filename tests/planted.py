@@ -306,7 +306,7 @@ PLANTED = {
         ('celeba: short tables pass', '    if skip == 2 and str(len(rows)) != lines[0].strip():', '    if False:', 'test_mistakes_in_tables_name_file_and_line'),
     ],
     ('sdcourse/data/imagenet.py', 'tests/test_imagenet.py'): [
-        ('imagenet: bilinear instead of bicubic', 'Resampling.BICUBIC)', 'Resampling.BILINEAR)', 'test_the_crop_is_adms'),
+        ('imagenet: bilinear instead of bicubic', 'round(image.height * scale)), Resampling.BICUBIC)', 'round(image.height * scale)), Resampling.BILINEAR)', 'test_the_crop_is_adms'),
         ('imagenet: no halving before the resize', '    while min(image.size) >= 2 * size:', '    while False:', 'test_the_crop_is_adms'),
         ('imagenet: halving one time too few', '    while min(image.size) >= 2 * size:', '    while min(image.size) > 2 * size:', 'test_the_crop_is_adms'),
         ('imagenet: the corner instead of the middle', '(image.width - size) // 2, (image.height - size) // 2', '0, 0', 'test_the_crop_is_adms'),
@@ -318,6 +318,7 @@ PLANTED = {
         ('imagenet: rows without label are taken', 'if row["label"] >= 0: rows.append', 'if True: rows.append', 'test_unlabelled_rows_are_left_out'),
         ('imagenet: class names are folder names', '[names.get(s, s).strip() for s in synsets]', 'list(synsets)', 'test_classes_are_sorted_synsets_and_validation_may_be_flat'),
         ('imagenet: an unknown validation class becomes class 0', '    if lost := next((r for r in rows if r[1] not in label), None):', '    label.setdefault("n02", 0)\n    if lost := next((r for r in rows if r[1] not in label), None):', 'test_a_validation_class_that_training_lacks_is_refused'),
+        ('imagenet: bench compares one process with one', 'ImageNetOptions(size=options.size, workers=workers)', 'ImageNetOptions(size=options.size, workers=1)', 'test_bench_says_what_it_measured'),
     ],
     ('sdcourse/data/photos.py', 'tests/test_photos.py'): [
         ('photos: regions touch', 'GAP = 4 #', 'GAP = 0 #', 'test_regions_are_a_jpeg_block_apart'),
