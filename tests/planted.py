@@ -291,6 +291,8 @@ PLANTED = {
         ('celeba: another seed', 'def split_hq(\n    names, # 40 attribute names\n    values, # bool [n,40]\n    seed: int = 42,', 'def split_hq(\n    names, # 40 attribute names\n    values, # bool [n,40]\n    seed: int = 43,', 'test_thirty_thousand_become_24000_3000_3000_as_in_the_system_we_follow'),
         ('celeba: val and test exchanged', '    out[val], out[test] = "val", "test"', '    out[val], out[test] = "test", "val"', 'test_thirty_thousand_become_24000_3000_3000_as_in_the_system_we_follow'),
         ('celeba: rare strata are not joined', '    keys = [k if count[k] >= least else most for k in keys]\n', '', 'test_rare_strata_are_joined_and_common_ones_are_not'),
+        ('celeba: by person means by picture', '.split(values, strata(values[:, [names.index(n) for n in STRATA]]), persons)', '.split(values, strata(values[:, [names.index(n) for n in STRATA]]), np.arange(len(values)))', 'test_by_person_nobody_is_on_two_sides'),
+        ('celeba: extras follow another HQ split', 'hq_parts(hq, table if options.hq_split == "person" else "", options.seed)', 'hq_parts(hq, "", options.seed)', 'test_by_person_nobody_is_on_two_sides'),
         ('celeba: extras by file, not by person', '    strangers = [f for f in new if identity.get(f) not in people]', '    strangers = list(new)', 'test_no_extra_shows_a_person_or_picture_of_val_or_test'),
         ('celeba: HQ pictures are taken again', '    new = [f for f in files if f not in taken]', '    new = list(files)', 'test_no_extra_shows_a_person_or_picture_of_val_or_test'),
         ('celeba: small photographs are taken', 'if s >= options.min_side or s == 0]', 'if s >= 0]', 'test_no_extra_shows_a_person_or_picture_of_val_or_test'),

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from sdcourse.core import UserError
-from sdcourse.data import faces
+from sdcourse.data import celeba, faces
 from sdcourse.data.celeba import STRATA, balance, crop_face, face_square, frequency, main, main_hq, read_attributes, read_identities, read_mapping, split_hq, strata
 from sdcourse.data.imagefolder import read_lines
 
@@ -103,6 +103,30 @@ def test_no_extra_shows_a_person_or_picture_of_val_or_test(source, hq, tmp_path)
     assert left["in_hq"] == 160 and left["kept"] == len(rows) and sum(left[k] for k in ("in_hq", "people_of_val_and_test", "too_small", "kept")) == 500
     shared = np.mean([person[mapping[f]] in {person[mapping[g]] for g, q in zip(files, split_hq(names, values)) if q == "train"} for f, p in zip(files, split_hq(names, values)) if p != "train"])
     assert left["hq_held_out_pictures_whose_person_is_in_hq_train"] == pytest.approx(shared) and 0 < shared < 1
+
+
+def test_by_person_nobody_is_on_two_sides(source, hq, tmp_path):
+    table = source / "CelebA/Anno/identity_CelebA.txt"
+    assert main_hq([str(hq), str(tmp_path / "o"), "--identities", str(table), "--workers", "1"]) == 0
+    person, mapping, rows = read_identities(table), read_mapping(hq / "CelebA-HQ-to-CelebA-mapping.txt"), made(tmp_path / "o")
+    who = {p: {person[mapping[r["file_name"]]] for r in mine} for p, mine in rows.items()}
+    assert not who["train"] & who["val"] and not who["train"] & who["test"] and not who["val"] & who["test"]
+    assert sum(map(len, rows.values())) == 160 and all(8 <= len(rows[p]) <= 26 for p in ("val", "test"))
+    assert main([str(source / "CelebA"), str(hq), str(tmp_path / "e"), "--hq-split", "person", "--min-side", "80", "--size", "32", "--workers", "1"]) == 0
+    extras = {r["identity"] for r in made(tmp_path / "e")["train"]}
+    assert extras and not extras & (who["val"] | who["test"])
+    assert json.loads((tmp_path / "e/prepare.json").read_text())["left_out"]["hq_held_out_pictures_whose_person_is_in_hq_train"] == 0
+    (tmp_path / "few.txt").write_text("000001.jpg 7\n")
+    with pytest.raises(UserError, match="nobody is named for HQ's"): main_hq([str(hq), str(tmp_path / "x"), "--identities", str(tmp_path / "few.txt")])
+
+
+def test_by_person_thirty_thousand_stay_stratified():
+    names, values = real_size()
+    persons = np.random.default_rng(1).integers(0, 6000, 30000)
+    parts = celeba.split_hq_by_person(names, values, persons)
+    n = Counter(parts.tolist())
+    assert not set(persons[parts == "train"]) & set(persons[parts != "train"]) and all(abs(n[p] - 3000) < 120 for p in ("val", "test"))
+    for name in STRATA: assert abs(values[parts == "train", names.index(name)].mean() - values[parts == "test", names.index(name)].mean()) < 0.03
 
 
 def test_without_the_identity_file_there_is_a_warning_and_more_extras(copy, tmp_path, capsys):

@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['STRATA', 'LOW', 'HIGH', 'STAY', 'MEAN', 'find', 'read_attributes', 'read_boxes', 'read_mapping', 'read_identities',
-           'strata', 'split_hq', 'frequency', 'balance', 'HQOptions', 'copy_or_resize', 'prepare_hq', 'main_hq',
-           'CelebAOptions', 'face_square', 'crop_face', 'smaller_side', 'held_out_people', 'choose_extras',
-           'prepare_celeba', 'main']
+           'strata', 'split_hq', 'frequency', 'split_hq_by_person', 'balance', 'HQOptions', 'hq_parts',
+           'copy_or_resize', 'prepare_hq', 'main_hq', 'CelebAOptions', 'face_square', 'crop_face', 'smaller_side',
+           'held_out_people', 'choose_extras', 'prepare_celeba', 'main']
 
 # %% ../../nbs/data/celeba.ipynb #8e69e8ff
 import io, sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -106,6 +107,21 @@ def frequency(
     "How often each attribute occurs in each part."
     return {p: {n: round(float(s), 4) for n, s in zip(names, values[parts == p].mean(0))} for p in ("train", "val", "test") if (parts == p).any()}
 
+# %% ../../nbs/data/celeba.ipynb #e3445df5
+def split_hq_by_person(
+    names, # 40 attribute names
+    values, # bool [n,40]
+    persons, # [n], who is on each picture
+    seed: int = 42, # of the split
+) -> np.ndarray: # [n] of "train", "val", "test": about 80 : 10 : 10
+    "Nobody is in two parts; the three attributes are stratified as far as that allows."
+    from sklearn.model_selection import StratifiedGroupKFold
+    if len(set(persons)) < 30: raise UserError(f"{len(set(persons))} people: too few for three parts, give at least 30")
+    folds = StratifiedGroupKFold(10, shuffle=True, random_state=seed).split(values, strata(values[:, [names.index(n) for n in STRATA]]), persons)
+    out = np.full(len(values), "train", "<U5")
+    for part, (_, rows) in zip(("val", "test"), folds): out[rows] = part
+    return out
+
 # %% ../../nbs/data/celeba.ipynb #14e2e6d1
 LOW, HIGH, STAY, MEAN = 0.2, 5.0, 1.3, 1000.0 # bounds, and the two penalties (system 001)
 
@@ -133,11 +149,24 @@ def balance(
 class HQOptions(Prepare):
     "Options of `sdcourse prepare celeba-hq CELEBAMASK_HQ OUT`."
     size: int = 0 # side of the pictures, pixels; 0: copies of the files as they are
+    identities: str = "" # CelebA's identity_CelebA.txt: split by person; empty: by picture, as published (system 001)
     seed: int = 42 # of the split (system 001)
 
     def check(self):
         super().check()
         if self.size < 0: raise UserError(f"--size {self.size}: give pixels, or 0 to keep the pictures as they are")
+
+def hq_parts(
+    hq, # folder of CelebAMask-HQ
+    identities, # the identity file, or empty for the split by picture
+    seed: int, # of the split
+): # (file names, attribute names, bool [n,40], [n] of "train", "val", "test")
+    "The HQ pictures and their parts."
+    files, names, values = read_attributes(find(hq, "CelebAMask-HQ-attribute-anno.txt"))
+    if not identities: return files, names, values, split_hq(names, values, seed)
+    who, mapping = read_identities(Path(identities)), read_mapping(find(hq, "CelebA-HQ-to-CelebA-mapping.txt"))
+    if lost := next((f for f in files if mapping.get(f) not in who), None): raise UserError(f"{identities}: nobody is named for HQ's {lost} ({mapping.get(lost, 'not in the mapping file')}); download both tables again")
+    return files, names, values, split_hq_by_person(names, values, np.array([who[mapping[f]] for f in files]), seed)
 
 def copy_or_resize(
     path: Path, # a picture
@@ -170,8 +199,8 @@ def prepare_hq(
 ) -> bool: # False when stopped before the end
     "Split, copy and weigh the HQ pictures."
     source, out = Path(source), Path(out)
-    files, names, values = read_attributes(find(source, "CelebAMask-HQ-attribute-anno.txt"))
-    folder, parts = find(source, "CelebA-HQ-img"), split_hq(names, values, options.seed)
+    files, names, values, parts = hq_parts(source, options.identities, options.seed)
+    folder = find(source, "CelebA-HQ-img")
     jobs = []
     for file, part, row in zip(files, parts.tolist(), values.tolist()):
         stem = Path(file).stem
@@ -196,6 +225,7 @@ class CelebAOptions(Prepare):
     "Options of `sdcourse prepare celeba CELEBA CELEBAMASK_HQ OUT`."
     min_side: int = 768 # smaller side of a photograph that is taken, pixels (system 001)
     size: int = 0 # side of the pictures written, pixels; 0: that of the crop
+    hq_split: Literal["picture", "person"] = "picture" # how HQ was split: with --identities by person, else by picture
     seed: int = 42 # of the HQ split, whose people are kept out
 
     def check(self):
@@ -232,13 +262,12 @@ def smaller_side(path: Path) -> int: # pixels; 0 when the file cannot be read
 def held_out_people(
     hq, # folder of CelebAMask-HQ
     identity: dict, # CelebA file -> person, or empty
-    seed: int, # of the HQ split
+    parts, # what `hq_parts` gives
 ): # (CelebA files that are in HQ, people of val and test, share of val and test pictures whose person is in HQ's train)
     "Who must not be among the extras."
     mapping = read_mapping(find(hq, "CelebA-HQ-to-CelebA-mapping.txt"))
-    files, names, values = read_attributes(find(hq, "CelebAMask-HQ-attribute-anno.txt"))
+    files, parts = parts[0], parts[3]
     if lost := next((f for f in files if f not in mapping), None): raise UserError(f"{hq}: {lost} is not in the mapping file; download it again")
-    parts = split_hq(names, values, seed)
     who = {p: [identity[mapping[f]] for f, part in zip(files, parts) if (part == "train") == (p == "train") and mapping[f] in identity] for p in ("train", "held out")}
     seen = set(who["train"])
     return set(mapping.values()), set(who["held out"]), float(np.mean([w in seen for w in who["held out"]])) if identity else None
@@ -252,7 +281,8 @@ def choose_extras(
     files, names, values = read_attributes(find(source, "Anno/list_attr_celeba.txt", "list_attr_celeba.txt"))
     table = next((p for p in (source / "Anno/identity_CelebA.txt", source / "identity_CelebA.txt") if p.is_file()), None)
     identity = read_identities(table) if table else {}
-    taken, people, shared = held_out_people(hq, identity, options.seed)
+    if options.hq_split == "person" and not table: raise UserError(f"{source}: has no Anno/identity_CelebA.txt, which --hq-split person needs")
+    taken, people, shared = held_out_people(hq, identity, hq_parts(hq, table if options.hq_split == "person" else "", options.seed))
     if not table: print(f"warning: {source}: has no Anno/identity_CelebA.txt; people of HQ's val and test may be among the extras", file=sys.stderr)
     elif lost := next((f for f in files if f not in identity), None): raise UserError(f"{table}: {lost} is not in it; download it again")
     new = [f for f in files if f not in taken]

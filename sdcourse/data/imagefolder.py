@@ -20,7 +20,7 @@ from ..core import UserError, progress, read_json, write_json, write_text
 # %% ../../nbs/data/imagefolder.ipynb #8bca9a3c
 SPLITS = ("train", "val", "test")
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Job:
     "One picture to make."
     split: str # train, val or test
