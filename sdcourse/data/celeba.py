@@ -168,6 +168,7 @@ def hq_parts(
     if lost := next((f for f in files if mapping.get(f) not in who), None): raise UserError(f"{identities}: nobody is named for HQ's {lost} ({mapping.get(lost, 'not in the mapping file')}); download both tables again")
     return files, names, values, split_hq_by_person(names, values, np.array([who[mapping[f]] for f in files]), seed)
 
+# %% ../../nbs/data/celeba.ipynb #5e9595b4
 def copy_or_resize(
     path: Path, # a picture
     size: int, # pixels; 0: as it is
@@ -192,6 +193,7 @@ def _store_weights(out, names, table):
     after = dict(zip(names, (weights @ values / len(values)).round(4).tolist()))
     write_json(out / "weights.json", dict(how=how, share=dict(zip(names, values.mean(0).round(4).tolist())), share_weighted=after, weights=dict(zip(ids, weights.round(6).tolist()))))
 
+# %% ../../nbs/data/celeba.ipynb #e7c3ee3d
 def prepare_hq(
     source, # folder of CelebAMask-HQ
     out, # folder to make
@@ -272,6 +274,7 @@ def held_out_people(
     seen = set(who["train"])
     return set(mapping.values()), set(who["held out"]), float(np.mean([w in seen for w in who["held out"]])) if identity else None
 
+# %% ../../nbs/data/celeba.ipynb #1edb0a4e
 def choose_extras(
     source, # folder of CelebA
     hq, # folder of CelebAMask-HQ
@@ -295,6 +298,7 @@ def choose_extras(
     at = {f: i for i, f in enumerate(files)}
     return keep, values[[at[f] for f in keep]], names, counts | dict(hq_held_out_pictures_whose_person_is_in_hq_train=shared), identity
 
+# %% ../../nbs/data/celeba.ipynb #f72613a3
 def prepare_celeba(
     source, # folder of CelebA
     hq, # folder of CelebAMask-HQ

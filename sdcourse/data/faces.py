@@ -137,6 +137,7 @@ LIPSTICKS = ((190, 24, 56), (214, 60, 96), (150, 26, 60), (226, 84, 84))
 
 def pick(table, u): return table[min(int(u * len(table)), len(table) - 1)]
 
+# %% ../../nbs/data/faces.ipynb #2fdf11e2
 class Look:
     "Measures and colours of one face on one picture."
     def __init__(self,
@@ -167,7 +168,7 @@ class Look:
         top = np.stack([np.cos(t) * (self.w + grow), 0.02 - (0.56 + grow) * np.sin(t)], 1)
         return np.concatenate([low, top])
 
-# %% ../../nbs/data/faces.ipynb #2fdf11e2
+# %% ../../nbs/data/faces.ipynb #41fcb767
 def _ground(pen, k):
     "Background: a tone that darkens downwards, with a few soft lights."
     w, h = pen.sheet.size
@@ -206,6 +207,7 @@ def _body(pen, k):
         pen.line(arc, 0.022, (232, 190, 70))
         for x, y in arc[2:-2:2]: pen.oval(x, y, 0.022, 0.022, (250, 226, 140))
 
+# %% ../../nbs/data/faces.ipynb #d6e9be16
 def _head(pen, k):
     "Ears, the face itself, its shading, and what age and weight leave on it."
     for side in (-1, 1):
@@ -233,7 +235,7 @@ def _age(pen, k):
         pen.line([(side * 0.1, 0.22), (side * 0.165, 0.29), (side * 0.18, 0.36)], 0.016, line)
         for dy in (-0.025, 0.015): pen.line([(side * 0.285, k.eye_y + dy), (side * 0.33, k.eye_y + 2.2 * dy)], 0.01, line)
 
-# %% ../../nbs/data/faces.ipynb #41fcb767
+# %% ../../nbs/data/faces.ipynb #bc0789c1
 def _cheeks(pen, k):
     "Colour and bones of the cheeks, and freckles of the identity."
     for side in (-1, 1):
@@ -263,6 +265,7 @@ def _beard(pen, k):
     if k.a["Sideburns"]:
         for side in (-1, 1): pen.poly([(side * k.w * 1.0, -0.2), (side * k.w * 0.83, -0.2), (side * k.w * 0.85, 0.2), (side * k.w * 0.97, 0.26)], k.dark)
 
+# %% ../../nbs/data/faces.ipynb #8b883238
 def _nose(pen, k):
     wide, tip = 0.055 + 0.035 * k.a["Big_Nose"] - 0.012 * k.a["Pointy_Nose"], 0.215 + 0.02 * k.a["Big_Nose"]
     pen.line([(-0.035, 0.02), (-0.03, 0.1), (-wide, tip - 0.02)], 0.012, (*k.shade, 150))
@@ -277,6 +280,7 @@ def _nose(pen, k):
         for side in (-1, 1): pen.line([(side * wide, tip - 0.045), (side * (wide + 0.022), tip - 0.01), (side * wide, tip + 0.016)], 0.014, k.shade)
     pen.glow(-0.01, tip - 0.06, 0.02, 0.05, (255, 255, 255), 90)
 
+# %% ../../nbs/data/faces.ipynb #2459f51c
 def _mouth(pen, k):
     "Lips, teeth and smile."
     a, s = k.a, np.linspace(-1, 1, 25)
@@ -296,7 +300,7 @@ def _mouth(pen, k):
     if a["Smiling"]:
         for e in (-1, 1): pen.line(mirrored(bent(half, half + 0.035, y[0] - 0.01, -0.02)) if e < 0 else bent(half, half + 0.035, y[0] - 0.01, -0.02), 0.012, k.shade)
 
-# %% ../../nbs/data/faces.ipynb #d6e9be16
+# %% ../../nbs/data/faces.ipynb #1a271496
 def _eye(pen, k, side):
     "One eye with lashes and what lies around it; happy eyes are a little smaller."
     a, x, y = k.a, side * k.eye_x, k.eye_y
@@ -316,6 +320,7 @@ def _eye(pen, k, side):
     if not a["Male"]: pen.line([(x + side * rx, y), (x + side * (rx + 0.028), y - 0.03)], lash * 0.9, (40, 28, 28))
     pen.line(bent(x - rx, x + rx, y + 0.004, -ry * 0.8), 0.008, (*k.shade, 190))
 
+# %% ../../nbs/data/faces.ipynb #fc0604a5
 def _brow(pen, k, side):
     thick = 0.024 + 0.008 * k.a["Male"] + 0.034 * k.a["Bushy_Eyebrows"]
     x, y, rise = k.eye_x, k.eye_y - 0.125, 0.07 if k.a["Arched_Eyebrows"] else 0.018
@@ -336,7 +341,7 @@ def _glasses(pen, k):
         pen.line([(x + side * 0.12, y - 0.03), (side * k.w, y - 0.05)], 0.022, frame)
     pen.line(bent(-k.eye_x + 0.125, k.eye_x - 0.125, k.eye_y, 0.02), 0.022, frame)
 
-# %% ../../nbs/data/faces.ipynb #bc0789c1
+# %% ../../nbs/data/faces.ipynb #0a9f778b
 def _strands(pen, k, edge, inner):
     "Light and shadow in the hair: straight lines, waves, or nothing."
     light = (*mix(k.hair, (255, 250, 235), 0.3), 150)
@@ -347,6 +352,7 @@ def _strands(pen, k, edge, inner):
         line = np.stack([x0 + (x1 - x0) * t + wave, y0 + (y1 - y0) * t], 1)
         if k.a["Wavy_Hair"] or k.a["Straight_Hair"]: pen.line(line, 0.013, light if i % 2 else (*k.dark, 170))
 
+# %% ../../nbs/data/faces.ipynb #b59993dc
 def _front_hair(pen, k):
     "From the crown to the hairline; bangs hang over the forehead, a receding line leaves two bays."
     a = k.a
@@ -370,6 +376,7 @@ def _front_hair(pen, k):
             pen.poly(lock, k.hair)
             if a["Straight_Hair"] or a["Wavy_Hair"]: pen.line(lock[:30] + (side * 0.03, 0), 0.012, (*mix(k.hair, (255, 250, 235), 0.3), 150))
 
+# %% ../../nbs/data/faces.ipynb #a8ce2237
 def _hat(pen, k):
     tone = pick(((60, 76, 120), (150, 60, 60), (70, 110, 80), (190, 150, 90)), k.p[8])
     t = np.linspace(np.pi, 0, 31)
@@ -427,6 +434,7 @@ def wild_view(
     size = (side, other) if u[2] < 0.6 else (other, side)
     return size, dict(centre=(0.5 + 0.24 * (u[3] - 0.5), 0.46 + 0.16 * (u[4] - 0.5)), scale=0.3 + 0.16 * u[5], angle=0.35 * (u[6] - 0.5))
 
+# %% ../../nbs/data/faces.ipynb #5f7649a3
 def geometry(
     number: int, # of the picture
     options: FacesOptions, # sizes and seed
@@ -479,6 +487,7 @@ def tables(
         "CelebAMask-HQ/CelebA-HQ-to-CelebA-mapping.txt": lines(["idx orig_idx orig_file", *(f"{i} {n - 1} {n:06}.jpg" for i, n in enumerate(hq))]),
     }
 
+# %% ../../nbs/data/faces.ipynb #a659176e
 def prepare_faces(
     out, # folder to make
     options: FacesOptions, # numbers, sizes, seed

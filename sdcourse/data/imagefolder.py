@@ -40,6 +40,7 @@ class Prepare:
         if self.workers < 0: raise UserError(f"--workers {self.workers}: give 0 for one per core, or a positive number")
         if not 0 <= self.max_bad <= 1: raise UserError(f"--max-bad {self.max_bad}: give a share from 0 to 1")
 
+# %% ../../nbs/data/imagefolder.ipynb #3ff88564
 def check_jobs(
     jobs, # a list of `Job`
 ):
@@ -163,6 +164,7 @@ def _bad_ones(out, jobs, results, limit):
             raise UserError(f"{len(bad)} of {n} pictures cannot be read, the first is {'/'.join(name)} ({why}); mend the source or raise --max-bad")
     return bad, n
 
+# %% ../../nbs/data/imagefolder.ipynb #462d4028
 def write_lines(
     path, # a .jsonl file
     rows, # dicts

@@ -54,6 +54,7 @@ def _digit_files(scale):
             image.resize((8 * scale, 8 * scale), Image.Resampling.NEAREST).save(out, "PNG")
             yield {"train": "train", "test": "validation"}[split], label, f"d{label:08}_{i:04}", out.getvalue()
 
+# %% ../../nbs/data/imagenet.ipynb #19b143bd
 def _write_folders(out, scale):
     for split, label, stem, data in _digit_files(scale):
         folder = out / {"validation": "val"}.get(split, split) / f"d{label:08}"
@@ -171,6 +172,7 @@ def crop_source(
     source = io.BytesIO(_group(path, where[0])[where[1]]["bytes"].as_py()) if where else path
     with Image.open(source) as image: return centre_crop(image, size)
 
+# %% ../../nbs/data/imagenet.ipynb #4f76f642
 def prepare_imagenet(
     source, # ILSVRC folders, or the hub's parquet copy
     out, # folder to make
@@ -219,6 +221,7 @@ def _bench_source(folder, options):
     picture = Image.fromarray(np.clip(base + rng.integers(-12, 13, base.shape), 0, 255).astype(np.uint8))
     for i in range(options.pictures): picture.rotate(180 * (i % 2)).save(folder / "train/n0" / f"{i}.jpg", quality=90)
 
+# %% ../../nbs/data/imagenet.ipynb #4239a882
 def bench(
     options: BenchOptions, # pictures, size, workers
 ) -> dict: # seconds of one process and of several, and their ratio

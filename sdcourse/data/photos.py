@@ -36,6 +36,7 @@ class Photograph:
     regions: tuple # a caption for each region, row by row
     people: str = "none" # who is on it
 
+# %% ../../nbs/data/photos.ipynb #a5b7b94e
 PHOTOGRAPHS = (
     Photograph("temple", "sklearn/datasets/images/china.jpg", "8378025ad2519d64", "danielbuechele (Flickr)", CCBY, "a red pagoda above trees at a lake", 3,
         ("the roof of a red pagoda against a blue sky", "the eaves of a pagoda and a pale sky above a lake", "a pale sky above a lake and the top of a tree",
@@ -101,6 +102,7 @@ def regions(
     boxes = [(inner(x, i, columns), inner(y, j, rows)) for j in range(rows) for i in range(columns)]
     return [(l, t, r, b) for (l, r), (t, b) in boxes]
 
+# %% ../../nbs/data/photos.ipynb #25f19162
 def crops(
     options: PhotosOptions, # number, smallest, seed
     only=PHOTOGRAPHS, # photographs to cut
@@ -151,6 +153,7 @@ class _Cut:
     out: Path
     def __call__(self, job): return make_one(cut, self.out, job)
 
+# %% ../../nbs/data/photos.ipynb #f1c9c0c2
 def prepare_photos(
     out, # folder to make
     options: PhotosOptions, # crops, seed

@@ -116,6 +116,7 @@ def _star(x, y):
     edge = (dent - tip) / np.hypot(*(dent - tip))
     return (r * np.sin(a) - tip[0]) * -edge[1] + (r * np.cos(a) - tip[1]) * edge[0]
 
+# %% ../../nbs/data/scenes.ipynb #42300b9a
 SDF = { # shape -> signed distance at (x, y) for radius 1; y points down
     "circle": lambda x, y: np.hypot(x, y) - 0.95,
     "square": lambda x, y: np.maximum(np.abs(x), np.abs(y)) - 0.84,
@@ -323,6 +324,7 @@ def draw_scene(
     from PIL import Image
     return Image.fromarray(paint(facts([number], seed), size)[0])
 
+# %% ../../nbs/data/scenes.ipynb #01f4ed59
 def prepare_scenes(
     out, # folder to make
     options: ScenesOptions, # numbers, size, seed
