@@ -255,6 +255,7 @@ PLANTED = {
         ('image folder: ids may repeat', 'or job.row["id"] in ids:', 'or False:', 'test_ids_and_names_are_used_once'),
         ('image folder: absolute names in the metadata', '({"file_name": j.file, **j.row}', '({"file_name": str((out / split / j.file).resolve()), **j.row}', 'test_rows_name_pictures_relative_to_their_split'),
         ('image folder: results in another order', '            if len(waiting) > 3 * workers: yield from waiting.popleft().result()', '            if len(waiting) > 3 * workers: yield from waiting.pop().result()', 'test_results_come_in_order_from_other_processes'),
+        ('image folder: one process for all', '    workers = workers or len(', '    workers = 1 if workers == 2 else workers or len(', 'test_results_come_in_order_from_other_processes'),
     ],
     ('sdcourse/data/scenes.py', 'tests/test_scenes.py'): [
         ('scenes: the seed is ignored', 'x += np.uint64(seed % 2**64) * np.uint64(0x8CB92BA72F3D8DD7)', 'x += np.uint64(0)', 'test_a_scene_is_a_function_of_seed_and_number'),
