@@ -242,4 +242,17 @@ PLANTED = {
     ('tests/conftest.py', 'tests/test_offline.py'): [
         ('the network is open in child processes', '"PYTHONPATH": first(OFFLINE, ROOT)', '"PYTHONPATH": first(ROOT)', 'test_connections_are_refused_in_child_processes'),
     ],
+    ('sdcourse/data/images.py', 'tests/test_images.py'): [
+        ('pictures: sixteen bits are cut off', 'im = Image.fromarray((np.asarray(im).clip(0, 65535) >> 8).astype(np.uint8))', 'pass', 'test_sixteen_bits_are_scaled_not_cut'),
+        ('pictures: the EXIF note is ignored', 'im = ImageOps.exif_transpose(im)', 'pass', 'test_all_eight_exif_orientations'),
+        ('pictures: transparency shows its hidden colour', '    if "A" in im.mode or "a" in im.mode or "transparency" in im.info:', '    if False:', 'test_white_behind_transparency'),
+        ('pictures: transparent palette entries are forgotten', ' or "transparency" in im.info', '', 'test_white_behind_a_transparent_palette_entry'),
+        ('pictures: a PNG without its end passes', '    if im.format == "PNG" and', '    if False and', 'test_png_without_end_mark_is_truncated'),
+        ('pictures: bombs below the limit of Pillow pass', '    if math.prod(im.size) > max_pixels:', '    if False:', 'test_the_pixel_limit_is_exact'),
+        ('pictures: every format that Pillow knows is tried', ', formats=tuple(FORMATS))', ')', 'test_no_picture'),
+        ('pictures: a broken header is a crash', '    except Exception as e: # a hostile header', '    except Image.UnidentifiedImageError as e: # a hostile header', 'test_random_damage_is_a_reason_and_never_another_exception'),
+        ('pictures: resized without antialiasing', 'Image.Resampling.BICUBIC', 'Image.Resampling.NEAREST', 'test_shrink_averages_all_pixels'),
+        ('pictures: small ones are enlarged', 'if not size or small <= size: return im', 'if not size: return im', 'test_shrink_keeps_the_shape_and_never_enlarges'),
+        ('pictures: JPEG with a quarter of the colour', 'subsampling=0', 'subsampling=2', 'test_png_is_lossless_and_jpeg_keeps_full_colour_resolution'),
+    ],
 }
