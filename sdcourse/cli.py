@@ -15,6 +15,7 @@ VERBS = { # verb: (what to call, what it does)
     "train": ("sdcourse.train.__main__:main", "train a model: sdcourse train TASK --preset tiny"),
     "bench": ("sdcourse.bench:main", "measure images per second, memory and MFU of a task"),
     "doctor": ("sdcourse.doctor:main", "what this machine has, and what is missing for which lesson"),
+    "verify": ("sdcourse.data.manifests:main", "compare a folder with a manifest: sdcourse verify MANIFEST FOLDER"),
 }
 
 def usage() -> str: # the help page
