@@ -16,6 +16,7 @@ VERBS = { # verb: (what to call, what it does)
     "bench": ("sdcourse.bench:main", "measure images per second, memory and MFU of a task"),
     "doctor": ("sdcourse.doctor:main", "what this machine has, and what is missing for which lesson"),
     "verify": ("sdcourse.data.manifests:main", "compare a folder with a manifest: sdcourse verify MANIFEST FOLDER"),
+    "prepare": ("sdcourse.data.prepare:main", "make a published data set ready for training: sdcourse prepare SET …"),
 }
 
 def usage() -> str: # the help page
