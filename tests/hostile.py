@@ -69,6 +69,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def on_hangup(self, n): self.close_connection = True
     def on_cmyk(self, n): self.reply(body=picture(mode="CMYK"))
     def on_png(self, n): self.reply(body=picture(format="PNG"))
+    def on_cutpng(self, n): self.reply(body=picture(format="PNG")[:-3000])
     def on_slow(self, n):
         self.server.release.wait(0.3); self.reply()
 

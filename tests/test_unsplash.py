@@ -173,7 +173,7 @@ def test_a_split_column_decides(tmp_path):
 
 # ---- all of it
 def test_a_hostile_server_leaves_a_whole_set_and_a_full_report(server, tmp_path):
-    bad = {"gone": "HTTP 404", "html": "HTML", "bomb": "huge", "cut": "bytes", "stall": "silent", "huge": "bytes", "circle": "redirect"}
+    bad = {"cutpng": "truncated", "gone": "HTTP 404", "html": "HTML", "bomb": "huge", "cut": "bytes", "stall": "silent", "huge": "bytes", "circle": "redirect"}
     good = ["good/1", "nolength", "moved", "cmyk", "png", "slow"]
     lines = [f"{p.replace('/', '-')}\t{server.url}/{p}\tabout {p}" for p in [*bad, *good]] + ["x/y\thttp://x\tt"]
     before = threading.active_count()
@@ -185,6 +185,15 @@ def test_a_hostile_server_leaves_a_whole_set_and_a_full_report(server, tmp_path)
     assert verify(load_manifest(out / "manifest.json"), out) == [] and not (tmp_path / "out.partial").exists()
     assert all(min(open_image(out / s / r["file_name"]).size) <= 64 for s in u.SPLITS if (out / s).exists() for r in rows(out, s))
     assert threading.active_count() <= before + 4
+
+def test_what_pillow_cannot_do_is_the_fault_of_that_photo(tmp_path, monkeypatch):
+    as_stored = u.as_stored
+    def odd(data, size):
+        if data == picture(seed=2): raise OSError("encoder error -2 when writing image file")
+        return as_stored(data, size)
+    monkeypatch.setattr(u, "as_stored", odd)
+    assert u.prepare(local_table(tmp_path / "in"), tmp_path / "out", QUICK, flag=Never()) == 0
+    assert reasons(tmp_path / "out") == {"id-2": "cannot be converted (encoder error -2 when writing image file)"}
 
 def test_names_are_relative_and_nothing_holds_an_absolute_path(tmp_path):
     u.prepare(local_table(tmp_path / "in"), tmp_path / "out", QUICK, flag=Never())

@@ -122,8 +122,9 @@ def in_parallel(
             try: results.put((job, fn(job, stop)))
             except Exception as e: results.put((job, e))
     threads = [threading.Thread(target=work, daemon=True) for _ in range(min(workers, len(jobs)))]
-    for t in threads: t.start()
     left = len(jobs)
+    if flag.raised(): return
+    for t in threads: t.start()
     try:
         while left and not flag.raised():
             try: yield results.get(timeout=0.1)

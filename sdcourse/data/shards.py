@@ -21,6 +21,7 @@ from ..core import UserError, atomic_path, progress, read_json, write_json, writ
 from .images import open_image
 from .manifests import _check_rows, check_manifest, digest, is_inside, shown, table_rows, walk, words
 from .prepare import Work, disk_error
+from .scan import excluded
 
 # %% ../../nbs/data/shards.ipynb #253c8079
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
@@ -60,16 +61,17 @@ class Sample:
 def read_samples(
     folder, # a data folder: SPLIT/metadata.jsonl with the pictures beside it
 ) -> dict: # split -> list of `Sample`, in the order of the rows
-    "What is to be packed; `UserError` when rows and pictures do not belong together."
+    "What is to be packed, without what a scan found bad; `UserError` when rows and pictures do not belong together."
     folder = Path(folder)
     found, problems = walk(folder)
     tables = [n for n in found if re.fullmatch(r"[\w-]+/metadata\.jsonl", n)]
     if not tables: raise UserError(f"{folder}: holds neither tars nor SPLIT/metadata.jsonl; give a folder that sdcourse prepare made")
-    splits = {}
+    splits, bad = {}, excluded(folder)
     for table in tables:
         problems += _check_rows({"columns": ["file_name"], "names": "file_name"}, table, folder/table, found, {"rows": 0})
         if problems: raise UserError(f"{folder}: {problems[0]}" + (f" and {len(problems) - 1} more" if problems[1:] else "") + "; mend or remove it (sdcourse verify)")
-        splits[table.split("/")[0]] = [_sample(folder/table, row, found[f"{Path(table).parent.as_posix()}/{row['file_name']}"]) for _, row in table_rows(folder/table)]
+        split = table.split("/")[0]
+        splits[split] = [_sample(folder/table, row, found[name]) for _, row in table_rows(folder/table) if (name := f"{split}/{row['file_name']}") not in bad]
     return splits
 
 def _sample(table, row, size):

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from ..core import UserError, atomic_path, nearest, progress, sha256, write_text
-from .images import FORMATS, BadImage, image_bytes, open_image, read_header, shrink
+from .images import FORMATS, BadImage, image_bytes, is_turned, open_image, read_header, shrink
 from .manifests import is_inside, load_manifest, shown, tsv_rows, words
 from .prepare import Work, disk_error, in_parallel
 
@@ -171,8 +171,8 @@ def as_stored(
 ): # (bytes, suffix, (width, height))
     "What is stored of a picture; `BadImage` when it is none."
     head = read_header(data)
-    form, right = head.format, head.mode == "RGB" and head.getexif().get(0x0112, 1) == 1 and (not size or min(head.size) <= size)
-    im = open_image(data)
+    im = open_image(data) # before anything else is asked of the file: this one says what is wrong with it
+    form, right = head.format, head.mode == "RGB" and not is_turned(head, data) and (not size or min(head.size) <= size)
     if right and form in ("JPEG", "PNG", "WEBP"): return data, FORMATS[form][0], im.size
     im, form = shrink(im, size), "JPEG" if form in ("JPEG", "WEBP") else "PNG"
     return image_bytes(im, form), FORMATS[form][0], im.size
@@ -237,7 +237,8 @@ def download(
 ) -> list: # failures: dicts with id, where and reason
     "Get what is not there yet, in parallel; `UserError` when the disk refuses."
     def one(photo, stop):
-        got = get_photo(photo, folder, cfg, stop)
+        try: got = get_photo(photo, folder, cfg, stop)
+        except OSError as e: raise Final(f"cannot be converted ({e})") from None # Pillow's word for many faults; the disk's come below
         return None if stop.is_set() else _store(photo, splits[photo.id], work, got)
     failures, todo = [], [p for p in photos if not _there(work, p)]
     with progress(total=len(photos), initial=len(photos) - len(todo), desc="photos", unit="photo") as bar:
