@@ -58,6 +58,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def on_moved(self, n): self.reply(302, b"", Location="/good/moved")
     def on_circle(self, n): self.reply(302, b"", Location="/circle")
     def on_tofile(self, n): self.reply(302, b"", Location=f"file://{self.server.secret}")
+    def on_toftp(self, n): self.reply(302, b"", Location="ftp://127.0.0.1/x")
     def on_html(self, n): self.reply(body=b"<!DOCTYPE html><html>please log in</html>", Content_Type="text/html")
     def on_empty(self, n): self.reply(body=b"")
     def on_bomb(self, n): self.reply(body=self.server.bomb)

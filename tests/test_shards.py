@@ -203,6 +203,15 @@ def test_foreign_tars_are_indexed(tmp_path):
     assert (one["text"], one["label"]) == ("ein Bild", 7) and "text" not in two and (three["text"], three["id"]) == ("zwei", "train-0001/2") and three["image"].size == (16, 16)
     assert {(w["key"], w["reason"]) for w in json.loads((tmp_path / "index.json").read_text())["left_out"]} == {("2.seg.png", "neither picture nor caption"), ("README", "neither picture nor caption"), ("3", "no picture")}
 
+def test_a_broken_sample_is_named(tmp_path):
+    tar_of(tmp_path / "a.tar", ("ok.jpg", PIC, {}), ("cut.jpg", PIC[:-40], {}), ("json.jpg", PIC, {}), ("json.json", b"{", {}), ("cls.jpg", PIC, {}), ("cls.cls", b"cat", {}), ("txt.jpg", PIC, {}), ("txt.txt", b"\xff", {}))
+    sh.index_folder(tmp_path, tmp_path)
+    data = sh.TarSet(tmp_path)
+    assert data[0]["id"] == "a/ok"
+    for i, words in ((1, "truncated"), (2, "caption is broken"), (3, "caption is broken"), (4, "caption is broken")):
+        with pytest.raises(UserError) as e: data[i]
+        assert words in str(e.value) and data.id(i) in str(e.value) and "a.tar" in str(e.value) and "\n" not in str(e.value)
+
 def test_our_own_index_is_what_a_stranger_would_find(packed):
     for tar in packed[1].glob("*.tar"):
         assert sh.index_tar(tar) == ([json.loads(l) for l in tar.with_suffix(".index.jsonl").read_text().splitlines()], [])

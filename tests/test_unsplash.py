@@ -55,7 +55,7 @@ def test_patience_ends(server, path, words):
     with pytest.raises(u.Final) as e: u.get_photo(photo(f"{server.url}/{path}"), ".", QUICK, STOP)
     assert words in str(e.value) and server.asked[f"/{path}"] == 3
 
-@pytest.mark.parametrize("path, words", [("gone", "HTTP 404"), ("html", "HTML"), ("bomb", "huge"), ("huge", "2,000,000 bytes"), ("endless", "2,000,000 bytes"), ("circle", "redirect"), ("tofile", "redirect")])
+@pytest.mark.parametrize("path, words", [("gone", "HTTP 404"), ("html", "HTML"), ("bomb", "huge"), ("huge", "2,000,000 bytes"), ("endless", "2,000,000 bytes"), ("circle", "redirect"), ("tofile", "redirect"), ("toftp", "cannot be asked")])
 def test_failures_that_stay_are_not_tried_again(server, path, words):
     before = server.asked[f"/{path}"]
     with pytest.raises(u.Final) as e: u.get_photo(photo(f"{server.url}/{path}"), ".", QUICK, STOP)

@@ -1,7 +1,7 @@
 """How much faster is preparing photos in parallel?   python tools/bench_prepare.py [photos] [workers] [rounds]
 
 Makes photos of 1024 x 768 pixels (300, or as many as you say) in a temporary folder and lets `sdcourse prepare unsplash` make them small (512) with one worker and with
-several (2), in turn, each in a process of its own. Prints every round and the ratio of the medians. On a machine that does other things the ratio says nothing.
+several (4: while one waits for the disk another computes), in turn, each in a process of its own. Prints every round and the ratio of the medians. On a machine that does other things the ratio says nothing.
 """
 import statistics, subprocess, sys, tempfile, time
 from pathlib import Path
@@ -32,7 +32,7 @@ def seconds(folder, out, workers):
     return time.perf_counter() - begin - (begin - idle)
 
 
-def main(n=300, workers=2, rounds=3):
+def main(n=300, workers=4, rounds=3):
     took = {1: [], workers: []}
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)

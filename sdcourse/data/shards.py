@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from ..core import UserError, atomic_path, progress, read_json, write_json, write_text
-from .images import open_image
+from .images import BadImage, open_image
 from .manifests import _check_rows, check_manifest, digest, is_inside, shown, table_rows, walk, words
 from .prepare import Work, disk_error
 from .scan import excluded
@@ -225,13 +225,19 @@ class TarSet:
         if len(data) != size: raise UserError(f"{self.folder/name}: ends inside {self.id(i)}; it changed after it was indexed")
         return data
 
-    def __getitem__(self, i): # {"id", "image": PIL RGB, "text", "label", and the fields of its JSON}
-        i = range(len(self))[i]
+    def _caption(self, i):
         fields = json.loads(self.read(i, "json") or b"{}")
         if not isinstance(fields, dict): fields = {"json": fields}
-        if (text := self.read(i, "txt")) is not None: fields["text"] = text.decode("utf-8", "replace").strip()
+        if (text := self.read(i, "txt")) is not None: fields["text"] = text.decode().strip()
         if (label := self.read(i, "cls")) is not None: fields["label"] = int(label)
-        return fields | {"id": self.id(i), "image": open_image(self.read(i))}
+        return fields
+
+    def __getitem__(self, i): # {"id", "image": PIL RGB, "text", "label", and the fields of its JSON}
+        i = range(len(self))[i]
+        where = f"{self.id(i)} of {self.folder/self.tars[self.tar[i]]}"
+        try: return self._caption(i) | {"id": self.id(i), "image": open_image(self.read(i))}
+        except BadImage as e: raise BadImage(e.kind, f"{e.detail}: {where}; scan before you pack") from None
+        except ValueError as e: raise UserError(f"{where}: its caption is broken ({' '.join(str(e).split())}); make the tar again") from None
 
 # %% ../../nbs/data/shards.ipynb #1f8e841b
 def share(

@@ -128,7 +128,7 @@ class Final(Exception):
 
 def _opener():
     "http and https only, so that a redirect cannot lead to a file."
-    handlers = (urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler, urllib.request.HTTPRedirectHandler, urllib.request.HTTPErrorProcessor, urllib.request.HTTPDefaultErrorHandler)
+    handlers = (urllib.request.ProxyHandler, urllib.request.UnknownHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler, urllib.request.HTTPRedirectHandler, urllib.request.HTTPErrorProcessor, urllib.request.HTTPDefaultErrorHandler)
     opener = urllib.request.OpenerDirector()
     for h in handlers: opener.add_handler(h())
     return opener
