@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from sdcourse.core import UserError
-from sdcourse.data.images import FORMATS, MAX_PIXELS, BadImage, image_bytes, open_image, read_header, shrink, to_rgb
+from sdcourse.data.images import FORMATS, MAX_PIXELS, BadImage, image_bytes, is_turned, open_image, read_header, shrink, to_rgb
 
 noise = lambda w, h, c=3, seed=0: np.random.default_rng(seed).integers(0, 256, (h, w, c), dtype=np.uint8)
 
@@ -127,3 +127,13 @@ def test_png_is_lossless_and_jpeg_keeps_full_colour_resolution():
     assert open_image(image_bytes(im)).tobytes() == im.tobytes()
     jpeg = image_bytes(im, "JPEG")
     assert read_header(jpeg).layer[0][1:3] == (1, 1) and abs(np.asarray(open_image(jpeg)).astype(int) - np.asarray(im)).mean() < 5
+
+# ---- the note
+def test_a_picture_that_lies_on_its_side_is_known_without_decoding_it():
+    note = Image.Exif(); note[0x0112] = 6
+    for format in ("JPEG", "PNG", "WEBP", "TIFF"):
+        for exif, want in ((note, True), (Image.Exif(), False)):
+            data = as_file(Image.fromarray(noise(8, 8)), format, exif=exif)
+            assert is_turned(read_header(data), data) == want, format
+    cut = as_file(Image.fromarray(noise(64, 64)))[:300]
+    assert is_turned(read_header(cut), cut) is False

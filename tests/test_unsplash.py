@@ -282,15 +282,16 @@ def slow(tmp_path_factory):
         yield folder, s
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGUSR1", "STOP file"])
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGUSR1", "STOP file", "deadline"])
 def test_a_stop_keeps_what_is_done_and_exits_with_0(slow, tmp_path, how):
     "Also while a server is silent: the stop does not wait for its time limit."
     folder, server = slow
     out, partial = tmp_path / "out", tmp_path / "out.partial"
-    child = command(folder, out, "--timeout", "300", "--deadline", "300")
+    child = command(folder, out, "--timeout", "300", "--deadline", "300", *(["--max-seconds", "1.5"] if how == "deadline" else []))
     wait_for(lambda: len(list(partial.rglob("*.jpg"))) >= 5)
     start = time.monotonic()
-    (partial / "STOP").touch() if how == "STOP file" else child.send_signal(getattr(signal, how))
+    if how == "STOP file": (partial / "STOP").touch()
+    elif how != "deadline": child.send_signal(getattr(signal, how))
     said, err = child.communicate(timeout=60)
     assert child.returncode == 0 and f"stopped ({'file STOP' if how == 'STOP file' else how})" in said and err == "" and time.monotonic() - start < 15
     kept = {p.name for p in partial.rglob("*.jpg")}

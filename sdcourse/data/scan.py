@@ -197,10 +197,10 @@ def main(
     "`sdcourse scan FOLDER`: one line per bad picture, and FOLDER/scan.json."
     import warnings
     from sdcourse.config import parse_args
-    from sdcourse.train.stop import StopFlag
     (folder,), rest = words(argv, "FOLDER", "sdcourse scan")
     cfg, _ = parse_args(Scan, rest, "sdcourse scan")
     cfg.check()
+    from sdcourse.train.stop import StopFlag
     warnings.simplefilter("ignore") # Pillow's remarks on broken metadata; what matters is in the list
     with StopFlag(folder) as flag: found = scan(folder, cfg, flag=flag)
     if found is None: flag.clear_file(); print(f"stopped ({flag.reason}): nothing is written"); return 1
