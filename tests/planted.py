@@ -286,6 +286,8 @@ PLANTED = {
         ('prepare: other options go on with old files', 'if changed := differences(old.get("prepared", {}), self.facts):', 'if changed := "":', 'test_other_facts_are_refused_with_the_difference'),
         ('prepare: a foreign folder is filled', 'if not path.is_file(): raise UserError', 'if not path.is_file(): return {}\n        if False: raise UserError', 'test_what_is_not_ours_is_never_touched'),
         ('prepare: two processes in one folder', 'fcntl.LOCK_EX | fcntl.LOCK_NB', 'fcntl.LOCK_SH | fcntl.LOCK_NB', 'test_two_processes_do_not_work_in_one_folder'),
+        ('prepare: a file system without locks cannot be used', '            if e.errno not in NO_LOCKS: raise\n', '            raise\n', 'test_a_file_system_without_locks_is_said_and_used'),
+        ('prepare: a place that may not be written is a crash', '        except OSError as e: self.__exit__(); raise disk_error(e, self.folder) from None', '        except ImportError as e: self.__exit__(); raise disk_error(e, self.folder) from None', 'test_a_place_that_may_not_be_written'),
         ('prepare: a refused start keeps the lock', '        except UserError: self.__exit__(); raise\n', '', 'test_other_facts_are_refused_with_the_difference'),
         ('prepare: leftovers stay', '        for p in self.folder.rglob(".*.tmp"): p.unlink()\n', '', 'test_leftovers_of_a_kill_are_swept_up'),
         ('prepare: the STOP file is part of the set', '        (self.folder/"STOP").unlink(missing_ok=True)\n', '', 'test_leftovers_of_a_kill_are_swept_up'),

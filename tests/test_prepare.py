@@ -3,6 +3,7 @@ import os, subprocess, sys, threading, time
 
 import pytest
 
+from nobody import OpenFolder, as_nobody
 from sdcourse import cli
 from sdcourse.core import UserError, write_text
 from sdcourse.data.manifests import load_manifest, verify
@@ -90,6 +91,26 @@ def test_two_processes_do_not_work_in_one_folder(tmp_path):
         for _ in range(2):
             with pytest.raises(UserError, match="another process"): make(tmp_path / "set")
     make(tmp_path / "set")
+
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, caplog):
+    import errno, fcntl
+    def refuse(code):
+        def flock(*_): raise OSError(code, os.strerror(code))
+        monkeypatch.setattr(fcntl, "flock", flock)
+    refuse(errno.EBADF)
+    make(tmp_path / "set")
+    assert "start only one process" in caplog.text
+    refuse(errno.EIO)
+    with pytest.raises(UserError, match="Input/output error"): make(tmp_path / "other")
+
+def test_a_place_that_may_not_be_written():
+    with OpenFolder() as folder:
+        folder.chmod(0o755)
+        def ask():
+            try: make(folder / "set")
+            except UserError as e: return str(e)
+        said = as_nobody(ask)
+        assert said.startswith(f"{folder}/set.partial: Permission denied; ") and "\n" not in said and not list(folder.iterdir())
 
 def test_leftovers_of_a_kill_are_swept_up(tmp_path):
     make(tmp_path / "set", published=False)
