@@ -39,7 +39,9 @@ setup(
         "Programming Language :: Python :: 3 :: Only",
     ],
     python_requires=f">={cfg['min_python']}",
-    packages=find_packages(include=[cfg["lib_name"], f"{cfg['lib_name']}.*"]),
+    packages=[*find_packages(include=[cfg["lib_name"], f"{cfg['lib_name']}.*"]), f"{cfg['lib_name']}.data_manifests"],
+    package_dir={f"{cfg['lib_name']}.data_manifests": "data_manifests"},  # the folder at the top; an installed package carries it inside
+    package_data={f"{cfg['lib_name']}.data_manifests": ["*.json"]},
     include_package_data=True,
     install_requires=cfg["requirements"].split(),
     extras_require={k.removesuffix("_requirements"): cfg[k].split() for k in cfg if k.endswith("_requirements")},

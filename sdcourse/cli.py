@@ -16,6 +16,10 @@ VERBS = { # verb: (what to call, what it does)
     "sweep": ("sdcourse.sweep:main", "train a task once for each combination of options, and make one table"),
     "bench": ("sdcourse.bench:main", "measure images per second, memory and MFU of a task"),
     "doctor": ("sdcourse.doctor:main", "what this machine has, and what is missing for which lesson"),
+    "verify": ("sdcourse.data.manifests:main", "compare a folder with a manifest: sdcourse verify MANIFEST FOLDER"),
+    "prepare": ("sdcourse.data.prepare:main", "make a data set ready for training: sdcourse prepare SET …"),
+    "scan": ("sdcourse.data.scan:main", "find broken, odd and duplicate pictures: sdcourse scan FOLDER"),
+    "shards": ("sdcourse.data.shards:main", "pack a data folder into tars with an index, or index tars: sdcourse shards IN OUT"),
 }
 
 def usage() -> str: # the help page

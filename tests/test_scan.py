@@ -1,0 +1,190 @@
+"""`sdcourse scan`: exactly the bad pictures are listed, the list is used, and too many of them stop everything."""
+import io, json, shutil, time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hostile import picture
+from nobody import OpenFolder, as_nobody
+from test_images import png_claiming
+from sdcourse import cli
+from sdcourse.core import UserError
+from sdcourse.data import scan as sc, shards as sh
+from sdcourse.data.images import image_bytes, open_image
+from sdcourse.data.manifests import load_manifest, verify
+
+class Never:
+    reason = ""
+    def raised(self): return False
+    def clear_file(self): pass
+
+def scene(seed, size=64): return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
+
+def as_file(im, format="PNG", **kwargs):
+    out = io.BytesIO()
+    im.save(out, format, **kwargs)
+    return out.getvalue()
+
+def turned_jpeg():
+    note = Image.Exif(); note[0x0112] = 6
+    return as_file(scene(5), "JPEG", exif=note)
+
+CORRUPT = { # name: (bytes, kind); the list of D6
+    "truncated.jpg": (picture()[:-500], "truncated"), "zero.png": (b"", "empty"), "cmyk.jpg": (picture(seed=2, mode="CMYK"), "cmyk"), "page.jpg": (b"<html>", "unreadable"),
+    "grey16.png": (as_file(Image.fromarray(np.random.default_rng(0).integers(0, 65536, (32, 32), dtype=np.uint16))), "deep"), "rgb16.png": (png_claiming(4, 4, depth=16), "deep"),
+    "liar.png": (picture(seed=3), "suffix"), "dot.png": (as_file(Image.new("RGB", (1, 1))), "tiny"), "line.png": (as_file(Image.new("RGB", (200, 1))), "tiny"),
+    "strip.png": (as_file(Image.new("1", (20_000, 8))), "huge"), "bomb.png": (png_claiming(20_000, 20_000), "huge"), "float.tif": (as_file(Image.new("F", (8, 8)), "TIFF"), "deep"),
+    "copy.png": (as_file(scene(1001)), "duplicate")}
+ODD = {"glass.png": (as_file(scene(6).convert("RGBA")), "alpha"), "turned.jpg": (turned_jpeg(), "turned"), "grey.jpg": (picture(seed=7, mode="L"), "grey"), "few.gif": (as_file(scene(8).convert("P"), "GIF"), "palette")}
+
+@pytest.fixture(scope="module")
+def museum(tmp_path_factory):
+    "30 good pictures, 4 odd ones, and each kind of bad one."
+    home = tmp_path_factory.mktemp("museum")
+    (home / "train").mkdir()
+    for i in range(30): (home / f"train/good{i:02}.png").write_bytes(as_file(scene(1000 + i)))
+    for name, (data, _) in {**CORRUPT, **ODD}.items(): (home / "train" / name).write_bytes(data)
+    (home / "notes.txt").write_text("no picture")
+    (home / "train/good01.png").rename(home / "train/a-good01.png") # its copy comes later in the order of names
+    return home
+
+def run(folder, **kwargs): return sc.scan(folder, sc.Scan(**kwargs), flag=Never())
+
+# ---- what is found (D6)
+def test_exactly_the_bad_ones_are_listed(museum):
+    found = run(museum, near_bits=-1)
+    assert {b["file"]: b["kind"] for b in found["bad"]} == {f"train/{n}": kind for n, (_, kind) in CORRUPT.items()}
+    assert {o["file"]: o["kind"] for o in found["odd"]} == {f"train/{n}": kind for n, (_, kind) in ODD.items()}
+    assert found["pictures"] == 30 + len(CORRUPT) + len(ODD) and found["share"] == len(CORRUPT) / found["pictures"]
+
+def test_what_is_not_listed_opens_and_any_number_of_workers_finds_the_same(museum):
+    found = run(museum, workers=1)
+    assert found == run(museum, workers=8)
+    gone = {b["file"] for b in found["bad"]}
+    for p in (museum / "train").iterdir():
+        if f"train/{p.name}" not in gone: assert open_image(p).mode == "RGB"
+
+def test_limits_are_options(museum):
+    kinds = lambda **kw: {b["file"].split("/")[1]: b["kind"] for b in run(museum, near_bits=-1, **kw)["bad"]}
+    assert "dot.png" not in kinds(min_side=1) and "good00.png" in kinds(min_side=65) and "strip.png" not in kinds(max_side=20_000) and kinds(max_pixels=4000)["good00.png"] == "huge"
+
+def test_sixteen_bit_tiffs_are_deep(tmp_path):
+    (tmp_path / "x.tif").write_bytes(as_file(Image.fromarray(np.zeros((8, 8), np.uint16)), "TIFF"))
+    (tmp_path / "y.tif").write_bytes(as_file(scene(1), "TIFF"))
+    assert [(b["file"], b["kind"]) for b in run(tmp_path)["bad"]] == [("x.tif", "deep")]
+
+def test_a_held_out_picture_stays_and_its_copy_in_training_goes(tmp_path):
+    for split in ("train", "val", "test", "validation"): (tmp_path / split).mkdir()
+    data = [as_file(scene(i)) for i in range(3)]
+    for split, i in (("train", 0), ("val", 0), ("test", 0), ("train", 1), ("validation", 1), ("train", 2)): (tmp_path / split / f"{split}{i}.png").write_bytes(data[i])
+    (tmp_path / "train/again2.png").write_bytes(data[2])
+    assert [(b["file"], b["detail"]) for b in run(tmp_path)["bad"]] == [("train/train0.png", "of test/test0.png"), ("train/train1.png", "of validation/validation1.png"), ("train/train2.png", "of train/again2.png"), ("val/val0.png", "of test/test0.png")]
+
+# ---- near duplicates
+@pytest.mark.parametrize("bits", [0, 1, 3, 7])
+def test_the_quick_search_finds_what_comparing_all_pairs_finds(bits):
+    rng = np.random.default_rng(bits)
+    values = [int(v) for v in rng.integers(0, 2**64, 60, dtype=np.uint64)]
+    for v in values[:40]: # flips anywhere, also across the borders of the bands
+        for places in (1, 2, 3, 4, 7, 8): values.append(v ^ sum(1 << int(p) for p in rng.choice(64, places, replace=False)))
+    values = list(dict.fromkeys(values))
+    brute = [(i, j) for i in range(len(values)) for j in range(i + 1, len(values)) if (values[i] ^ values[j]).bit_count() <= bits]
+    assert sc._alike(values, bits) == brute and (bits == 0) == (not brute)
+
+def test_scaled_and_recompressed_copies_look_alike_and_others_do_not(tmp_path):
+    (tmp_path / "train").mkdir(); (tmp_path / "test").mkdir()
+    for i in range(40): (tmp_path / f"train/{i}.png").write_bytes(as_file(scene(i)))
+    (tmp_path / "test/small.jpg").write_bytes(image_bytes(scene(7).resize((50, 50)), "JPEG"))
+    (tmp_path / "train/again.jpg").write_bytes(image_bytes(scene(9), "JPEG"))
+    found = run(tmp_path)
+    assert found["near"] == [{"file": "train/7.png", "like": "test/small.jpg", "across": True}, {"file": "train/again.jpg", "like": "train/9.png", "across": False}] and found["bad"] == []
+    for drop, want in (("across", ["train/7.png"]), ("all", ["train/7.png", "train/again.jpg"])): assert [b["file"] for b in run(tmp_path, drop_near=drop)["bad"]] == want
+    assert run(tmp_path, near_bits=-1)["near"] == []
+
+def test_flat_pictures_of_other_colours_do_not_look_alike():
+    looks = [sc.look(Image.new("RGB", (16, 16), c)) for c in ("red", "blue", "white", (250, 5, 0), "white")]
+    assert {l[0] for l in looks} == {0} and sc.near_duplicates(looks) == {3: 0, 4: 2}
+
+def test_the_hash_asks_left_against_right():
+    ramp = np.tile(np.arange(0, 180, 20, dtype=np.uint8), (8, 1))
+    rgb = lambda a: Image.fromarray(np.repeat(a[..., None], 3, 2))
+    assert sc.look(rgb(ramp))[0] == 0 and sc.look(rgb(ramp[:, ::-1].copy()))[0] == 2**64 - 1
+
+def test_many_flat_pictures_take_no_square_time():
+    looks = [(0, 10, 10, 10)] * 200_000
+    start = time.process_time()
+    assert len(sc.near_duplicates(looks)) == 199_999 and time.process_time() - start < 5
+
+# ---- the list is used
+def test_training_data_go_on_without_the_bad_ones(museum, tmp_path):
+    "Shards of the museum hold every good and odd picture and no bad one."
+    home = tmp_path / "in"
+    shutil.copytree(museum, home)
+    (home / "train/few.gif").unlink(); (home / "train/float.tif").unlink() # tars hold no GIF and no TIFF
+    names = sorted(p.name for p in (home / "train").iterdir())
+    (home / "train/metadata.jsonl").write_text("".join(json.dumps({"file_name": n, "text": ""}) + "\n" for n in names))
+    assert cli.main(["scan", str(home), "--limit", "0.5"]) == 0
+    sh.pack(home, tmp_path / "out", sh.Shards(), flag=Never())
+    data = sh.TarSet(tmp_path / "out")
+    assert sorted(data.ids) == sorted(n.rsplit(".", 1)[0] for n in names if n not in CORRUPT)
+    assert all(data[i]["image"].mode == "RGB" for i in range(len(data)))
+    assert verify(load_manifest("unsplash-lite") | {"layouts": {"x": {"what": "x", "others": True, "files": [{"path": "train/metadata.jsonl", "columns": ["text"], "names": "file_name"}]}}}, home) == []
+
+@pytest.fixture
+def small(tmp_path):
+    for i in range(99): (tmp_path / f"{i}.png").write_bytes(as_file(scene(i, 8)))
+    (tmp_path / "zero.png").touch()
+    return tmp_path
+
+def test_the_limit_is_a_share(small, capsys):
+    "1 of 100 is 1 %, and no more than 1 %."
+    assert cli.main(["scan", str(small)]) == 0 and sc.excluded(small) == {"zero.png"}
+    (small / "one.png").touch()
+    assert cli.main(["scan", str(small)]) == 1
+    assert "more than 1.00%" in capsys.readouterr().out
+    with pytest.raises(UserError, match="1.98% of its pictures are bad, more than 1.00%"): sc.excluded(small)
+    assert cli.main(["scan", str(small), "--limit", "0.02"]) == 0 and sc.excluded(small) == {"zero.png", "one.png"}
+
+def test_a_list_for_other_files_is_refused(small):
+    with pytest.raises(UserError, match="was never scanned"): sc.excluded(small, required=True)
+    assert sc.excluded(small) == frozenset()
+    cli.main(["scan", str(small)])
+    (small / "notes.txt").write_text("no picture, no change")
+    sc.excluded(small)
+    for change in (lambda: (small / "5.png").write_bytes(b"x"), lambda: (small / "5.png").unlink(), lambda: (small / "new.png").touch()):
+        change()
+        with pytest.raises(UserError, match="changed since it was scanned"): sc.excluded(small)
+
+# ---- the command
+def test_one_line_for_each_bad_picture(museum, tmp_path, capsys):
+    assert cli.main(["scan", str(museum), "--out", str(tmp_path / "list.json"), "--near-bits", "-1"]) == 1
+    out = capsys.readouterr().out.splitlines()
+    assert len(out) == len(CORRUPT) + 1 and "empty: train/zero.png (the file has no bytes)" in out and out[-1].endswith("raise --limit)")
+    assert not (museum / "scan.json").exists() and len(json.loads((tmp_path / "list.json").read_text())["bad"]) == len(CORRUPT)
+
+def test_a_stop_writes_no_list(small, capsys, monkeypatch):
+    (small / "STOP").touch()
+    assert cli.main(["scan", str(small)]) == 1
+    assert "stopped (file STOP): nothing is written" in capsys.readouterr().out and not (small / "scan.json").exists() and not (small / "STOP").exists()
+    assert cli.main(["scan", str(small)]) == 0
+
+@pytest.mark.parametrize("argv, words", [(["nowhere"], "no such folder"), (["."], "holds no pictures"), ([], "expected FOLDER"), ([".", "--limit", "2"], "--limit 2.0"), ([".", "--workers", "0"], "--workers 0"), ([".", "--near-bits", "9"], "--near-bits"), ([".", "--drop-near", "al"], "did you mean 'all'")])
+def test_a_wrong_command_is_one_line(argv, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["scan", *argv]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1 and words in err and list(tmp_path.iterdir()) == []
+
+def test_what_may_not_be_read(tmp_path):
+    "A closed picture is a bad one; a closed folder ends the scan, for nobody knows what is in it."
+    with OpenFolder() as folder:
+        for i in range(3): (folder / f"{i}.png").write_bytes(as_file(scene(i)))
+        run(folder)
+        (folder / "1.png").chmod(0)
+        assert as_nobody(lambda: [(b["file"], b["kind"], b["detail"]) for b in run(folder)["bad"]]) == [["1.png", "unreadable", "Permission denied"]]
+        (folder / "closed").mkdir(mode=0)
+        def ask():
+            try: run(folder)
+            except UserError as e: return str(e)
+        assert "unreadable: closed (Permission denied)" in as_nobody(ask)
