@@ -1,12 +1,14 @@
 """Plant known bugs, one at a time; each must turn a named test red.
 
-python tests/mutants.py [-j N] [--list] [word ...]      (words: only mutants whose name or file holds one of them)
+python tests/mutants.py [-j N] [--list] [--seconds S] [word ...]      (words: only mutants whose name or file holds one of them)
 
 A mutant is (name, file, old, new, test): `old` occurs exactly once in `file`. The checkout is copied, the copy is patched, and the named
 test runs there, on the copy's own package. Caught means that pytest ran the test and the *test* failed: an import error, a
 syntax error, a fixture that breaks or a test that is not there do not count. Every named test is first seen green without a patch.
+--seconds S begins no mutant after S seconds and says how many that leaves out; their order then depends on the commit, so that it is not always
+the same ones.
 """
-import argparse, json, os, shutil, subprocess, sys, tempfile, time
+import argparse, json, os, random, shutil, subprocess, sys, tempfile, time
 import xml.etree.ElementTree as xml
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -75,7 +77,7 @@ def keep(caught, total):
 
 def main(argv=None):
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    ask.add_argument("words", nargs="*"); ask.add_argument("-j", type=int, default=2); ask.add_argument("--list", action="store_true")
+    ask.add_argument("words", nargs="*"); ask.add_argument("-j", type=int, default=2); ask.add_argument("--list", action="store_true"); ask.add_argument("--seconds", type=float, default=float("inf"))
     args = ask.parse_args(argv)
     chosen = [m for m in MUTANTS if not args.words or any(w in m[0] or w in m[1] for w in args.words)]
     if not chosen: raise SystemExit(f"no mutant has {' or '.join(args.words)} in its name or file: --list shows all")
@@ -86,19 +88,25 @@ def main(argv=None):
     if args.list: return print(*(f"{file}: {name}  ->  {test}" for name, file, _, _, test in chosen), sep="\n")
     for name, file, old, new, _ in chosen: patched((ROOT / file).read_text(encoding="utf-8"), old, new, file) # all patches fit, before anything runs
     start = time.time()
+    if args.seconds < float("inf"):
+        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+        random.Random(head).shuffle(chosen)
     keep(0, len(chosen))
     with ThreadPoolExecutor(args.j) as pool:
         tests = sorted({m[4] for m in chosen})
         print(f"{len(tests)} tests without a patch, {len(chosen)} mutants, {args.j} at a time", flush=True)
         verdict, tail = attempt(*tests)
         if verdict != "passed": raise SystemExit(f"not green without a patch: {verdict}\n{tail}")
-        caught = 0
-        for mutant, (verdict, tail) in zip(chosen, pool.map(lambda m: attempt(m[4], mutant=m), chosen)):
-            caught += verdict == "failed"
-            keep(caught, len(chosen))
+        caught = ran = 0
+        in_time = lambda m: attempt(m[4], mutant=m) if time.time() - start < args.seconds else ("not begun", "")
+        for mutant, (verdict, tail) in zip(chosen, pool.map(in_time, chosen)):
+            if verdict == "not begun": continue
+            caught, ran = caught + (verdict == "failed"), ran + 1
+            keep(caught, ran)
             print(f"{'caught  ' if verdict == 'failed' else 'SURVIVED'} {mutant[0]}  ({mutant[4]})" + ("" if verdict == "failed" else f": {verdict}\n{tail}"), flush=True)
-    print(f"{caught}/{len(chosen)} mutants caught in {time.time() - start:.0f} s")
-    return int(caught < len(chosen))
+    if ran < len(chosen): print(f"!!!! {len(chosen) - ran} of {len(chosen)} mutants were not begun within {args.seconds:.0f} s: `make mutants` runs all")
+    print(f"{caught}/{ran} mutants caught in {time.time() - start:.0f} s")
+    return int(caught < ran or not ran)
 
 
 if __name__ == "__main__": raise SystemExit(main())
