@@ -1,7 +1,9 @@
 """Two real processes under torchrun: the same samples, the same weights, one decision."""
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,23 @@ def test_a_flag_on_one_rank_stops_both_at_the_same_step(tmp_path):
     whole, _ = launch(tmp_path / "whole", 1, precision="fp64")
     assert final["state"]["step"] == 12
     assert max((final["tensors"]["model"][k] - whole["tensors"]["model"][k]).abs().max().item() for k in whole["tensors"]["model"]) <= 1e-9
+
+
+def test_torchrun_passes_sigterm_on(tmp_path):
+    "R7 under torchrun: its agent ends with an error of its own, but the ranks have saved the step they were in."
+    out = tmp_path / "run"
+    agent = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT), str(out), "max_steps=1000000", "log_every=1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 40
+        while not ((out / "metrics.jsonl").exists() and len(read_metrics(out)) > 5):
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        agent.send_signal(signal.SIGTERM)
+        agent.wait(15)
+    finally: agent.kill()
+    path, skipped = latest_checkpoint(out / "checkpoints")
+    assert not skipped and load_checkpoint(path)["state"]["step"] == read_metrics(out)[-1]["step"] > 5
+    assert [json.loads(Path(f"{out}.rank{r}.json").read_text())["stopped"] for r in (0, 1)] == ["SIGTERM", "SIGTERM"]
 
 
 @pytest.mark.parametrize("over, limit", [(dict(precision="fp64"), 1e-9), (dict(lr=1e-4), 1e-5)])
