@@ -199,8 +199,9 @@ def _meet(me, device, timeout, meet):
     seconds = lambda x: timedelta(seconds=x)
     try: store = next(rendezvous("env://", timeout=seconds(meet)))[0]
     except dist.DistError as e: raise _unmet(me, meet, str(e)) from e
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.PrefixStore("train", store), rank=me.rank, world_size=me.world,
-                            timeout=seconds(timeout), device_id=device if device.type == "cuda" else None)
+    gpu = device.type == "cuda"
+    if gpu: torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=dist.PrefixStore("train", store), rank=me.rank, world_size=me.world, timeout=seconds(timeout)) # NCCL itself begins with the first gradient
     control = dist.new_group(backend="gloo", timeout=seconds(timeout))
     atexit.register(_leave)
     return store.clone(), control
