@@ -494,7 +494,7 @@ PLANTED = {
         ('tars: samples without a picture disappear', '    left += [{"key": k, "reason": "no picture"}', '    [{"key": k, "reason": "no picture"}', 'test_foreign_tars_are_indexed'),
         ('readers: a broken picture has no name', 'except BadImage as e: raise BadImage(e.kind, f"{e.detail}: {where}', 'except BadImage as e: raise BadImage(e.kind, f"{e.detail}: ', 'test_a_broken_sample_is_named'),
         ('readers: a broken caption is a crash', '        except ValueError as e: raise UserError(f"{where}', '        except ImportError as e: raise UserError(f"{where}', 'test_a_broken_sample_is_named'),
-        ('readers: the local rank counts', 'int(os.environ.get("RANK") or 0) if rank', 'int(os.environ.get("LOCAL_RANK") or 0) if rank', 'test_two_machines_with_two_processes_and_two_workers_each'),
+        ('readers: the local rank counts', 'me.rank if rank is None', 'me.local_rank if rank is None', 'test_two_machines_with_two_processes_and_two_workers_each'),
         ('readers: every worker reads everything', '*((info.id, info.num_workers) if info else (0, 1))', '*(0, 1)', 'test_two_machines_with_two_processes_and_two_workers_each'),
         ('readers: the last samples are dropped', 'return range(n * reader // readers, n * (reader + 1) // readers)', 'return range(n // readers * reader, n // readers * (reader + 1))', 'test_all_readers_together_see_each_sample_once'),
         ('readers: forked workers share a file', 'if self._pid != os.getpid(): self._forget()', 'if False: self._forget()', 'test_a_pickled_set_and_forked_readers_open_their_own_files'),

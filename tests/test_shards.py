@@ -123,7 +123,7 @@ def test_two_machines_with_two_processes_and_two_workers_each(packed, monkeypatc
     "The global rank counts, not the local one, and fewer tars than readers are no problem."
     data, seen = sh.TarSet(packed[1], "val"), []
     for rank in range(4):
-        for k, v in dict(RANK=rank, WORLD_SIZE=4, LOCAL_RANK=rank % 2, LOCAL_WORLD_SIZE=2).items(): monkeypatch.setenv(k, str(v))
+        for k, v in dict(RANK=rank, WORLD_SIZE=4, LOCAL_RANK=rank % 2, LOCAL_WORLD_SIZE=2, MASTER_ADDR="n1", MASTER_PORT=1234).items(): monkeypatch.setenv(k, str(v))
         loader = torch.utils.data.DataLoader(sh.Stream(data), batch_size=None, num_workers=2)
         seen += [item["id"] for item in loader]
     assert Counter(seen) == Counter(data.ids) and len(seen) == 7

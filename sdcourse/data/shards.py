@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ..core import UserError, atomic_path, progress, read_json, write_json, write_text
+from ..dist import launched
 from .images import BadImage, open_image
 from .manifests import _check_rows, check_manifest, digest, is_inside, shown, table_rows, walk, words
 from .prepare import Work, disk_error
@@ -252,15 +253,15 @@ def share(
     return range(n * reader // readers, n * (reader + 1) // readers)
 
 class Stream(torch.utils.data.IterableDataset):
-    "One pass over a `TarSet`, cut by global rank (RANK of WORLD_SIZE) and DataLoader worker."
+    "One pass over a `TarSet`, cut by global rank and DataLoader worker."
     def __init__(self,
         data, # a `TarSet`, or anything with len and [i]
-        rank: int | None = None, # global; None: RANK of the environment, or 0
-        world: int | None = None, # None: WORLD_SIZE of the environment, or 1
+        rank: int | None = None, # global; None: as the launcher says, or 0
+        world: int | None = None, # None: as the launcher says, or 1
     ):
-        self.data = data
-        self.rank = int(os.environ.get("RANK") or 0) if rank is None else rank
-        self.world = int(os.environ.get("WORLD_SIZE") or 1) if world is None else world
+        me, self.data = launched(), data
+        self.rank = me.rank if rank is None else rank
+        self.world = me.world if world is None else world
 
     def __iter__(self):
         info = torch.utils.data.get_worker_info()
