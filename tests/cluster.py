@@ -22,6 +22,7 @@ CONF = """
 ClusterName=loopback
 SlurmctldHost=slurmctl(127.0.0.1)
 SlurmctldPort={port}
+FirstJobId={first}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
@@ -83,7 +84,8 @@ class Cluster:
         if len(str(self.dir)) > 64: raise RuntimeError(f"{self.dir}: too long a name for Unix sockets")
         port = free_ports(nodes + 1)
         lines = [f"NodeName={n} NodeAddr=127.0.0.1 Port={port + 1 + i} CPUs={cpus} RealMemory=262144 State=UNKNOWN" for i, n in enumerate(self.names)]
-        self.conf = CONF.format(port=port, dir=self.dir) + "\n".join([*lines, "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP", extra, ""])
+        self.conf = CONF.format(port=port, dir=self.dir, first=100 * (os.getpid() % 600 + 1)) # ranks meet at a port that depends on the job id, and all clusters of a machine share its ports
+        self.conf += "\n".join([*lines, "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP", extra, ""])
         self.env = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM", "SBATCH"))} | dict(PATH=PATH, SLURM_CONF=str(self.dir / "slurm.conf"), OMP_NUM_THREADS="1", MKL_NUM_THREADS="1")
 
     # ---- daemons
