@@ -48,14 +48,14 @@ def load_manifest(
 
 # %% ../../nbs/data/manifests.ipynb #f5e161f6
 def described(
-    folder, # that a command of ours made, or a folder directly in it
+    folder, # with a manifest.json, or a folder directly in one
 ): # its manifest, or None
     "What a folder says of itself."
     folder = Path(folder).resolve()
     for home, inner in ((folder, ""), (folder.parent, f"{folder.name}/")):
         if not (home/"manifest.json").is_file(): continue
         found = read_json(home/"manifest.json")
-        if not isinstance(found, dict) or "prepared" not in found: continue
+        if not isinstance(found, dict) or not {"layouts", "licence"} <= found.keys(): continue # of another program
         layouts = check_manifest(found, f"{home}/manifest.json")["layouts"]
         if any(e["path"].startswith(inner) for layout in layouts.values() for e in layout["files"]): return found
 

@@ -160,8 +160,10 @@ class Work:
     ):
         "Write the manifest with all checksums, then rename OUT.partial to OUT."
         (self.folder/"STOP").unlink(missing_ok=True)
+        for root, *_ in os.walk(self.folder, topdown=False):
+            if not os.listdir(root): os.rmdir(root) # of a split that got no picture
         os.sync()
-        known = {r.get("file", i): r["sha256"] for i, r in self.done.items() if "sha256" in r}
+        known = {"done.jsonl": "no part of it"} | {r.get("file", i): r["sha256"] for i, r in self.done.items()}
         files = [f for f in inventory(self.folder, known) if f["path"] != "done.jsonl"]
         layouts = {"prepared": {"what": "written by sdcourse prepare or sdcourse shards", "files": files}}
         write_json(self.folder/"manifest.json", check_manifest(manifest | {"layouts": layouts, "prepared": self.facts}, "manifest.json"))
