@@ -57,7 +57,8 @@ class Prompts(Encoder):
         parts, usual = _parts(folder)
         parts, layer = self._chosen(folder, parts, only), usual if layer == "auto" else layer
         if layer is None: raise UserError(f"{folder}: this pipeline is not known here; say layer=last or layer=penultimate")
-        for _, tokens, model, cls in parts:
+        for name, tokens, model, cls in parts:
+            if not model.is_dir(): raise UserError(f"{model}: no such folder; the pipeline names it: fetch it, or leave it out (only)")
             model_folder(model)
             _check_tokenizer(tokens, TEXT[cls])
         self.parts, self.cut, self.key["encoders"], self.facts["encoders"] = {}, {}, {}, {}
