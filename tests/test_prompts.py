@@ -107,6 +107,10 @@ def test_a_list_of_folders(zoo):
     assert (last - clip["text_encoder.hidden"]).abs().max() < 1e-4 # one block and the norm lie between the two
 
 
+def test_a_list_holds_pairs(zoo):
+    with pytest.raises(UserError, match="expected pairs"): Prompts([zoo / "sd15/text_encoder"])
+
+
 def test_the_mask_is_used_where_the_config_says_so(zoo, tmp_path):
     shutil.copytree(zoo / "sd15", tmp_path / "m")
     edit(tmp_path / "m/text_encoder/config.json", use_attention_mask=True)
@@ -208,6 +212,16 @@ def test_weights_with_published_names(zoo, tmp_path):
         equal(Prompts(tmp_path / name).encode(CAPTIONS), Prompts(zoo / name).encode(CAPTIONS))
 
 
+def test_t5_in_shards(zoo, tmp_path):
+    from transformers import T5EncoderModel
+    shutil.copytree(zoo / "sd3", tmp_path / "m")
+    where = tmp_path / "m/text_encoder_3"
+    (where / "model.safetensors").unlink()
+    T5EncoderModel.from_pretrained(zoo / "sd3/text_encoder_3").save_pretrained(where, max_shard_size="40KB")
+    assert (where / "model.safetensors.index.json").is_file()
+    equal(Prompts(tmp_path / "m").encode(CAPTIONS), Prompts(zoo / "sd3").encode(CAPTIONS))
+
+
 @pytest.mark.parametrize("break_it, text", [
     (lambda m: shutil.rmtree(m / "text_encoder_3"), r"text_encoder_3: no such folder; the pipeline names it: fetch it, or leave it out"),
     (lambda m: shutil.rmtree(m / "tokenizer_2"), r"tokenizer_2: no tokenizer.json and no vocab.json \+ merges.txt"),
@@ -225,7 +239,7 @@ def test_a_broken_pipeline_is_refused(zoo, tmp_path, break_it, text):
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("options, text", [(dict(layer="first"), "give auto, last or penultimate"), (dict(t5_length=1), "give 2 or more"), (dict(only=("text_encoder_4",)), "no text_encoder_4: did you mean")])
+@pytest.mark.parametrize("options, text", [(dict(layer="first"), "give auto, last or penultimate"), (dict(t5_length=1), "give 2 or more"), (dict(only=("text_encoder_4",)), "no text_encoder_4: did you mean"), (dict(only="text_encoder_4"), "no text_encoder_4: did you mean")])
 def test_wrong_options_are_refused(zoo, options, text):
     with pytest.raises(UserError, match=text): Prompts(zoo / "sd3", **options)
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from ..core import UserError, nearest, read_json
-from .encoders import Encoder, files_id, local_folder, log, model_folder, weights_id
+from .encoders import Encoder, _first_line, files_id, local_folder, log, model_folder, weights_id
 
 # %% ../../nbs/data/prompts.ipynb #b0409561
 TEXT = {"CLIPTextModel": "CLIPTokenizer", "CLIPTextModelWithProjection": "CLIPTokenizer", "T5EncoderModel": "T5Tokenizer", "UMT5EncoderModel": "T5Tokenizer"} # class: its tokenizer
@@ -23,6 +23,7 @@ TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model",
 def _parts(where):
     "[(name, tokenizer folder, encoder folder, class)] of a pipeline or of a list of folders, and the layer of its CLIPs."
     if isinstance(where, (list, tuple)):
+        if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in where): raise UserError(f"prompts: expected pairs (tokenizer folder, text encoder folder), got {where}")
         pairs = [(f"text_encoder{f'_{i}' if i > 1 else ''}", local_folder(t), model_folder(m)) for i, (t, m) in enumerate(where, 1)]
         return [(*p, (read_json(p[2] / "config.json").get("architectures") or ["?"])[0]) for p in pairs], "last"
     root = local_folder(where)
@@ -53,6 +54,7 @@ class Prompts(Encoder):
     ):
         super().__init__(device, precision)
         if layer not in ("auto", "last", "penultimate"): raise UserError(f"layer {layer!r}: give auto, last or penultimate")
+        only = (only,) if isinstance(only, str) else only
         if t5_length < 2: raise UserError(f"t5_length {t5_length}: give 2 or more")
         parts, usual = _parts(folder)
         parts, layer = self._chosen(folder, parts, only), usual if layer == "auto" else layer
@@ -80,7 +82,7 @@ class Prompts(Encoder):
         "Load one encoder."
         import transformers
         try: tokenizer = getattr(transformers, TEXT[cls]).from_pretrained(str(tokens), local_files_only=True)
-        except Exception as e: raise UserError(f"{tokens}: cannot be loaded as {TEXT[cls]} ({(str(e).splitlines() or [''])[0][:200]})") from None
+        except Exception as e: raise UserError(f"{tokens}: cannot be loaded as {TEXT[cls]} ({_first_line(e)})") from None
         model = self.load(getattr(transformers, cls), folder)
         c, clip = model.config, cls.startswith("CLIP")
         if max(tokenizer.get_vocab().values()) >= c.vocab_size: raise UserError(f"{tokens}: has more words than {folder} ({c.vocab_size}); they do not belong together")
