@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'DTYPES', 'VISION', 'files_id', 'weight_files', 'weights_id', 'local_folder', 'model_folder', 'exact',
-           'load_frozen', 'Encoder', 'bad_rows', 'finite', 'fits', 'Latents', 'Features', 'open_encoder']
+           'load_frozen', 'Encoder', 'bad_rows', 'finite', 'fits', 'vae_facts', 'Latents', 'Features', 'open_encoder']
 
 # %% ../../nbs/data/encoders.ipynb #1abc100b
 import hashlib, inspect, json, logging, re
@@ -214,6 +214,16 @@ def fits(
     return out
 
 # %% ../../nbs/data/encoders.ipynb #67e6e4b7
+def vae_facts(
+    folder, # of an AutoencoderKL
+) -> dict: # channels, shift, scale, down (pixels per latent)
+    "What its config says, without loading it."
+    found = read_json(Path(folder) / "config.json")
+    if found.get("_class_name") != "AutoencoderKL": raise UserError(f"{folder}: config.json says {found.get('_class_name') or found.get('model_type')}, expected AutoencoderKL")
+    if found.get("latents_mean") or found.get("latents_std"): raise UserError(f"{folder}: latents_mean and latents_std are not supported, only one shift and one scale")
+    try: return dict(channels=found["latent_channels"], shift=found.get("shift_factor") or 0., scale=found["scaling_factor"], down=2 ** (len(found["block_out_channels"]) - 1))
+    except KeyError as e: raise UserError(f"{folder}/config.json: has no {e}; save the VAE again with diffusers") from None
+
 class Latents(Encoder):
     "A VAE: uint8 pixels [b,3,h,w] -> mean, std [b,c,h/down,w/down] of the posterior, unscaled."
     kind = "latents"
@@ -225,13 +235,9 @@ class Latents(Encoder):
     ):
         super().__init__(device, precision)
         folder = model_folder(folder, "vae", "a VAE (config.json, diffusion_pytorch_model.safetensors), or a pipeline with vae/")
-        found = read_json(folder / "config.json")
-        if found.get("_class_name") != "AutoencoderKL": raise UserError(f"{folder}: config.json says {found.get('_class_name') or found.get('model_type')}, expected AutoencoderKL")
-        if found.get("latents_mean") or found.get("latents_std"): raise UserError(f"{folder}: latents_mean and latents_std are not supported, only one shift and one scale")
+        self.facts = vae_facts(folder)
         from diffusers import AutoencoderKL
         self.model = self.load(AutoencoderKL, folder)
-        c = self.model.config
-        self.facts = dict(channels=c.latent_channels, shift=c.shift_factor or 0., scale=c.scaling_factor, down=2 ** (len(c.block_out_channels) - 1))
         self.key |= {"class": "AutoencoderKL", "weights": weights_id(folder), **self.facts}
 
     def run(self, batch):

@@ -303,6 +303,7 @@ def pack(
                 rows = write_tar(path, samples)
                 work.record({"id": name, "sha256": digest(path), **_entry(work.folder, split, path, rows)})
             tars = [{k: v for k, v in work.done[name].items() if k not in ("id", "sha256")} for _, name, _ in jobs]
+            if (Path(folder)/"classes.json").is_file(): write_json(work.folder/"classes.json", read_json(Path(folder)/"classes.json"))
             write_json(work.folder/"index.json", {"quoted": True, "tars": tars, "left_out": []})
             work.publish(origin | {"count": sum(map(len, splits.values()))}, {f"{n}.tar": r["sha256"] for n, r in work.done.items()})
         except OSError as e: raise disk_error(e, work.folder) from None

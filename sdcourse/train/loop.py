@@ -47,6 +47,9 @@ class Task:
     def dataset(self, split):
         "Items of 'train' or 'validate' as dicts with an `id`; the set has `ids`, in order. None: nothing to validate on."
         raise NotImplementedError
+    def encode(self, batch, draws) -> dict:
+        "What the frozen models of a task make of a batch, on the device, before the forward pass and without gradients."
+        return batch
     def blocks(self, module) -> list:
         "Repeated submodules, compiled in place one by one."
         return []
@@ -93,7 +96,7 @@ class Run:
         self.data = task.dataset("train")
         self.micros = tuple(micro_rows(rank_rows(cfg.batch_size, ranks.rank, ranks.world), cfg.micro_batch))
         self.order = Order(len(self.data), cfg.seed, getattr(self.data, "weights", None))
-        self.batches = iter(self.loader(self.data, Plan(self.order, cfg.batch_size, self.micros, self.step, cfg.max_steps)))
+        self.batches = iter(self.loader(self.data, Plan(self.order, cfg.batch_size, self.micros, self.step, cfg.max_steps, getattr(self.data, "by_position", False))))
 
     @property
     def best(self):
@@ -118,14 +121,16 @@ class Run:
         "The next micro-batch on the device; its ids must be those that the order says."
         start = time.perf_counter()
         self.beat(f"reading data of step {step}")
-        batch = next(self.batches)
+        try: batch = next(self.batches)
+        except UserError as e: raise UserError(str(e).strip().splitlines()[-1].removeprefix("sdcourse.core.UserError: ")) from None # a worker process sends its whole traceback
         self.beat(f"computing step {step}")
         self.waited += time.perf_counter() - start
         return self.place(batch, self.data, self.items(step, rows))
 
     def place(self, batch, data, items):
         "Move `batch` to the device after comparing its ids with those of `items`."
-        expected = np.asarray(data.ids)[items]
+        ids = data.ids
+        expected = np.asarray([ids[i] for i in items])
         if not np.array_equal(np.asarray(batch["id"]), expected):
             raise RuntimeError(f"the loader returned ids {list(batch['id'])[:4]}…, expected {expected[:4].tolist()}…")
         return {k: self.to_device(v) for k, v in batch.items()}
@@ -182,6 +187,7 @@ def step(
         draws = Draws(cfg.seed, s, rows, device=run.device, dtype=run.dtype)
         torch.manual_seed(key(cfg.seed, "dropout", s, i, run.ranks.rank))
         with nullcontext() if i == last or run.ranks.world == 1 else run.forward.no_sync():
+            with torch.no_grad(): batch = run.task.encode(batch, draws)
             with run.autocast(): loss, t = run.forward(batch, draws)
             run.scaler.scale(loss.sum() * (run.ranks.world / cfg.batch_size)).backward()
         losses.append(loss.detach()), times.append(t.detach())
@@ -208,11 +214,13 @@ def held_out(
     mine = rank_rows(len(data), run.ranks.rank, run.ranks.world)
     chunks = [list(rows) for rows in micro_rows(mine, run.cfg.micro_batch or run.cfg.batch_size)]
     try:
-        for rows, batch in zip(chunks, run.loader(data, chunks)):
+        asked = [[(i, i) for i in rows] for rows in chunks] if getattr(data, "by_position", False) else chunks
+        for rows, batch in zip(chunks, run.loader(data, asked)):
             if stop(): break
             run.beat(f"validating after step {run.step}")
             draws = Draws(run.cfg.seed, 0, range(rows[0], rows[-1] + 1), device=run.device, dtype=run.dtype, scope="validate")
-            with run.autocast(): loss, _ = module(run.place(batch, data, rows), draws)
+            batch = run.task.encode(run.place(batch, data, rows), draws)
+            with run.autocast(): loss, _ = module(batch, draws)
             sums += torch.tensor([loss.double().sum().item(), len(rows)])
     finally: module.train(was_training)
     return sums

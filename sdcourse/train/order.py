@@ -144,10 +144,14 @@ class Plan:
     micros: tuple # ranges of rows of this rank, in order
     start: int # first step
     stop: int # one past the last step
+    positions: bool = False # give pairs (item, position) instead, for a data set with `by_position`
 
     def __iter__(self):
         for step in range(self.start, self.stop):
-            items = self.order.items(step * self.batch, (step + 1) * self.batch)
-            for rows in self.micros: yield items[rows.start:rows.stop].tolist()
+            first = step * self.batch
+            items = self.order.items(first, first + self.batch)
+            for rows in self.micros:
+                mine = items[rows.start:rows.stop].tolist()
+                yield list(zip(mine, range(first + rows.start, first + rows.stop))) if self.positions else mine
 
     def __len__(self): return len(self.micros) * (self.stop - self.start)
