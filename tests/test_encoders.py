@@ -69,6 +69,19 @@ def test_latent_facts_normalise_as_the_trainers_do(zoo):
     assert Latents(zoo / "unshifted").facts["shift"] == 0.
 
 
+@pytest.mark.parametrize("gone", ["scaling_factor", "shift_factor", "latent_channels"])
+def test_what_a_published_config_leaves_out(zoo, tmp_path, gone):
+    "The VAE of SD1.5 has no scaling_factor in its config; diffusers has a default."
+    shutil.copytree(zoo / "vae", tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    del config[gone]
+    (tmp_path / "m/config.json").write_text(json.dumps(config))
+    enc = Latents(tmp_path / "m")
+    c = enc.model.config
+    assert enc.facts == {"channels": c.latent_channels, "shift": c.shift_factor or 0., "scale": c.scaling_factor, "down": 4}
+    assert enc.facts["scale"] == (0.18215 if gone == "scaling_factor" else 0.7)
+
+
 def test_latents_of_a_pipeline(zoo, tmp_path):
     shutil.copytree(zoo / "vae", tmp_path / "pipe/vae")
     (tmp_path / "pipe/model_index.json").write_text("{}")
