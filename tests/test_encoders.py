@@ -307,7 +307,17 @@ def test_a_blob_of_the_hub_is_known_by_its_name(zoo, tmp_path):
     (blobs / name).rename(blobs / name[:40]) # 40 digits: not a SHA-256 of the content
     file.unlink()
     file.symlink_to(blobs / name[:40])
-    assert weights_id(tmp_path / "snap") != weights_id(zoo / "vae")
+    plain = weights_id(shutil.copytree(tmp_path / "snap", tmp_path / "copy")) # copytree follows the link
+    assert weights_id(tmp_path / "snap") == plain != weights_id(zoo / "vae")
+
+
+def test_a_link_to_nothing_is_said(zoo, tmp_path):
+    "A hub cache whose blobs were deleted."
+    shutil.copytree(zoo / "vae", tmp_path / "m")
+    file = tmp_path / "m/diffusion_pytorch_model.safetensors"
+    file.unlink()
+    file.symlink_to(tmp_path / "blobs" / ("a" * 64))
+    with pytest.raises(UserError, match="diffusion_pytorch_model.safetensors is a link to nothing; fetch the model again"): Latents(tmp_path / "m")
 
 
 def test_names_and_contents_are_kept_apart(tmp_path):
