@@ -107,6 +107,25 @@ def test_a_list_of_folders(zoo):
     assert (last - clip["text_encoder.hidden"]).abs().max() < 1e-4 # one block and the norm lie between the two
 
 
+def test_whole_models_give_their_text_half(zoo, tmp_path):
+    "A CLIPModel, a T5 with its decoder, and a UMT5, each with its tokenizer beside it."
+    from transformers import CLIPModel, CLIPTokenizer, T5Config, T5ForConditionalGeneration, T5Tokenizer, UMT5Config, UMT5EncoderModel
+    words, pieces = tiny.clip_tokenizer(tmp_path / "clip", length=20), tiny.t5_tokenizer(tmp_path / "t5")
+    tiny.t5_tokenizer(tmp_path / "umt5")
+    tiny.tiny_clip(tmp_path / "clip", words=words, length=20)
+    sizes = dict(vocab_size=pieces, d_model=24, d_kv=8, d_ff=48, num_layers=2, num_heads=2, feed_forward_proj="gated-gelu", decoder_start_token_id=0)
+    tiny.large(T5ForConditionalGeneration(T5Config(**sizes)), 1.5).save_pretrained(tmp_path / "t5")
+    tiny.large(UMT5EncoderModel(UMT5Config(**sizes)), 1.5).save_pretrained(tmp_path / "umt5")
+    out = Prompts([(tmp_path / n, tmp_path / n) for n in ("clip", "t5", "umt5")], t5_length=30).encode(CAPTIONS)
+    ids = lambda cls, name, n: cls.from_pretrained(tmp_path / name)(CAPTIONS, padding="max_length", max_length=n, truncation=True, return_tensors="pt").input_ids
+    half = lambda cls, name: cls.from_pretrained(tmp_path / name).eval().requires_grad_(False)
+    clip = half(CLIPModel, "clip")
+    found = clip.text_model(ids(CLIPTokenizer, "clip", 20))
+    assert torch.equal(out["text_encoder.hidden"], found.last_hidden_state) and torch.equal(out["text_encoder.pooled"], clip.text_projection(found.pooler_output))
+    assert torch.equal(out["text_encoder_2.hidden"], half(T5ForConditionalGeneration, "t5").encoder(ids(T5Tokenizer, "t5", 30)).last_hidden_state)
+    assert torch.equal(out["text_encoder_3.hidden"], half(UMT5EncoderModel, "umt5")(ids(T5Tokenizer, "umt5", 30)).last_hidden_state)
+
+
 def test_a_list_holds_pairs(zoo):
     with pytest.raises(UserError, match="expected pairs"): Prompts([zoo / "sd15/text_encoder"])
 

@@ -144,8 +144,9 @@ class Encoder:
         precision: str, # fp32, bf16 or fp16: of weights and arithmetic
     ):
         if precision not in DTYPES: raise UserError(f"precision {precision!r}: {nearest(precision, DTYPES)}")
-        self.device, self.precision, self.dtype = torch.device(device), precision, DTYPES[precision]
-        if self.device.type == "cuda" and not torch.cuda.is_available(): raise UserError(f"device {device}: no CUDA here; use cpu")
+        try: self.device, self.precision, self.dtype = torch.device(device), precision, DTYPES[precision]
+        except RuntimeError: raise UserError(f"device {device}: no device; give cpu, cuda or cuda:1") from None
+        if self.device.type == "cuda" and (self.device.index or 0) >= torch.cuda.device_count(): raise UserError(f"device {device}: not here ({torch.cuda.device_count()} GPUs); use cpu, or another")
         self.key, self.facts = dict(kind=self.kind, code=1, precision=precision), {} # code: raise it when this module computes other numbers
         self.upcast, self.retried = False, 0 # in float32 just now? | rows that needed float32
 

@@ -16,7 +16,7 @@ from .encoders import Encoder, _first_line, files_id, local_folder, log, model_f
 
 # %% ../../nbs/data/prompts.ipynb #b0409561
 TEXT = {"CLIPTextModel": "CLIPTokenizer", "CLIPTextModelWithProjection": "CLIPTokenizer", "T5EncoderModel": "T5Tokenizer", "UMT5EncoderModel": "T5Tokenizer"} # class: its tokenizer
-ALIASES = {"CLIPModel": "CLIPTextModel", "T5ForConditionalGeneration": "T5EncoderModel", "T5Model": "T5EncoderModel", "UMT5ForConditionalGeneration": "UMT5EncoderModel", "UMT5Model": "UMT5EncoderModel"}
+ALIASES = {"CLIPModel": "CLIPTextModelWithProjection", "T5ForConditionalGeneration": "T5EncoderModel", "T5Model": "T5EncoderModel", "UMT5ForConditionalGeneration": "UMT5EncoderModel", "UMT5Model": "UMT5EncoderModel"}
 PIPELINES = (("StableDiffusionXL", "penultimate"), ("StableDiffusion3", "penultimate"), ("StableDiffusion", "last")) # first letters of the class: layer of its CLIPs
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 
