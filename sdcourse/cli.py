@@ -20,6 +20,7 @@ VERBS = { # verb: (what to call, what it does)
     "prepare": ("sdcourse.data.prepare:main", "make a data set ready for training: sdcourse prepare SET …"),
     "scan": ("sdcourse.data.scan:main", "find broken, odd and duplicate pictures: sdcourse scan FOLDER"),
     "shards": ("sdcourse.data.shards:main", "pack a data folder into tars with an index, or index tars: sdcourse shards IN OUT"),
+    "cache": ("sdcourse.data.cache:main", "compute latents, prompts or features once: sdcourse cache KIND DATA OUT --model FOLDER"),
 }
 
 def usage() -> str: # the help page
@@ -49,3 +50,6 @@ def main(
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.code
+
+# %% ../nbs/engine/cli.ipynb #373f9fe5
+if __name__ == "__main__" and __package__: raise SystemExit(main())

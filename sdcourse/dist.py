@@ -7,7 +7,7 @@ __all__ = ['RANK_VARIABLES', 'STEP_VARIABLES', 'LOST', 'REQUEUE', 'Launch', 'fir
            'gpu_of', 'LostRank', 'Ranks', 'join', 'Agreement', 'Job', 'job']
 
 # %% ../nbs/09_cluster.ipynb #6b65327a
-import atexit, errno, gc, os, re, socket
+import atexit, errno, gc, itertools, os, re, socket
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -252,6 +252,8 @@ class Agreement:
 # %% ../nbs/09_cluster.ipynb #6cb7a79b
 REQUEUE = 75 # exit code of a run that wants to go on later (EX_TEMPFAIL of sysexits.h); slurm/job.sh asks for it
 
+_jobs = itertools.count() # all ranks begin the same jobs in the same order
+
 @dataclass
 class Job:
     "A long piece of work on one rank or many: who I am, whether to stop, and a sign of life."
@@ -259,11 +261,15 @@ class Job:
     flag: StopFlag # raised by a signal, a file or a deadline, on this rank
     watch: Watch # ends the process when no rank makes progress
 
-    def __post_init__(self): self.agree = Agreement(self.ranks.control)
+    def __post_init__(self): self.agree, self.note = Agreement(self.ranks.control), f"stop {next(_jobs)}"
 
     def raised(self) -> bool:
-        "Whether this rank has been asked to stop; for loops that the others do not walk in step."
-        return self.flag.raised()
+        "Whether any rank has been asked to stop, as far as this one knows; for loops that the others do not walk in step."
+        store, raised = self.ranks.store, self.flag.raised()
+        if store is None: return raised
+        if raised: store.set(self.note, self.flag.reason)
+        elif store.check([self.note]): self.flag.raise_(store.get(self.note).decode())
+        return bool(self.flag.reason)
 
     def stop(self) -> bool:
         "Whether all ranks leave now; every rank calls it once per step."

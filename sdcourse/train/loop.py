@@ -47,6 +47,9 @@ class Task:
     def dataset(self, split):
         "Items of 'train' or 'validate' as dicts with an `id`; the set has `ids`, in order. None: nothing to validate on."
         raise NotImplementedError
+    def encode(self, batch, draws) -> dict:
+        "What the frozen models of a task make of a batch, on the device, before the forward pass and without gradients."
+        return batch
     def blocks(self, module) -> list:
         "Repeated submodules, compiled in place one by one."
         return []
@@ -184,6 +187,7 @@ def step(
         draws = Draws(cfg.seed, s, rows, device=run.device, dtype=run.dtype)
         torch.manual_seed(key(cfg.seed, "dropout", s, i, run.ranks.rank))
         with nullcontext() if i == last or run.ranks.world == 1 else run.forward.no_sync():
+            with torch.no_grad(): batch = run.task.encode(batch, draws)
             with run.autocast(): loss, t = run.forward(batch, draws)
             run.scaler.scale(loss.sum() * (run.ranks.world / cfg.batch_size)).backward()
         losses.append(loss.detach()), times.append(t.detach())
@@ -215,7 +219,8 @@ def held_out(
             if stop(): break
             run.beat(f"validating after step {run.step}")
             draws = Draws(run.cfg.seed, 0, range(rows[0], rows[-1] + 1), device=run.device, dtype=run.dtype, scope="validate")
-            with run.autocast(): loss, _ = module(run.place(batch, data, rows), draws)
+            batch = run.task.encode(run.place(batch, data, rows), draws)
+            with run.autocast(): loss, _ = module(batch, draws)
             sums += torch.tensor([loss.double().sum().item(), len(rows)])
     finally: module.train(was_training)
     return sums
