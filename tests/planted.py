@@ -377,6 +377,7 @@ PLANTED = {
         ('photos: absolute names in the table', 'f"file:images/{c[\'id\']}.png"', 'f"file:///tmp/images/{c[\'id\']}.png"', 'test_the_table_has_unsplashs_columns_and_its_files_exist'),
     ],
     ('sdcourse/data/images.py', 'tests/test_images.py'): [
+        ('pictures: cut ones pass where a package says so', '    if ImageFile.LOAD_TRUNCATED_IMAGES:', '    if False:', 'test_a_switch_that_lets_cut_pictures_pass_is_refused'),
         ('pictures: sixteen bits are cut off', 'im = Image.fromarray((np.asarray(im).clip(0, 65535) >> 8).astype(np.uint8))', 'pass', 'test_sixteen_bits_are_scaled_not_cut'),
         ('pictures: the EXIF note is ignored', 'im = ImageOps.exif_transpose(im)', 'pass', 'test_all_eight_exif_orientations'),
         ('pictures: transparency shows its hidden colour', '    if "A" in im.mode or "a" in im.mode or "transparency" in im.info:', '    if False:', 'test_white_behind_transparency'),

@@ -48,6 +48,8 @@ def read_header(
 # %% ../../nbs/data/images.ipynb #ec057e5f
 def _pixels(im, data):
     "All pixels of `im`, or `BadImage`."
+    from PIL import ImageFile
+    if ImageFile.LOAD_TRUNCATED_IMAGES: raise UserError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, and a picture that is cut would pass as a whole one: set it to False (a package that you import has set it)")
     try: im.load()
     except Exception as e: raise BadImage("truncated", f"the pixels cannot be read ({str(e) or type(e).__name__})") from None
     if im.format == "PNG" and b"IEND\xaeB`\x82" not in data[-65536:]: raise BadImage("truncated", "the end of the PNG is missing")
