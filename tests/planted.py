@@ -109,7 +109,7 @@ PLANTED = {
     ],
     ('sdcourse/train/flow_dit.py', 'tests/test_flow_dit.py'): [
         ('the velocity points from noise to data', '(v.to(eps.dtype) - flow_velocity(x0, eps))', '(v.to(eps.dtype) + flow_velocity(x0, eps))', 'test_objective'),
-        ('conditions are kept at rate p', 'torch.where(draws.bernoulli("cond_drop", self.cond_drop), self.dit.config.num_classes, batch["label"])', 'torch.where(draws.bernoulli("cond_drop", self.cond_drop), batch["label"], self.dit.config.num_classes)', 'test_class_dropping'),
+        ('conditions are kept at rate p', 'torch.where(draws.bernoulli("cond_drop", self.cond_drop), self.dit.config.num_classes, label)', 'torch.where(draws.bernoulli("cond_drop", self.cond_drop), label, self.dit.config.num_classes)', 'test_class_dropping'),
         ("the density's mean is ignored", 'Density(config.density, config.density_mean, config.density_std, config.density_shift)', 'Density(config.density, 0., config.density_std, config.density_shift)', 'test_density_options_reach_the_loss'),
     ],
     ('sdcourse/train/checkpoint.py', 'tests/test_checkpoint.py'): [
