@@ -50,3 +50,6 @@ def main(
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return e.code
+
+# %% ../nbs/engine/cli.ipynb #373f9fe5
+if __name__ == "__main__" and __package__: raise SystemExit(main())

@@ -284,6 +284,7 @@ def test_a_square_is_the_antialiased_middle():
     assert x.dtype == torch.uint8 and x.shape == (3, 20, 20) and x.is_contiguous() and np.array_equal(x.permute(1, 2, 0).numpy(), expected)
     assert np.array_equal(Transform(20, "adm")(im).permute(1, 2, 0).numpy(), np.asarray(centre_crop(im, 20)))
     assert np.array_equal(Transform(20, "none")(im).permute(1, 2, 0).numpy(), np.asarray(im.resize((20, 20), Image.Resampling.BICUBIC)))
+    for side, size in ((s, t) for s in range(1, 99) for t in (1, 7, 50) if int(s * (t / s)) < t): assert Transform(size)(Image.new("RGB", (side, side + 5))).shape == (3, size, size), (side, size)
     assert Transform(50)(im).shape == (3, 50, 50) and Transform(3)(im.resize((1, 7))).shape == (3, 3, 3)
 
 def test_random_crops_reach_every_place_and_no_further():
@@ -321,7 +322,7 @@ def read(data, *, world=1, micro=0, workers=0, start=0, stop=10, batch=8, seed=5
 def test_items_stay_paired_over_three_epochs_and_two_ranks(both, which):
     "D1: picture, caption and label of every item in every batch are those of its id."
     data = pictures(both[which])
-    truth = {x["id"]: x for x in (data[i] for i in range(13))}
+    truth = {f"train-a.{k}": dict(image=Image.open(both[0] / f"train/p{k}.png"), texts=[f"über {k}"], label=k % 3) for k in range(13)} # as `folder_of` made them
     steps, wrong, seen = read(Squares(data, Transform(8)), world=2, micro=3, stop=5), 0, Counter() # 5 x 8 = 40 > 3 x 13
     for b in steps.values():
         for name, image, texts, label in zip(b["id"], b["image"], b["texts"], b["label"].tolist()):

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from sdcourse.config import resolve
-from sdcourse.core import UserError, write_json
+from sdcourse.core import UserError
+from sdcourse.data.store import FORMAT, extend_plan, write_shard
 from sdcourse.diffusion import Density
-from sdcourse.train.flow_dit import Config, FlowMatching, Task, cached_latents, source, synthetic_latents
+from sdcourse.train.flow_dit import Config, FlowMatching, Task, source, synthetic_latents
 from sdcourse.train.loop import Run, step, train
 from sdcourse.train.order import Draws
 from sdcourse.train.track import read_metrics
@@ -110,20 +110,25 @@ def test_latents_are_sampled_mirrored_and_scaled():
     assert (clean(flip=False).mean((1, 2, 3)) < 0).all()
 
 
-def latents_folder(folder, **broken):
+def latents_folder(folder, classes=("cat", "dog", "owl"), sides=2, drop=()):
+    "A cache as `sdcourse cache latents` writes it, of random numbers."
+    tensors = {k: v[:, :sides] if v.ndim > 1 else v for k, v in synthetic_latents(24, 4, 8, classes=3).tensors.items() if k != "id" and k not in drop}
+    columns = {k: {"dtype": str(v.dtype).removeprefix("torch."), "shape": list(v.shape[1:])} for k, v in tensors.items()}
+    index = {"format": FORMAT, "kind": "latents", "key": {"weights": "none"}, "columns": columns, "shards": [], "dropped": {}, "facts": dict(channels=4, shift=0.1, scale=0.5, down=8, classes=list(classes), licence="none")}
     folder.mkdir(exist_ok=True)
-    items = synthetic_latents(24, 4, 8, classes=3).tensors | broken
-    save_file({k: v for k, v in items.items() if v is not None}, folder / "latents-train.safetensors")
-    write_json(folder / "latents.json", dict(channels=4, side=8, classes=["cat", "dog", "owl"], shift=0.1, scale=0.5, licence="none"))
+    extend_plan(folder, index, {"train": [[f"item{i:02}", "", 0] for i in range(24)]}, 24)
+    write_shard(folder, index["shards"][0], tensors)
     return folder
 
 
-def test_trains_from_a_folder_of_latents(tmp_path):
+def test_trains_from_a_cache_of_latents(tmp_path):
     data = latents_folder(tmp_path / "latents")
-    result = train(Task(config(tmp_path / "run", data=str(data), batch_size=10)))
+    task = Task(config(tmp_path / "run", data=str(data), batch_size=10))
+    result = train(task)
     assert result.step == 4 and (tmp_path / "run" / "export" / "transformer" / "config.json").exists()
     s = source(config(data=str(data)))
-    assert (s.channels, s.side, s.shift, s.scale) == (4, 8, 0.1, 0.5) and len(cached_latents(data)) == 24
+    assert (s.channels, s.side, s.shift, s.scale) == (4, 8, 0.1, 0.5) and len(task.dataset("train")) == 24 and task.dataset("validate") is None
+    assert task.facts()["data_sha256"] == task.dataset("train").fingerprint()
 
 
 @pytest.mark.parametrize("over,text", [
@@ -135,14 +140,12 @@ def test_wrong_input_is_refused_before_anything_heavy(over, text):
         Task(config(**over)).check()
 
 
-def test_broken_latents_are_refused(tmp_path):
-    with pytest.raises(UserError, match="has no tensor std"):
-        train(Task(config(tmp_path / "a", data=str(latents_folder(tmp_path / "x", std=None)))))
-    with pytest.raises(UserError, match="label 7 is out of range, there are 3 classes"):
-        train(Task(config(tmp_path / "b", data=str(latents_folder(tmp_path / "y", label=torch.full((24,), 7))))))
-    (tmp_path / "y" / "latents.json").write_text("{")
-    with pytest.raises(UserError, match="not valid JSON"):
-        Task(config(data=str(tmp_path / "y"))).check()
+def test_caches_that_do_not_fit_are_refused(tmp_path):
+    for text, folder, over in (("has no columns mean and std", latents_folder(tmp_path / "x", drop=("std",)), {}), ("without mirrors; give --no-flip", latents_folder(tmp_path / "y", sides=1), {}), ("has no classes", latents_folder(tmp_path / "z", classes=()), {})):
+        with pytest.raises(UserError, match=text): Task(config(data=str(folder), **over)).check()
+    Task(config(data=str(tmp_path / "y"), flip=False)).check()
+    (tmp_path / "y" / "index.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"): Task(config(data=str(tmp_path / "y"))).check()
 
 
 def test_presets_resolve_and_full_sizes_fit_their_names():

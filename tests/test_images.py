@@ -137,3 +137,12 @@ def test_a_picture_that_lies_on_its_side_is_known_without_decoding_it():
             assert is_turned(read_header(data), data) == want, format
     cut = as_file(Image.fromarray(noise(64, 64)))[:300]
     assert is_turned(read_header(cut), cut) is False
+
+
+def test_a_switch_that_lets_cut_pictures_pass_is_refused(monkeypatch):
+    "Some packages set it for the whole process; a cut JPEG would then be grey below, without an error."
+    from PIL import ImageFile
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    whole = as_file(Image.fromarray(noise(60, 40)), "JPEG")
+    for data in (whole, whole[:-900]):
+        with pytest.raises(UserError, match="LOAD_TRUNCATED_IMAGES is on"): open_image(data)

@@ -37,7 +37,7 @@ def read_index(
     folder = Path(folder)
     if folder.exists() and not folder.is_dir(): raise UserError(f"{folder}: is a file; choose another OUT")
     if not (folder/"index.json").is_file():
-        if folder.exists() and any(p for p in folder.iterdir() if not p.name.startswith(".") and p.name != "STOP"): raise UserError(f"{folder}: is not empty and no cache (it has no index.json); choose another OUT")
+        if folder.exists() and any(p for p in folder.iterdir() if not p.name.startswith((".", "STOP", "slurm-"))): raise UserError(f"{folder}: is not empty and no cache (it has no index.json); choose another OUT")
         return None
     index = read_json(folder/"index.json")
     if not isinstance(index, dict) or index.get("format") != FORMAT or not {"kind", "key", "columns", "shards"} <= index.keys():

@@ -16,8 +16,7 @@ from torch import nn
 
 from ..config import Free, TrainConfig
 from ..core import UserError
-from ..data.encoders import model_folder
-from ..data.latents import draw_latents, latent_source
+from ..data.latents import draw_latents, latent_source, vae_folder
 from ..data.worlds import CLASSES, Items, digits
 from ..dataset import Transform
 from ..diffusion import Density, add_noise, flow_velocity
@@ -132,7 +131,7 @@ class Task(BaseTask):
         cfg = self.config
         if not fullmatch(r"(tiny|S|B|L|XL|452M)/[1248]", cfg.size): raise UserError(f"--size {cfg.size}: unknown; use tiny, S, B, L, XL or 452M with patch 1, 2, 4 or 8, e.g. B/2")
         if not 0 <= cfg.cond_drop < 1: raise UserError(f"--cond-drop {cfg.cond_drop}: must be a probability below 1")
-        if cfg.vae: model_folder(cfg.vae, "vae", "an AutoencoderKL for --vae")
+        if cfg.vae: vae_folder(cfg.vae)
         if cfg.encode_batch < 1: raise UserError(f"--encode-batch {cfg.encode_batch}: must be positive")
         Density(cfg.density, cfg.density_mean, cfg.density_std, cfg.density_shift)
         side, p = source(cfg).side, int(cfg.size.split("/")[1])
@@ -168,7 +167,7 @@ def pipeline(self: Task,
 ): # FlowDiTPipeline
     "The pipeline around this model, with the VAE where one is given."
     from sdcourse.models.dit import AutoencoderKL, FlowDiTPipeline
-    vae = AutoencoderKL.from_pretrained(model_folder(self.config.vae, "vae")).to(module.dit.device) if self.config.vae else None
+    vae = AutoencoderKL.from_pretrained(vae_folder(self.config.vae)).to(module.dit.device) if self.config.vae else None
     return FlowDiTPipeline(module.dit, vae=vae, id2label=dict(enumerate(source(self.config).classes)))
 
 @patch
