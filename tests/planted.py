@@ -609,7 +609,7 @@ PLANTED = {
         ('cache: a picture that changed is not noticed', 'if i is None or data.digest(i) != row[1]', 'if i is None', 'test_a_picture_that_changes_meanwhile_is_noticed'),
         ('cache: digests are not in the plan', '[[k, d.digest(i), d.row(i).get("label")] for i', '[[k, "", d.row(i).get("label")] for i', 'test_a_changed_picture_is_computed_again_and_a_new_one_added'),
         ('cache: all ranks compute everything', '_fill_mine(j, out, j.ranks.mine(todo), work)', '_fill_mine(j, out, todo, work)', 'test_two_ranks_share_whole_shards_and_make_the_same_bytes'),
-        ('cache: the last batch of a shard is lost', 'batches = [rows[i : i + batch] for i in range(0, len(rows), batch)]', 'batches = [rows[i : i + batch] for i in range(0, len(rows) - batch + 1, batch)] or [rows]', 'test_latents_are_the_moments_of_picture_and_mirror'),
+        ('cache: the last batch of a shard is lost', 'batches = [rows[i : i + batch] for i in range(0, len(rows), batch)]', 'batches = [rows[i : i + batch] for i in range(0, len(rows) - batch + 1, batch)] or [rows]', 'test_features_are_those_of_the_model'),
         ('cache: deaf between batches', '            return not j.raised()', '            return True', 'test_asked_to_stop_it_leaves_soon_and_goes_on_later[SIGTERM]'),
         ('cache: half a shard is written', 'if not go_on(len(some)): return False', 'if not go_on(len(some)): break', 'test_asked_to_stop_it_leaves_soon_and_goes_on_later[SIGTERM]'),
         ('cache: STOP is requeued', 'return cfg.requeue_code if left and stopped != "file STOP" else 0', 'return cfg.requeue_code if left else 0', 'test_asked_to_stop_it_leaves_soon_and_goes_on_later[STOP]'),

@@ -95,7 +95,7 @@ def test_prompts_are_kept_by_their_words(world, tmp_path, capsys):
     data, out = pictures(tmp_path / "data"), tmp_path / "p"
     assert cache("prompts", data, out, options(world[1], PromptOptions)) == 0
     found = Cache(out, "", kind="prompts")
-    assert found.ids.tolist() == ["", *WORDS]
+    assert found.ids.tolist() == ["", *WORDS] and len(json.loads((out / "-00000.json").read_text())) == 5
     pipe = StableDiffusionPipeline.from_pretrained(world[1])
     for text in ("", WORDS[2]):
         want = pipe.encode_prompt(text, "cpu", 1, False)[0]
@@ -240,7 +240,7 @@ def test_asked_to_stop_it_leaves_soon_and_goes_on_later(world, whole, tmp_path, 
     assert [c for c, _, _ in ends] == ([0, 0] if how == "STOP" else [75, 75]), ends
     assert "shards are left; the same command goes on" in ends[0][1] and not (out / "STOP").exists()
     before = {k: v for k, v in content(out).items() if k.endswith(".safetensors")}
-    assert 0 < len(before) < 8 or how == "deadline"
+    assert 0 < len(before) < 4 or how == "deadline" # each rank has four
     assert len(notes(tmp_path / "n")) < 2 * 30 - 8 # rows with their mirrors; the rest was not encoded
     with pytest.raises(UserError, match="is not finished, .* run the same sdcourse cache command again"): Cache(out)
     assert cache("latents", world[0], out, options(world[1])) == 0
