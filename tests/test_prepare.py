@@ -1,5 +1,5 @@
 """A data folder is absent or whole, whatever interrupts its making; jobs run in parallel until told to stop."""
-import os, shutil, subprocess, sys, threading
+import contextlib, io, os, shutil, subprocess, sys, threading
 
 import pytest
 
@@ -233,6 +233,24 @@ def test_a_hand_full_of_ways_to_say_it_wrong(capsys):
         with pytest.raises(UserError, match="workers.*-2"): raise_from(["prepare", *TINY[name].split(), "--workers", "-2"], capsys)
         with pytest.raises(SystemExit): cli.main(["prepare", name, "--help"])
         assert "--max-seconds" in (page := capsys.readouterr().out) and "OUT" in page
+
+def test_sources_and_places_that_may_not_be_used(worlds):
+    "Every set, as a user who may not read the source, nor write beside OUT: one line, and nothing that looks whole."
+    with OpenFolder() as folder:
+        for name in ("faces", "digits", "photos"): shutil.copytree(worlds / name, folder / name)
+        (folder / "closed").mkdir(mode=0o555)
+        for p in [p for name in ("faces", "digits", "photos") for p in (folder / name).iterdir() if p.is_dir()]: p.chmod(0)
+        (folder / "photos/photos.tsv000").chmod(0)
+        os.chmod(folder, 0o755)
+        def ask(words):
+            with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()): code = cli.main(["prepare", *words.split(), "--workers", "1"])
+            return [code, said.getvalue()]
+        for name, words in TINY.items():
+            words = words.replace("OUT", str(folder / "closed/out"))
+            if name in ("celeba-hq", "celeba", "imagenet", "unsplash"): words = words.replace(" faces/", f" {folder}/faces/").replace(" digits ", f" {folder}/digits ").replace(" photos ", f" {folder}/photos ")
+            code, said = as_nobody(lambda: ask(words))
+            assert code == 2 and said.startswith("error: ") and said.count("\n") == 1 and str(folder) in said, (name, said)
+        assert not list((folder / "closed").iterdir())
 
 # ---- the command
 def test_sets_exist_and_help_is_quick(capsys):
