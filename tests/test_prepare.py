@@ -2,6 +2,7 @@
 import contextlib, io, os, shutil, subprocess, sys, threading
 
 import pytest
+import torch
 
 from nobody import OpenFolder, as_nobody
 from sdcourse import cli
@@ -243,6 +244,7 @@ def test_sources_and_places_that_may_not_be_used(worlds):
         (folder / "photos/photos.tsv000").chmod(0)
         os.chmod(folder, 0o755)
         def ask(words):
+            torch.set_num_threads(1) # a forked process hangs where its parent has used several
             with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()): code = cli.main(["prepare", *words.split(), "--workers", "1"])
             return [code, said.getvalue()]
         for name, words in TINY.items():
