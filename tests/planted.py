@@ -556,4 +556,9 @@ PLANTED = {
         ('manifests: a neighbour counts as the source', 'if any(e["path"].startswith(inner) for', 'if any(True for', 'test_a_source_that_describes_itself_is_the_origin'),
         ('manifests: manifests of other programs are an error', ' or not {"layouts", "licence"} <= found.keys(): continue', ': continue', 'test_a_source_that_describes_itself_is_the_origin'),
     ],
+    ('sdcourse/data/bench.py', 'tests/test_prepare.py'): [
+        ('bench: one process against one', 'for w in (1, options.workers))', 'for w in (1, 1))', 'test_bench_prepares_the_same_pictures_in_turn'),
+        ('bench: only fifty pictures', 'if i >= 50: shutil.copyfile(home / f"{i % 50}.jpg", home / f"{i}.jpg"); continue', 'if i >= 50: continue', 'test_bench_prepares_the_same_pictures_in_turn'),
+        ('bench: what is there already costs nothing', '    shutil.rmtree(out)\n', '', 'test_bench_prepares_the_same_pictures_in_turn'),
+    ],
 }
