@@ -440,7 +440,7 @@ PLANTED = {
         ('prepare: pictures are hashed again', '{r.get("file", i): r["sha256"] for i, r in self.done.items()}', '{}', 'test_the_manifest_is_not_hashed_twice'),
         ('prepare: what is free is a fact', 'return {k: v for k, v in asdict(options).items() if k not in free}', 'return asdict(options)', 'test_every_set_stops_goes_on_and_refuses_other_options'),
         ('prepare: the deadline is not passed on', 'cfg.max_seconds) as flag: run(', '0) as flag: run(', 'test_every_set_stops_goes_on_and_refuses_other_options'),
-        ('prepare: a source that may not be read is a crash', '    except OSError as e: raise disk_error(e, out) from None # a source that may not be read', '    except ImportError as e: raise disk_error(e, out) from None', 'test_sources_and_places_that_may_not_be_used'),
+        ('prepare: a source that may not be read is a crash', '    except OSError as e: raise disk_error(e, out) from None # a source that may not be read', '    except ImportError as e: raise disk_error(e, out) from None', 'test_what_the_system_refuses_is_one_line'),
         ('prepare: options are not checked', '    cfg.check()\n', '', 'test_a_hand_full_of_ways_to_say_it_wrong'),
     ],
     ('sdcourse/data/unsplash.py', 'tests/test_unsplash.py'): [

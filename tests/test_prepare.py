@@ -8,8 +8,8 @@ from nobody import OpenFolder, as_nobody
 from sdcourse import cli
 from sdcourse.core import UserError
 from sdcourse.data import bench
-from sdcourse.data.manifests import described, load_manifest, origin, verify
-from sdcourse.data.prepare import SETS, Failed, Stopped, Work, differences, save
+from sdcourse.data.manifests import described, load_manifest, manifest_folder, origin, verify
+from sdcourse.data.prepare import SETS, Failed, Prepare, Stopped, Work, command, differences, save
 
 ORIGIN = load_manifest("digits")
 
@@ -238,6 +238,7 @@ def test_a_hand_full_of_ways_to_say_it_wrong(capsys):
 
 def test_sources_and_places_that_may_not_be_used(worlds):
     "Every set, as a user who may not read the source, nor write beside OUT: one line, and nothing that looks whole."
+    if not as_nobody(lambda: os.access(manifest_folder() / "schema.json", os.R_OK)): pytest.skip("nobody may read this checkout, so nobody can run a command of it")
     with OpenFolder() as folder:
         for name in ("faces", "digits", "photos"): shutil.copytree(worlds / name, folder / name)
         (folder / "closed").mkdir(mode=0o555)
@@ -254,6 +255,10 @@ def test_sources_and_places_that_may_not_be_used(worlds):
             code, said = as_nobody(lambda: ask(words))
             assert code == 2 and said.startswith("error: ") and said.count("\n") == 1 and str(folder) in said, (name, said)
         assert not list((folder / "closed").iterdir())
+
+def test_what_the_system_refuses_is_one_line(tmp_path):
+    def closed(*_, **__): raise PermissionError(13, "Permission denied", "source/x.jpg")
+    with pytest.raises(UserError, match="^source/x.jpg: Permission denied; see to it and run the command again"): command([str(tmp_path / "o")], "toy", "OUT", Prepare, closed)
 
 # ---- the benchmark
 @pytest.mark.parametrize("source", ["imagenet", "unsplash"])
