@@ -1,5 +1,5 @@
 """`in_parallel`: all jobs once, errors are results, a stop begins nothing new, nothing outlives its parent."""
-import os, pickle, signal, subprocess, sys, threading, time
+import os, signal, subprocess, sys, threading, time
 
 import pytest
 
@@ -60,14 +60,13 @@ def test_errors_travel_between_processes():
     got = dict(in_parallel(raises, ["odd", "bad", "disk"], workers=2, handful=1))
     assert str(got["odd"]) == "Odd: strange" and (got["bad"].kind, got["bad"].detail) == ("huge", "large") and got["disk"].errno == 28 and got["disk"].filename == "/x"
 
-@pytest.mark.parametrize("fn, jobs", [(os._exit, [1] * 4), (os.kill, None)])
-def test_a_worker_that_is_killed_is_named(fn, jobs):
-    with pytest.raises(UserError, match="--workers 1"):
-        if jobs: list(in_parallel(fn, jobs, workers=2))
-        else:
-            with processes(2) as pool: pool.submit(lambda_free_kill).result()
+def kill_me(_): os.kill(os.getpid(), signal.SIGKILL)
 
-def lambda_free_kill(): os.kill(os.getpid(), signal.SIGKILL)
+@pytest.mark.parametrize("end", [os._exit, kill_me])
+def test_a_worker_that_is_killed_is_named(end):
+    with pytest.raises(UserError, match="--workers 1"): list(in_parallel(end, [1] * 4, workers=2))
+    with pytest.raises(UserError, match="--workers 1"):
+        with processes(2) as pool: pool.submit(end, 1).result()
 
 def test_a_stop_begins_no_new_job_and_does_not_wait_for_a_deaf_one():
     begun, release = [], threading.Event()

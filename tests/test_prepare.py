@@ -1,13 +1,15 @@
 """A data folder is absent or whole, whatever interrupts its making; jobs run in parallel until told to stop."""
-import os, shutil, subprocess, sys, threading
+import contextlib, io, json, os, shutil, subprocess, sys, threading
 
 import pytest
+import torch
 
 from nobody import OpenFolder, as_nobody
 from sdcourse import cli
 from sdcourse.core import UserError
-from sdcourse.data.manifests import described, load_manifest, origin, verify
-from sdcourse.data.prepare import SETS, Failed, Stopped, Work, differences, save
+from sdcourse.data import bench
+from sdcourse.data.manifests import described, load_manifest, manifest_folder, origin, verify
+from sdcourse.data.prepare import SETS, Failed, Prepare, Stopped, Work, command, differences, save
 
 ORIGIN = load_manifest("digits")
 
@@ -233,6 +235,52 @@ def test_a_hand_full_of_ways_to_say_it_wrong(capsys):
         with pytest.raises(UserError, match="workers.*-2"): raise_from(["prepare", *TINY[name].split(), "--workers", "-2"], capsys)
         with pytest.raises(SystemExit): cli.main(["prepare", name, "--help"])
         assert "--max-seconds" in (page := capsys.readouterr().out) and "OUT" in page
+
+def test_sources_and_places_that_may_not_be_used(worlds):
+    "Every set, as a user who may not read the source, nor write beside OUT: one line, and nothing that looks whole."
+    if not as_nobody(lambda: os.access(manifest_folder() / "schema.json", os.R_OK)): pytest.skip("nobody may read this checkout, so nobody can run a command of it")
+    with OpenFolder() as folder:
+        for name in ("faces", "digits", "photos"): shutil.copytree(worlds / name, folder / name)
+        (folder / "closed").mkdir(mode=0o555)
+        for p in [p for name in ("faces", "digits", "photos") for p in (folder / name).iterdir() if p.is_dir()]: p.chmod(0)
+        (folder / "photos/photos.tsv000").chmod(0)
+        os.chmod(folder, 0o755)
+        def ask(words):
+            torch.set_num_threads(1) # a forked process hangs where its parent has used several
+            with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()): code = cli.main(["prepare", *words.split(), "--workers", "1"])
+            return [code, said.getvalue()]
+        for name, words in TINY.items():
+            words = words.replace("OUT", str(folder / "closed/out"))
+            if name in ("celeba-hq", "celeba", "imagenet", "unsplash"): words = words.replace(" faces/", f" {folder}/faces/").replace(" digits ", f" {folder}/digits ").replace(" photos ", f" {folder}/photos ")
+            code, said = as_nobody(lambda: ask(words))
+            assert code == 2 and said.startswith("error: ") and said.count("\n") == 1 and str(folder) in said, (name, said)
+        assert not list((folder / "closed").iterdir())
+
+def test_what_the_system_refuses_is_one_line(tmp_path):
+    def closed(*_, **__): raise PermissionError(13, "Permission denied", "source/x.jpg")
+    with pytest.raises(UserError, match="^source/x.jpg: Permission denied; see to it and run the command again"): command([str(tmp_path / "o")], "toy", "OUT", Prepare, closed)
+
+# ---- the benchmark
+@pytest.mark.parametrize("source", ["imagenet", "unsplash"])
+def test_bench_prepares_the_same_pictures_in_turn(source, capsys, monkeypatch):
+    calls, real = [], bench.timed
+    def timed(src, out, options, workers):
+        calls.append((workers, len(list(src.rglob("*.jpg")))))
+        real(src, out, options, workers)
+        assert not out.exists()
+        return 3.0 / workers + len(calls), 0.25
+    monkeypatch.setattr(bench, "timed", timed)
+    assert cli.main(["prepare", "bench", "--source", source, "--pictures", "60", "--size", "16"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert calls == [(1, 60), (2, 60), (1, 60), (2, 60)] and [r["one_process_s"] for r in said["rounds"]] == [4, 6] and said["ratio"] == round(4 / 3.5, 2)
+    assert said["rounds"][0]["others_took_cores"] == [0.2, 0.2] and said["source"] == source
+
+def test_bench_says_what_others_took(tmp_path):
+    options = bench.BenchOptions(source="imagenet", pictures=3, size=64)
+    bench.make_source(tmp_path / "src", options)
+    took, others = bench.timed(tmp_path / "src", tmp_path / "out", options, 1)
+    assert took > 0 and 0 <= others <= bench.cores() + 0.5
+    assert cli.main(["prepare", "bench", "--workers", "1"]) == 2
 
 # ---- the command
 def test_sets_exist_and_help_is_quick(capsys):

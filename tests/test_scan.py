@@ -1,5 +1,5 @@
 """`sdcourse scan`: exactly the bad pictures are listed, the list is used, and too many of them stop everything."""
-import io, json, shutil, time
+import contextlib, io, json, resource, shutil, signal, subprocess, sys, time
 
 import numpy as np
 import pytest
@@ -163,11 +163,104 @@ def test_one_line_for_each_bad_picture(museum, tmp_path, capsys):
     assert len(out) == len(CORRUPT) + 1 and "empty: train/zero.png (the file has no bytes)" in out and out[-1].endswith("raise --limit)")
     assert not (museum / "scan.json").exists() and len(json.loads((tmp_path / "list.json").read_text())["bad"]) == len(CORRUPT)
 
-def test_a_stop_writes_no_list(small, capsys, monkeypatch):
+def test_a_stop_writes_no_list_and_an_unfinished_one_is_not_used(small, capsys):
     (small / "STOP").touch()
-    assert cli.main(["scan", str(small)]) == 1
-    assert "stopped (file STOP): nothing is written" in capsys.readouterr().out and not (small / "scan.json").exists() and not (small / "STOP").exists()
     assert cli.main(["scan", str(small)]) == 0
+    assert "stopped (file STOP), there is no list yet" in capsys.readouterr().out and not (small / "scan.json").exists() and not (small / "STOP").exists()
+    with pytest.raises(UserError, match="its scan was stopped"): sc.excluded(small)
+    assert cli.main(["scan", str(small)]) == 0 and sc.excluded(small) == {"zero.png"} and not (small / "scan.json.partial").exists()
+
+# ---- stopped and continued
+class After(Never):
+    "Goes up after n questions."
+    def __init__(self, n): self.n = n
+    def raised(self): self.n -= 1; return self.n < 0
+
+def parts(folder, *after, monkeypatch=None, **kwargs):
+    "Scan in several starts; (the last result, names in the order in which they were looked at)."
+    seen, real = [], sc.examine
+    if monkeypatch: monkeypatch.setattr(sc, "examine", lambda path, cfg: seen.append(path.name) or real(path, cfg))
+    for flag in [*map(After, after), Never()]:
+        with sc.Journal(folder.parent / "journal", sc.Scan(workers=1, **kwargs)) as journal: found = sc.scan(folder, sc.Scan(workers=1, **kwargs), flag=flag, journal=journal)
+    return found, seen
+
+def test_a_stopped_scan_goes_on_and_looks_at_nothing_twice(museum, tmp_path, monkeypatch):
+    home = shutil.copytree(museum, tmp_path / "set")
+    found, seen = parts(home, 10, 1, 20, monkeypatch=monkeypatch)
+    assert json.dumps(found) == json.dumps(run(museum)) and len(seen) == len(set(seen)) == found["pictures"]
+    assert parts(home, monkeypatch=monkeypatch)[1] == []
+
+def test_what_changed_meanwhile_is_looked_at_again(museum, tmp_path, monkeypatch):
+    home = shutil.copytree(museum, tmp_path / "set")
+    assert parts(home)[0] == run(home)
+    other, same = home / "train/good05.png", home / "train/good06.png"
+    other.write_bytes(other.read_bytes() + b"x")
+    time.sleep(0.02)
+    same.write_bytes(same.read_bytes()) # as long as before, another time
+    (home / "train/new.png").write_bytes(as_file(scene(7000)))
+    (home / "train/good07.png").unlink()
+    found, seen = parts(home, monkeypatch=monkeypatch)
+    assert set(seen) == {"good05.png", "good06.png", "new.png"} and json.dumps(found) == json.dumps(run(home))
+
+def test_a_picture_that_could_not_be_read_is_asked_again(tmp_path):
+    "Mended rights leave no trace in size and time."
+    with OpenFolder() as folder:
+        (folder / "a.png").write_bytes(as_file(scene(1))); (folder / "b.png").write_bytes(as_file(scene(2)))
+        (folder / "a.png").chmod(0)
+        def look():
+            with sc.Journal(folder / "journal", sc.Scan()) as journal: return [b["file"] for b in sc.scan(folder, sc.Scan(workers=1), flag=Never(), journal=journal)["bad"]]
+        assert as_nobody(look) == ["a.png"] and look() == []
+
+def test_a_torn_journal_or_other_limits(museum, tmp_path, monkeypatch):
+    home = shutil.copytree(museum, tmp_path / "set")
+    parts(home)
+    (tmp_path / "journal").write_bytes((tmp_path / "journal").read_bytes()[:-30])
+    found, seen = parts(home, monkeypatch=monkeypatch)
+    assert len(seen) == 1 and json.dumps(found) == json.dumps(run(home))
+    found, seen = parts(home, min_side=65, monkeypatch=monkeypatch)
+    assert len(seen) == found["pictures"] and json.dumps(found) == json.dumps(run(home, min_side=65)), "other limits begin anew"
+    assert parts(home, min_side=65, limit=0.9, near_bits=-1, drop_near="all", monkeypatch=monkeypatch)[1] == [], "what is counted at the end may change"
+
+def command(folder, *more, **kwargs):
+    return subprocess.Popen([sys.executable, "-c", "import sys; from sdcourse.cli import main; sys.exit(main())", "scan", str(folder), "--workers", "2", *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+
+@pytest.fixture(scope="module")
+def hall(tmp_path_factory):
+    "So many pictures that a scan takes seconds."
+    home = tmp_path_factory.mktemp("hall")
+    big = [as_file(scene(i, 700)) for i in range(6)]
+    for i in range(120): (home / f"{i:03}.png").write_bytes(big[i % 6] + bytes([i]))
+    return home
+
+def lines(folder): return (folder / "scan.json.partial").read_bytes().count(b"\n") if (folder / "scan.json.partial").exists() else 0
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGUSR1", "SIGKILL", "STOP", "deadline"])
+def test_whatever_stops_it_the_list_is_the_same(hall, tmp_path, how):
+    home = shutil.copytree(hall, tmp_path / "set")
+    child = command(home, *(["--max-seconds", "0.3"] if how == "deadline" else []))
+    end = time.monotonic() + 40
+    while lines(home) < 9 and child.poll() is None and time.monotonic() < end: time.sleep(0.005)
+    if how == "STOP": (home / "STOP").touch()
+    elif how != "deadline": child.send_signal(getattr(signal, how))
+    said, err = child.communicate(timeout=60)
+    assert not (home / "scan.json").exists() and not (home / "STOP").exists()
+    if how != "SIGKILL": assert child.returncode == 0 and "stopped (" in said and err == ""
+    kept = lines(home)
+    assert command(home, "--limit", "1").wait(60) == 0 and not (home / "scan.json.partial").exists()
+    assert how == "deadline" or 9 <= kept < 121
+    assert command(hall, "--limit", "1", "--out", str(tmp_path / "want.json")).wait(60) == 0
+    assert (home / "scan.json").read_bytes() == (tmp_path / "want.json").read_bytes()
+
+def test_no_space_is_one_line_and_there_is_no_list(hall, tmp_path):
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+    child = command(hall, "--out", str(tmp_path / "list.json"), preexec_fn=limit)
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 2 and err.startswith("error: ") and err.count("\n") == 1 and "limit on file sizes" in err, err
+    assert not (tmp_path / "list.json").exists() and not list(tmp_path.glob(".*"))
+    assert command(hall, "--limit", "1", "--out", str(tmp_path / "list.json")).wait(60) == 0
+    assert command(hall, "--limit", "1", "--out", str(tmp_path / "want.json")).wait(60) == 0
+    assert (tmp_path / "list.json").read_bytes() == (tmp_path / "want.json").read_bytes()
 
 @pytest.mark.parametrize("argv, words", [(["nowhere"], "no such folder"), (["."], "holds no pictures"), ([], "expected FOLDER"), ([".", "--limit", "2"], "--limit 2.0"), ([".", "--workers=-1"], "--workers -1"), ([".", "--near-bits", "9"], "--near-bits"), ([".", "--drop-near", "al"], "did you mean 'all'")])
 def test_a_wrong_command_is_one_line(argv, words, capsys, tmp_path, monkeypatch):
@@ -188,3 +281,19 @@ def test_what_may_not_be_read(tmp_path):
             try: run(folder)
             except UserError as e: return str(e)
         assert "unreadable: closed (Permission denied)" in as_nobody(ask)
+
+def test_folders_that_may_not_be_entered_or_written():
+    "One line; and no list, no journal."
+    with OpenFolder() as folder:
+        (folder / "in").mkdir(); (folder / "in/a.png").write_bytes(as_file(scene(1)))
+        def ask(*argv):
+            with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()): code = cli.main(["scan", *map(str, argv), "--workers", "1"])
+            return [code, said.getvalue()]
+        (folder / "in").chmod(0o755)
+        code, said = as_nobody(lambda: ask(folder / "in"))
+        assert code == 2 and "scan.json.partial: Permission denied" in said and said.count("\n") == 1
+        assert as_nobody(lambda: ask(folder / "in", "--out", folder / "list.json")) == [0, ""] and (folder / "list.json").is_file()
+        (folder / "in").chmod(0)
+        for place in ("in", "in/deeper"):
+            code, said = as_nobody(lambda: ask(folder / place))
+            assert code == 2 and said.startswith("error: ") and said.count("\n") == 1 and str(folder / place) in said

@@ -125,7 +125,7 @@ def table_rows(
     else: yield from tsv_rows(path)
 
 # %% ../../nbs/data/manifests.ipynb #f84c6bc7
-OWN = {"manifest.json", "scan.json"} # what this package itself leaves in a data folder
+OWN = {"manifest.json", "scan.json", "scan.json.partial"} # what this package itself leaves in a data folder
 
 def walk(
     folder, # to look through; links to folders are followed, circles are not
@@ -238,7 +238,7 @@ def verify(
 ) -> list: # findings, one line each; empty when all is as it should be
     "Compare a folder with a manifest; `UserError` when there is no such folder."
     folder = Path(folder)
-    if not folder.is_dir(): raise UserError(f"{folder}: no such folder" + ("; it was begun and not finished, run its command again" if folder.with_name(folder.name + ".partial").is_dir() else ""))
+    if not os.path.isdir(folder): raise UserError(f"{folder}: no such folder, or you may not enter it" + ("; it was begun and not finished, run its command again" if os.path.isdir(f"{folder}.partial") else ""))
     found, problems = walk(folder)
     plan = manifest["layouts"][pick_layout(manifest, found, layout)]
     matched = [(e, _matches(e, found)) for e in plan["files"]]

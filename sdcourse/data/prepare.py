@@ -62,11 +62,11 @@ class Work:
         self.whole, self.done, self._lock, self._journal = False, {}, None, None
 
     def __enter__(self):
-        if self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir())):
-            self._compare(self.out, "choose another OUT, or remove it")
-            self.whole = True
-            return self
         try:
+            if self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir())):
+                self._compare(self.out, "choose another OUT, or remove it")
+                self.whole = True
+                return self
             self.folder.mkdir(parents=True, exist_ok=True)
             self._begin()
         except OSError as e: self.__exit__(); raise disk_error(e, self.folder) from None
@@ -213,7 +213,9 @@ def command(
     cfg.check()
     warnings.simplefilter("ignore", Image.DecompressionBombWarning) # our own limit is lower
     *sources, out = (Path(w).expanduser() for w in where)
-    with StopFlag(f"{out}.partial", cfg.max_seconds) as flag: run(*sources, out, cfg, flag=flag)
+    try:
+        with StopFlag(f"{out}.partial", cfg.max_seconds) as flag: run(*sources, out, cfg, flag=flag)
+    except OSError as e: raise disk_error(e, out) from None # a source that may not be read
     return 0
 
 # %% ../../nbs/data/prepare.ipynb #6a144a38

@@ -333,7 +333,7 @@ def main(
     from sdcourse.train.stop import StopFlag
     (folder, out), rest = words(argv, "IN OUT", "sdcourse shards")
     cfg, _ = parse_args(Shards, rest, "sdcourse shards")
-    if not Path(folder).is_dir(): raise UserError(f"{folder}: no such folder")
+    if not os.path.isdir(folder): raise UserError(f"{folder}: no such folder, or you may not enter it")
     try:
         if any(Path(folder).glob("*.tar")): return index_folder(folder, out)
     except OSError as e: raise disk_error(e, out) from None
