@@ -65,13 +65,13 @@ def _from_folders(folder, homes, found):
 
 # %% ../nbs/01_dataset.ipynb #6f8b7eef
 def _facts(folder):
-    "(licence, {file: SHA-256}) of a data folder; `UserError` when it was begun and not finished."
+    "(licence, {file: its entry with SHA-256}) of a data folder; `UserError` when it was begun and not finished."
     prepared = read_json(folder/"prepare.json") if (folder/"prepare.json").is_file() else {"complete": True}
     manifest = read_json(folder/"manifest.json") if (folder/"manifest.json").is_file() else {}
     try:
         if not prepared["complete"] or manifest and "layouts" not in manifest: raise UserError(f"{folder}: was begun and not finished; run its command again (sdcourse prepare)")
         files = [e for layout in manifest.get("layouts", {}).values() for e in layout["files"]]
-        return manifest["licence"]["name"] if manifest else str(prepared.get("licence", "")), {e["path"]: e["sha256"] for e in files if "sha256" in e}
+        return manifest["licence"]["name"] if manifest else str(prepared.get("licence", "")), {e["path"]: e for e in files if "sha256" in e}
     except (KeyError, TypeError, AttributeError): raise UserError(f"{folder}: its manifest.json or prepare.json has an unknown form; remove it, or make the folder again") from None
 
 def _class_names(folder):
@@ -103,6 +103,8 @@ class _Files:
 
     def _keep(self, rows, home, found):
         self.names, self.sizes = [n for n, _ in rows], [found[n] for n, _ in rows]
+        changed = next((n for n, size in zip(self.names, self.sizes) if self.sums.get(n, {}).get("size", size) != size), None)
+        if changed: raise UserError(f"{self.folder/changed}: has {found[changed]:,} bytes and the manifest says {self.sums[changed]['size']:,}; it was altered (sdcourse verify), make the folder again")
         self.ids = [str(r["id"]) if r.get("id") is not None else str(PurePosixPath(n[len(home):]).with_suffix("")) for n, r in rows]
         self.columns = list(dict.fromkeys(k for _, r in rows for k in r))
         lines = [json.dumps(r, ensure_ascii=False).encode() for _, r in rows]
@@ -110,7 +112,7 @@ class _Files:
 
     def row(self, i): return json.loads(self.block[self.ends[i]:self.ends[i + 1]])
     def where(self, i): return str(self.folder/self.names[i])
-    def digest(self, i): return f"sha256:{s}" if (s := self.sums.get(self.names[i])) else f"file:{self.names[i]}:{self.sizes[i]}"
+    def digest(self, i): return f"sha256:{s['sha256']}" if (s := self.sums.get(self.names[i])) else f"file:{self.names[i]}:{self.sizes[i]}"
     def read(self, i):
         try: return (self.folder/self.names[i]).read_bytes()
         except OSError as e: raise BadImage("unreadable", e.strerror or type(e).__name__) from None
@@ -134,7 +136,7 @@ class _Tars:
     def where(self, i): return f"{self.set.id(i)} of {self.set.folder/self._tar(i)}"
     def digest(self, i):
         tar, (offset, size) = self._tar(i), self.set.spans["image"][i].tolist()
-        return f"tar:{self.sums.get(tar, tar)}:{offset}:{size}"
+        return f"tar:{self.sums[tar]['sha256'] if tar in self.sums else tar}:{offset}:{size}"
     def read(self, i): return self.set.read(i)
 
 def _tar_splits(folder):
