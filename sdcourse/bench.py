@@ -21,6 +21,7 @@ from .train.__main__ import TASKS
 class Bench:
     "Options of `sdcourse bench TASK`."
     size: str = "tiny/2" # model size, e.g. XL/2
+    data: str = "synthetic" # or a cache of latents (sdcourse cache latents)
     batch: int = 64 # images per optimizer step
     micro_batch: int = 0 # images per forward pass; 0: all at once
     precision: str = "auto" # auto, fp32, bf16 or fp16
@@ -136,8 +137,8 @@ def bench(
     from sdcourse.train.loop import Run
     if task not in TASKS: raise UserError(f"{task or 'no task given'}: {nearest(task, TASKS)}")
     module = import_module(TASKS[task])
-    shared = {k: getattr(cfg, k) for k in "size micro_batch precision compile gradient_checkpointing num_workers threads".split()}
-    over = dict(data="synthetic", batch_size=cfg.batch, max_steps=1 + cfg.warmup + 2 * cfg.steps, warmup_steps=0, device=cfg.device, **shared)
+    shared = {k: getattr(cfg, k) for k in "size data micro_batch precision compile gradient_checkpointing num_workers threads".split()}
+    over = dict(batch_size=cfg.batch, max_steps=1 + cfg.warmup + 2 * cfg.steps, warmup_steps=0, device=cfg.device, **shared)
     one = module.Task(resolve(module.Config, overrides=over))
     with job(device=cfg.device) as j:
         one.config.check(j.ranks.world); one.check()

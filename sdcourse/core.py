@@ -39,15 +39,17 @@ def fsync_path(
 @contextmanager
 def atomic_path(
     path, # where the finished file will stand; its folder exists
+    *,
+    sync: bool = True, # force it to disk at once; without it a power cut may leave it empty
 ):
     "A temporary sibling of `path` to write to; it replaces `path` when the block ends without an exception."
     path = Path(path)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield tmp
-        fsync_path(tmp)
+        if sync: fsync_path(tmp)
         os.replace(tmp, path)
-        fsync_path(path.parent)
+        if sync: fsync_path(path.parent)
     finally:
         tmp.unlink(missing_ok=True)
 

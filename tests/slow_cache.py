@@ -2,7 +2,7 @@
 
 SLOW=0.05 NOTES=FILE python tests/slow_cache.py latents DATA OUT --model FOLDER       HOOK=code runs first and can break things
 """
-import os, signal, sys, time
+import os, sys, time
 
 from sdcourse import cli
 from sdcourse.data import cache
@@ -19,4 +19,4 @@ def slow(encoder, batch, names):
 
 cache.finite = slow
 if hook := os.environ.get("HOOK"): exec(hook)
-if __name__ == "__main__": raise SystemExit(cli.main(["cache", *[w for w in sys.argv[1:] if w != "sdcourse.cli"][sys.argv[1:2] == ["sdcourse.cli"]:]]))
+if __name__ == "__main__": raise SystemExit(cli.main(["cache", *sys.argv[1 + 3 * (sys.argv[1] == "-m"):]])) # a batch script says -m sdcourse.cli cache

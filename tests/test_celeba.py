@@ -76,7 +76,7 @@ def test_the_split_is_in_the_folder(hq, tmp_path, capsys):
             i = files.index(r["file_name"])
             assert parts[i] == part and r["id"] == files[i].removesuffix(".jpg") and list(r["attributes"].values()) == values[i].tolist() and list(r["attributes"]) == names
             assert (tmp_path / "o" / part / r["file_name"]).read_bytes() == (hq / "CelebA-HQ-img" / files[i]).read_bytes()
-    shares = json.loads((tmp_path / "o/prepare.json").read_text())["frequency"]
+    shares = json.loads((tmp_path / "o/report.json").read_text())["frequency"]
     assert shares["val"]["Smiling"] == round(np.mean([r["attributes"]["Smiling"] for r in rows["val"]]), 4) and len(shares["test"]) == 40
     assert "5_o_Clock_Shadow" in (said := capsys.readouterr().out) and len(said.splitlines()) == 42
 
@@ -99,7 +99,7 @@ def test_no_extra_shows_a_person_or_picture_of_val_or_test(source, hq, tmp_path)
     assert all(r["identity"] == person[f"{r['id']}.jpg"] for r in rows)
     wanted = {f for f, p in person.items() if f not in mapping.values() and p not in held and min(Image.open(source / "CelebA/Img/img_celeba" / f).size) >= 80}
     assert extras == wanted
-    left = json.loads((tmp_path / "o/prepare.json").read_text())["left_out"]
+    left = json.loads((tmp_path / "o/report.json").read_text())["left_out"]
     assert left["in_hq"] == 160 and left["kept"] == len(rows) and sum(left[k] for k in ("in_hq", "people_of_val_and_test", "too_small", "kept")) == 500
     shared = np.mean([person[mapping[f]] in {person[mapping[g]] for g, q in zip(files, split_hq(names, values)) if q == "train"} for f, p in zip(files, split_hq(names, values)) if p != "train"])
     assert left["hq_held_out_pictures_whose_person_is_in_hq_train"] == pytest.approx(shared) and 0 < shared < 1
@@ -115,7 +115,7 @@ def test_by_person_nobody_is_on_two_sides(source, hq, tmp_path):
     assert main([str(source / "CelebA"), str(hq), str(tmp_path / "e"), "--hq-split", "person", "--min-side", "80", "--size", "32", "--workers", "1"]) == 0
     extras = {r["identity"] for r in made(tmp_path / "e")["train"]}
     assert extras and not extras & (who["val"] | who["test"])
-    assert json.loads((tmp_path / "e/prepare.json").read_text())["left_out"]["hq_held_out_pictures_whose_person_is_in_hq_train"] == 0
+    assert json.loads((tmp_path / "e/report.json").read_text())["left_out"]["hq_held_out_pictures_whose_person_is_in_hq_train"] == 0
     (tmp_path / "few.txt").write_text("000001.jpg 7\n")
     with pytest.raises(UserError, match="nobody is named for HQ's"): main_hq([str(hq), str(tmp_path / "x"), "--identities", str(tmp_path / "few.txt")])
 
@@ -133,7 +133,7 @@ def test_without_the_identity_file_there_is_a_warning_and_more_extras(copy, tmp_
     (copy / "CelebA/Anno/identity_CelebA.txt").unlink()
     assert main([str(copy / "CelebA"), str(copy / "CelebAMask-HQ"), str(tmp_path / "o"), "--min-side", "80", "--size", "32", "--workers", "1"]) == 0
     assert "warning:" in (said := capsys.readouterr().err) and "identity_CelebA.txt" in said
-    left = json.loads((tmp_path / "o/prepare.json").read_text())["left_out"]
+    left = json.loads((tmp_path / "o/report.json").read_text())["left_out"]
     assert left["people_of_val_and_test"] is None and left["in_hq"] + left["too_small"] + left["kept"] == 500
 
 
@@ -188,7 +188,7 @@ def test_a_truncated_picture_is_reported_and_not_used(copy, tmp_path):
     data = victim.read_bytes()
     victim.unlink(); victim.write_bytes(data[: len(data) // 2])
     assert main_hq([str(copy / "CelebAMask-HQ"), str(tmp_path / "o"), "--workers", "1"]) == 0
-    assert [r["file_name"] for r in read_lines(tmp_path / "o/failures.jsonl")] == ["5.jpg"]
+    assert [(r["id"], r["reason"].split(":")[0]) for r in read_lines(tmp_path / "o/failures.jsonl")] == [("5", "truncated")]
     assert "5" not in {r["id"] for rows in made(tmp_path / "o").values() for r in rows} and "5" not in json.loads((tmp_path / "o/weights.json").read_text())["weights"]
 
 
@@ -202,7 +202,7 @@ def test_mistakes_in_tables_name_file_and_line(hq, tmp_path, old, new, words):
     assert words in str(e.value) and "t.txt" in str(e.value) and "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("argv, words", [(["x"], "OUT is missing"), (["nowhere", "o"], "CelebAMask-HQ-attribute-anno.txt"), (["nowhere", "o", "--sise", "3"], "did you mean '--size'?")])
+@pytest.mark.parametrize("argv, words", [(["x"], "expected CELEBAMASK_HQ OUT"), (["nowhere", "o"], "CelebAMask-HQ-attribute-anno.txt"), (["nowhere", "o", "--sise", "3"], "did you mean '--size'?")])
 def test_wrong_input_is_refused_before_anything_is_written(argv, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as e: main_hq(argv)

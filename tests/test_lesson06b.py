@@ -1,10 +1,8 @@
 """What lesson 06b claims of its task beyond `test_flow_dit`: separate streams, separate splits, one seed per image, a null class that no label can reach."""
-import pytest
 import torch
 
 from sdcourse.config import resolve
-from sdcourse.core import UserError
-from sdcourse.train.flow_dit import Config, FlowMatching, Task, synthetic_latents
+from sdcourse.train.flow_dit import Config, FlowMatching, Task
 from sdcourse.train.order import Draws
 
 

@@ -1,14 +1,14 @@
 "Photographs from installed packages: regions that share no pixel, a table in Unsplash's form, licences with every row."
-import csv, json, shutil
+import csv, shutil
 from importlib.util import find_spec
-from urllib.parse import unquote, urlsplit
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from sdcourse.core import UserError
-from sdcourse.data import photos
+from sdcourse.data import photos, unsplash
+from sdcourse.data.manifests import _check_bytes, load_manifest, verify
 from sdcourse.data.photos import COLUMNS, GAP, PHOTOGRAPHS, PhotosOptions, crops, installed, main, regions
 
 BASE = [p for p in PHOTOGRAPHS if not p.file.startswith("skimage/")]
@@ -82,9 +82,8 @@ def test_the_table_has_unsplashs_columns_and_its_files_exist(out):
     found = rows(out)
     assert tuple(found[0]) == COLUMNS and len({r["photo_id"] for r in found}) == len(found) >= 54
     for r in found:
-        parts = urlsplit(r["photo_image_url"])
-        assert parts.scheme == "file" and parts.netloc == ""
-        with Image.open(unquote(parts.path)) as image: assert image.size == (int(r["photo_width"]), int(r["photo_height"])) and image.mode == "RGB" and image.format == "PNG"
+        assert r["photo_image_url"] == f"file:images/{r['photo_id']}.png", "relative: an absolute name is true on one machine only"
+        with Image.open(out / "images" / f"{r['photo_id']}.png") as image: assert image.size == (int(r["photo_width"]), int(r["photo_height"])) and image.mode == "RGB" and image.format == "PNG"
         photo = next(p for p in PHOTOGRAPHS if p.name == r["photographer_username"])
         assert r["licence"] == photo.licence and r["people"] == photo.people and r["ai_description"] in photo.regions and r["split"] in ("train", "val", "test")
 
@@ -96,24 +95,29 @@ def test_a_crop_shows_the_pixels_of_its_box(out):
 
 
 def test_licences_are_kept_with_the_data(out):
-    facts = json.loads((out / "prepare.json").read_text())["photographs"]
-    assert facts["temple"]["licence"].startswith("CC BY 2.0") and "Grace Hopper" in facts["officer"]["people"]
+    assert {e["path"]: (e["author"], e["licence"], e["people"], e["sha256"][:16]) for e in load_manifest("photos")["layouts"]["installed"]["files"]} == {p.file: (p.author, p.licence, p.people, p.sha) for p in PHOTOGRAPHS}
     assert all(p.licence and p.author and "state" in p.licence for p in PHOTOGRAPHS), "each licence says who states it"
+    mine = load_manifest(out / "manifest.json")
+    assert mine["people"] == load_manifest("photos")["people"] and mine["count"] == len(rows(out)) == sum(mine["splits"]["counts"].values())
 
 
-def test_a_moved_folder_gets_a_new_table(out, tmp_path):
+def test_what_is_installed_is_what_the_manifest_lists():
+    site = installed(BASE[0]).parents[3]
+    files = [e for e in load_manifest("photos")["layouts"]["installed"]["files"] if (site / e["path"]).exists()]
+    assert len(files) in (3, 9) and [f for e in files for f in _check_bytes(e, e["path"], (site / e["path"]).stat().st_size, site / e["path"], None)] == []
+
+
+def test_a_moved_folder_is_as_good_as_before(out, tmp_path):
     shutil.copytree(out, tmp_path / "moved")
-    before = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "moved/images").iterdir()}
-    assert main([str(tmp_path / "moved"), "--crops", "3", "--workers", "1"]) == 0
-    assert all(r["photo_image_url"] == (tmp_path / "moved/images" / f"{r['photo_id']}.png").resolve().as_uri() for r in rows(tmp_path / "moved"))
-    assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "moved/images").iterdir()}
+    assert unsplash.main([str(tmp_path / "moved"), str(tmp_path / "data"), "--size", "32", "--workers", "1"]) == 0
+    assert load_manifest(tmp_path / "data/manifest.json")["name"] == "photos", "Unsplash's terms do not apply to them"
+    assert verify(load_manifest("photos"), tmp_path / "data") == verify(load_manifest("photos"), tmp_path / "moved") == []
 
 
-def test_a_stopped_run_has_no_table_and_goes_on(out, tmp_path):
-    assert main([str(tmp_path / "o"), "--crops", "3", "--workers", "1", "--max-seconds", "1e-9"]) == 3
-    assert not (tmp_path / "o/photos.tsv000").exists()
-    assert main([str(tmp_path / "o"), "--crops", "3", "--workers", "1"]) == 0
-    assert [{k: v for k, v in r.items() if k != "photo_image_url"} for r in rows(tmp_path / "o")] == [{k: v for k, v in r.items() if k != "photo_image_url"} for r in rows(out)]
+def test_the_shipped_manifest_finds_what_is_missing_or_extra(out, tmp_path):
+    shutil.copytree(out, tmp_path / "o")
+    (tmp_path / "o/images/temple-0-00.png").rename(tmp_path / "o/images/temple.png")
+    assert [v.split(" (")[0] for v in verify(load_manifest("photos"), tmp_path / "o")] == ["missing: images/temple-0-00.png", "extra: images/temple.png"]
 
 
 def test_another_picture_under_the_same_name_is_left_out(tmp_path, monkeypatch):
@@ -134,7 +138,7 @@ def test_what_is_missing_is_named(tmp_path, monkeypatch, capsys):
     assert "from 3 photographs; more come with: pip install -c constraints.txt scikit-image" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("argv, words", [([], "OUT is missing"), (["o", "--crops", "0"], "--crops"), (["o", "--smallest", "0.1"], "--smallest"), (["o", "--crop", "3"], "did you mean '--crops'?")])
+@pytest.mark.parametrize("argv, words", [([], "expected OUT"), (["o", "--crops", "0"], "--crops"), (["o", "--smallest", "0.1"], "--smallest"), (["o", "--crop", "3"], "did you mean '--crops'?")])
 def test_wrong_input_is_refused_before_anything_is_written(argv, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as e: main(argv)

@@ -1,19 +1,15 @@
 """A data folder is absent or whole, whatever interrupts its making; jobs run in parallel until told to stop."""
-import os, subprocess, sys, threading, time
+import os, shutil, subprocess, sys, threading
 
 import pytest
 
 from nobody import OpenFolder, as_nobody
 from sdcourse import cli
-from sdcourse.core import UserError, write_text
-from sdcourse.data.manifests import load_manifest, verify
-from sdcourse.data.prepare import SETS, Work, differences, in_parallel
+from sdcourse.core import UserError
+from sdcourse.data.manifests import described, load_manifest, origin, verify
+from sdcourse.data.prepare import SETS, Failed, Stopped, Work, differences, save
 
 ORIGIN = load_manifest("digits")
-
-class Never:
-    reason = ""
-    def raised(self): return False
 
 def make(out, names="abc", facts=None, published=True):
     with Work(out, {"size": 1} if facts is None else facts) as work:
@@ -21,8 +17,8 @@ def make(out, names="abc", facts=None, published=True):
         done = sorted(work.done)
         for n in names:
             if n not in work.done:
-                write_text(work.folder / n, n)
-                work.record({"id": n})
+                (work.folder / n).parent.mkdir(exist_ok=True)
+                work.record({"id": n, **save(n.encode(), work.folder / n)})
         if published: work.publish(ORIGIN)
         return done
 
@@ -118,38 +114,125 @@ def test_leftovers_of_a_kill_are_swept_up(tmp_path):
     make(tmp_path / "set")
     assert sorted(p.name for p in (tmp_path / "set").iterdir()) == ["a", "b", "c", "manifest.json"]
 
-# ---- in parallel
-def test_all_jobs_once_and_errors_are_results():
-    def fn(job, stop):
-        if job == 3: raise ValueError("three")
-        return job * 10
-    got = dict(in_parallel(fn, range(50), 4, Never()))
-    assert set(got) == set(range(50)) and isinstance(got.pop(3), ValueError) and all(v == k * 10 for k, v in got.items())
-    assert list(in_parallel(fn, [], 4, Never())) == []
+# ---- many files
+def half(n):
+    "A toy for workers; 3 cannot be had, 5 is a bug, and 7 finds the disk full."
+    if n == 3: raise Failed("three")
+    if n == 4: raise Stopped("stopped")
+    if n == 5: raise ValueError("a bug")
+    if n == 7: raise OSError(28, "No space left on device", "somewhere")
+    return {"file": str(n), **save(b"x" * n, half.folder / str(n))}
 
-def test_jobs_run_at_the_same_time():
-    together = threading.Barrier(3, timeout=10)
-    assert [r for _, r in in_parallel(lambda job, stop: together.wait() >= 0, range(3), 3, Never())] == [True] * 3
+@pytest.mark.parametrize("how", [dict(workers=1), dict(workers=2), dict(workers=2, stop=threading.Event())], ids=str)
+def test_run_reports_what_failed_and_keeps_the_journal(tmp_path, how):
+    for jobs in ([0, 1, 2, 3], [1, 2, 3, 4, 5, 6]):
+        with Work(tmp_path / "set", {}) as work:
+            half.folder = work.folder
+            failed = list(work.run(jobs, half, str, **how))
+            done = {n for n in range(8) if work.has(str(n))}
+    assert sorted(failed) == [(3, "three"), (5, "unexpected ValueError: a bug")] and done == {0, 1, 2, 6}
+    with Work(tmp_path / "set", {}) as work, pytest.raises(UserError, match="somewhere: No space left.*free some space"): list(work.run([6, 7], half, str, **how))
 
-def test_a_stop_begins_no_new_job_and_does_not_wait_for_a_deaf_one():
-    begun, release = [], threading.Event()
-    class Soon:
-        def raised(self): return len(begun) >= 2
-    def deaf(job, stop):
-        begun.append(job)
-        release.wait(60)
-    start = time.monotonic()
-    assert list(in_parallel(deaf, range(10), 2, Soon())) == [] and len(begun) == 2
-    assert time.monotonic() - start < 20
-    release.set(); time.sleep(0.2)
-    assert len(begun) == 2
+def test_a_file_that_became_shorter_is_made_again(tmp_path):
+    with Work(tmp_path / "set", {}) as work: half.folder = work.folder; list(work.run([1, 2, 6], half, str, workers=1))
+    (work.folder / "6").write_bytes(b"x")
+    before = (work.folder / "2").stat().st_ino
+    with Work(tmp_path / "set", {}) as work:
+        assert [n for n in (1, 2, 6) if work.has(str(n))] == [1, 2]
+        list(work.run([1, 2, 6], half, str, workers=1))
+    assert (work.folder / "6").read_bytes() == b"x" * 6 and (work.folder / "2").stat().st_ino == before
 
-def test_what_is_ready_when_the_stop_comes_is_not_lost():
-    class Soon:
-        def __init__(self): self.at = time.monotonic() + 0.5
-        def raised(self): return time.monotonic() > self.at
-    got = list(in_parallel(lambda job, stop: stop.wait(60) and job, range(10), 2, Soon()))
-    assert len(got) == 2
+def test_what_the_journal_does_not_know_is_swept_up(tmp_path):
+    with Work(tmp_path / "set", {}) as work: half.folder = work.folder; list(work.run([1, 2], half, str, workers=1))
+    (work.folder / "train").mkdir()
+    for name in ("9", "train/metadata.jsonl", "train/.x.jpg.12.tmp"): (work.folder / name).write_text("of a start that was killed")
+    with Work(tmp_path / "set", {}) as work: work.publish(ORIGIN)
+    assert sorted(p.name for p in (tmp_path / "set").rglob("*") if p.is_file()) == ["1", "2", "manifest.json"]
+
+def test_the_manifest_is_not_hashed_twice(tmp_path, monkeypatch):
+    "Checksums of the journal are used: a picture is not read again to be published."
+    from sdcourse.data import manifests
+    hashed = []
+    digest = manifests.digest
+    monkeypatch.setattr(manifests, "digest", lambda path, **k: hashed.append(path.name) or digest(path, **k))
+    make(tmp_path / "set")
+    assert hashed == []
+
+# ---- one form for all
+def test_a_source_that_describes_itself_is_the_origin(tmp_path):
+    make(tmp_path / "set", names=["in/a"])
+    for folder in (tmp_path / "set", tmp_path / "set/in"): assert origin("celeba-hq", folder)["name"] == "digits"
+    (tmp_path / "set/other").mkdir()
+    assert origin("celeba-hq", tmp_path / "set/other")["name"] == "celeba-hq" == origin("celeba-hq", tmp_path)["name"] == origin("celeba-hq")["name"]
+    (tmp_path / "manifest.json").write_text('{"name": "of another program"}')
+    assert described(tmp_path) is None
+
+TINY = { # set: (arguments, what comes before it); small worlds for every command
+    "faces": "faces OUT --celeba 60 --hq 40 --hq-size 32 --identities 40", "celeba-hq": "celeba-hq faces/CelebAMask-HQ OUT", "celeba": "celeba faces/CelebA faces/CelebAMask-HQ OUT --min-side 80 --size 32",
+    "digits": "digits OUT", "imagenet": "imagenet digits OUT --size 8 --per-class 2", "photos": "photos OUT --crops 1", "unsplash": "unsplash photos OUT --size 32", "scenes": "scenes OUT --train 30 --val 4 --test 4 --size 32"}
+
+@pytest.fixture(scope="module")
+def worlds(tmp_path_factory):
+    home = tmp_path_factory.mktemp("worlds")
+    here = os.getcwd()
+    os.chdir(home)
+    try:
+        for name, words in TINY.items(): assert cli.main(["prepare", *words.replace("OUT", name).split(), "--workers", "2"]) == 0
+    finally: os.chdir(here)
+    return home
+
+def test_every_set_of_the_table_is_tried(): assert set(TINY) == set(SETS) - {"bench"}
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_set_carries_a_manifest_and_every_change_is_found(worlds, tmp_path, name):
+    out = shutil.copytree(worlds / name, tmp_path / name)
+    mine = load_manifest(out / "manifest.json")
+    assert mine["name"] == {"celeba-hq": "faces", "celeba": "faces", "imagenet": "digits", "unsplash": "photos"}.get(name, name) and mine["prepared"]["set"] == name
+    assert verify(mine, out) == [] and str(worlds) not in (out / "manifest.json").read_text()
+    files = sorted(p for p in out.rglob("*") if p.is_file() and p.name != "manifest.json")
+    (out / "new.png").touch()
+    assert verify(mine, out) == ["extra: new.png"]
+    (out / "new.png").unlink()
+    picture = next(p for p in files if p.suffix in (".png", ".jpg"))
+    data = bytearray(picture.read_bytes()); data[-20] ^= 1
+    picture.write_bytes(data)
+    assert [v.split(" (")[0] for v in verify(mine, out)] == [f"altered: {picture.relative_to(out).as_posix()}"]
+    files[-1].unlink()
+    assert f"missing: {files[-1].relative_to(out).as_posix()}" in verify(mine, out)
+
+@pytest.mark.parametrize("name", TINY)
+def test_every_set_stops_goes_on_and_refuses_other_options(worlds, tmp_path, name, monkeypatch, capsys):
+    monkeypatch.chdir(worlds)
+    argv = ["prepare", *TINY[name].replace("OUT", str(tmp_path / "o")).split(), "--workers", "1"]
+    (tmp_path / "o.partial").mkdir()
+    (tmp_path / "o.partial/STOP").touch()
+    with pytest.raises(UserError, match="was not made by this command"): raise_from(argv, capsys)
+    (tmp_path / "o.partial/STOP").unlink()
+    assert cli.main([*argv, "--max-seconds", "1e-9"]) == 0 and not (tmp_path / "o").exists()
+    assert "stopped (deadline), 0 of " in capsys.readouterr().out
+    assert cli.main(argv) == 0
+    drop = lambda d: {p.relative_to(d).as_posix(): p.read_bytes() for p in d.rglob("*") if p.is_file()}
+    assert drop(tmp_path / "o") == drop(worlds / name)
+    capsys.readouterr()
+    assert cli.main(argv) == 0 and "there already" in capsys.readouterr().out
+    other = {"digits": ["--scale", "2"], "unsplash": ["--size", "33"], "imagenet": ["--size", "9"]}.get(name, ["--seed", "1"])
+    with pytest.raises(UserError, match=f"{other[0][2:]}: .* -> {other[1]}"): raise_from([*argv, *other], capsys)
+    with pytest.raises(UserError, match="did you mean"): raise_from([*argv, "--max-second", "3"], capsys)
+
+def raise_from(argv, capsys):
+    "The command as a user sees it: one line and exit code 2."
+    capsys.readouterr()
+    assert cli.main(argv) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    raise UserError(err)
+
+def test_a_hand_full_of_ways_to_say_it_wrong(capsys):
+    for name in TINY:
+        with pytest.raises(UserError, match="expected "): raise_from(["prepare", name], capsys)
+        with pytest.raises(UserError, match="workers.*-2"): raise_from(["prepare", *TINY[name].split(), "--workers", "-2"], capsys)
+        with pytest.raises(SystemExit): cli.main(["prepare", name, "--help"])
+        assert "--max-seconds" in (page := capsys.readouterr().out) and "OUT" in page
 
 # ---- the command
 def test_sets_exist_and_help_is_quick(capsys):

@@ -169,7 +169,7 @@ def test_a_stop_writes_no_list(small, capsys, monkeypatch):
     assert "stopped (file STOP): nothing is written" in capsys.readouterr().out and not (small / "scan.json").exists() and not (small / "STOP").exists()
     assert cli.main(["scan", str(small)]) == 0
 
-@pytest.mark.parametrize("argv, words", [(["nowhere"], "no such folder"), (["."], "holds no pictures"), ([], "expected FOLDER"), ([".", "--limit", "2"], "--limit 2.0"), ([".", "--workers", "0"], "--workers 0"), ([".", "--near-bits", "9"], "--near-bits"), ([".", "--drop-near", "al"], "did you mean 'all'")])
+@pytest.mark.parametrize("argv, words", [(["nowhere"], "no such folder"), (["."], "holds no pictures"), ([], "expected FOLDER"), ([".", "--limit", "2"], "--limit 2.0"), ([".", "--workers=-1"], "--workers -1"), ([".", "--near-bits", "9"], "--near-bits"), ([".", "--drop-near", "al"], "did you mean 'all'")])
 def test_a_wrong_command_is_one_line(argv, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["scan", *argv]) == 2

@@ -134,7 +134,7 @@ def test_prepared_folder_shows_what_its_captions_say(tmp_path):
 
 
 @pytest.mark.parametrize("call, words", [(lambda: Scenes("trian"), "did you mean 'train'?"), (lambda: Scenes("train", size=8), "at least 24"),
-    (lambda: main(["--train", "3"]), "OUT is missing"), (lambda: main(["x", "--sze", "3"]), "did you mean '--size'?")])
+    (lambda: main(["--train", "3"]), "expected OUT"), (lambda: main(["x", "--sze", "3"]), "did you mean '--size'?")])
 def test_wrong_input_is_refused_in_one_line(call, words):
     with pytest.raises(UserError) as e: call()
     assert words in str(e.value) and "\n" not in str(e.value)

@@ -244,3 +244,20 @@ def test_what_is_wrong_is_said_before_the_ranks_start(slurm, submit, tmp_path):
     job = submit("train", "flow_dit", "--max-step", "3", "--out", tmp_path / "run")
     assert slurm.wait(job, "FAILED", seconds=60)["ExitCode"] == "2:0"
     assert "--max-step: unknown option; did you mean '--max-steps'?" in (tmp_path / f"sdcourse-{job}.out").read_text() and not (tmp_path / "run").exists()
+
+
+def test_a_cache_on_two_nodes_goes_on_after_a_requeue(slurm, submit, tmp_path):
+    "R7 for caching, by bare srun: both ranks leave between two batches, the job is requeued once and ends with the bytes of an uninterrupted one."
+    import tiny_models
+    from test_cache import content, pictures
+    data, vae, out = pictures(tmp_path / "data"), tiny_models.tiny_vae(tmp_path / "vae"), tmp_path / "c"
+    words = ["latents", data, out, *f"--model {vae} --size 16 --encode-batch 4 --dtype fp32 --shard-bytes 5000 --device cpu".split()]
+    python = f"{sys.executable} {ROOT}/tests/slow_cache.py"
+    job = submit("cache", *words, PYTHON=python, SLOW="0.5")
+    end = time.monotonic() + 60
+    while not list(out.glob("*.safetensors")): assert time.monotonic() < end, log(out); time.sleep(0.1)
+    slurm.run("scancel", "-s", "USR1", job)
+    assert slurm.wait(job, seconds=120)["Restarts"] == "1" and submit.requeued().count(job) == 1
+    assert "stopped (SIGUSR1)" in log(out) and "rows computed" in log(out)
+    slurm.wait(submit("cache", *words[:2], tmp_path / "whole", *words[3:], PYTHON=python, SLOW="0"))
+    assert content(out) == content(tmp_path / "whole") and len([n for n in content(out) if n.endswith("safetensors")]) == 8

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sdcourse.core import UserError
-from sdcourse.data.store import FORMAT, Cache, Joined, alone, extend_plan, missing, planned, read_index, read_shard, shard_plan, write_shard
+from sdcourse.data.store import FORMAT, Cache, Joined, alone, extend_plan, missing, read_index, shard_plan, write_shard
 
 COLUMNS = {"x": {"dtype": "float32", "shape": [3]}}
 

@@ -52,32 +52,32 @@ def test_failures_that_pass_are_tried_again(server, path, asked):
 @pytest.mark.parametrize("path, words", [("cut", "bytes, 3 attempts"), ("long", "bytes, 3 attempts"), ("short", "truncated"), ("broken", "HTTP 500, 3 attempts"), ("empty", "empty: the file has no bytes, 3 attempts"),
     ("garbage", "3 attempts"), ("hangup", "3 attempts")])
 def test_patience_ends(server, path, words):
-    with pytest.raises(u.Final) as e: u.get_photo(photo(f"{server.url}/{path}"), ".", QUICK, STOP)
+    with pytest.raises(u.Failed) as e: u.get_photo(photo(f"{server.url}/{path}"), ".", QUICK, STOP)
     assert words in str(e.value) and server.asked[f"/{path}"] == 3
 
 @pytest.mark.parametrize("path, words", [("gone", "HTTP 404"), ("html", "HTML"), ("bomb", "huge"), ("huge", "2,000,000 bytes"), ("endless", "2,000,000 bytes"), ("circle", "redirect"), ("tofile", "redirect"), ("toftp", "cannot be asked")])
 def test_failures_that_stay_are_not_tried_again(server, path, words):
     before = server.asked[f"/{path}"]
-    with pytest.raises(u.Final) as e: u.get_photo(photo(f"{server.url}/{path}"), ".", QUICK, STOP)
+    with pytest.raises(u.Failed) as e: u.get_photo(photo(f"{server.url}/{path}"), ".", QUICK, STOP)
     assert words in str(e.value) and (path == "circle" or server.asked[f"/{path}"] - before == 1)
 
 @pytest.mark.parametrize("path, words, most", [("stall", "silent", 3), ("stallhalf", "silent", 3), ("drip", "not there after 1.5", 4)])
 def test_no_server_holds_an_attempt_for_ever(server, path, words, most):
     "The drip sends a byte every 50 ms: no silence, so only the deadline ends it."
     start = time.monotonic()
-    with pytest.raises(u.Final, match=words): u.get_photo(photo(f"{server.url}/{path}"), ".", replace(QUICK, retries=0, deadline=1.5), STOP)
+    with pytest.raises(u.Failed, match=words): u.get_photo(photo(f"{server.url}/{path}"), ".", replace(QUICK, retries=0, deadline=1.5), STOP)
     assert time.monotonic() - start < most + 5
 
 @pytest.mark.parametrize("url, words", [("http://127.0.0.1:1/x", "no connection"), ("http://[::1/x", "cannot be asked"), ("http:///x", "cannot be asked"), ("http://127.0.0.1:99999/x", "cannot be asked|no connection|unexpected"), ("http://a b/x", "cannot be asked"), ("file:../x", "outside"), ("file:///no/such", "cannot be read"), ("file:a%00b", "outside"), ("file://[x/y", "cannot be read")])
 def test_addresses_that_lead_nowhere(tmp_path, url, words):
-    with pytest.raises(u.Final, match=words): u.get_photo(photo(url), tmp_path, replace(QUICK, retries=0), STOP)
+    with pytest.raises(u.Failed, match=words): u.get_photo(photo(url), tmp_path, replace(QUICK, retries=0), STOP)
 
 def test_waiting_grows_and_ends_with_a_stop(server, monkeypatch):
     class Event(threading.Event):
         waits = []
         def wait(self, s): self.waits.append(s); return len(self.waits) >= 4
     event = Event()
-    with pytest.raises(u.Final, match="stopped"): u.get_photo(photo(f"{server.url}/broken/2"), ".", replace(QUICK, retries=9, backoff=0.5), event)
+    with pytest.raises(u.Failed, match="stopped"): u.get_photo(photo(f"{server.url}/broken/2"), ".", replace(QUICK, retries=9, backoff=0.5), event)
     assert event.waits == [0.5, 1, 2, 4]
 
 def test_the_server_may_ask_for_a_longer_wait(server):
@@ -177,7 +177,7 @@ def test_a_hostile_server_leaves_a_whole_set_and_a_full_report(server, tmp_path)
     good = ["good/1", "nolength", "moved", "cmyk", "png", "slow"]
     lines = [f"{p.replace('/', '-')}\t{server.url}/{p}\tabout {p}" for p in [*bad, *good]] + ["x/y\thttp://x\tt"]
     before = threading.active_count()
-    assert u.prepare(table(tmp_path / "in", lines), tmp_path / "out", QUICK, flag=Never()) == 0
+    assert u.prepare(table(tmp_path / "in", lines), tmp_path / "out", QUICK, flag=Never())
     out = tmp_path / "out"
     found = {r["id"]: r for s in u.SPLITS if (out / s).exists() for r in rows(out, s)}
     assert set(found) == {p.replace("/", "-") for p in good} and found["png"]["file_name"] == "png.png" and found["moved"]["text"] == "about moved"
@@ -192,7 +192,7 @@ def test_what_pillow_cannot_do_is_the_fault_of_that_photo(tmp_path, monkeypatch)
         if data == picture(seed=2): raise OSError("encoder error -2 when writing image file")
         return as_stored(data, size)
     monkeypatch.setattr(u, "as_stored", odd)
-    assert u.prepare(local_table(tmp_path / "in"), tmp_path / "out", QUICK, flag=Never()) == 0
+    assert u.prepare(local_table(tmp_path / "in"), tmp_path / "out", QUICK, flag=Never())
     assert reasons(tmp_path / "out") == {"id-2": "cannot be converted (encoder error -2 when writing image file)"}
 
 def test_names_are_relative_and_nothing_holds_an_absolute_path(tmp_path):
@@ -210,10 +210,10 @@ def test_two_runs_and_any_number_of_workers_write_the_same_bytes(tmp_path):
 def test_too_many_failures_publish_nothing_and_a_second_run_tries_them_again(tmp_path, capsys):
     folder, cfg = local_table(tmp_path / "in", 10), replace(QUICK, max_failed=0.1)
     for i in (3, 7): (folder / f"{i}.jpg").rename(folder / f"{i}.away")
-    assert u.prepare(folder, tmp_path / "out", cfg, flag=Never()) == 1 and not (tmp_path / "out").exists()
-    assert "2 of 10 photos failed" in capsys.readouterr().out and set(reasons(tmp_path / "out.partial")) == {"id-3", "id-7"}
+    with pytest.raises(UserError, match="2 of 10 photos failed, more than --max-failed 0.1"): u.prepare(folder, tmp_path / "out", cfg, flag=Never())
+    assert not (tmp_path / "out").exists() and "2 failed: the file cannot be read" in capsys.readouterr().out and set(reasons(tmp_path / "out.partial")) == {"id-3", "id-7"}
     (folder / "3.away").rename(folder / "3.jpg")
-    assert u.prepare(folder, tmp_path / "out", cfg, flag=Never()) == 0
+    assert u.prepare(folder, tmp_path / "out", cfg, flag=Never())
     assert set(reasons(tmp_path / "out")) == {"id-7"} and sum(len(rows(tmp_path / "out", s)) for s in u.SPLITS) == 9
 
 def test_nothing_is_got_twice(server, tmp_path):
@@ -221,7 +221,7 @@ def test_nothing_is_got_twice(server, tmp_path):
     class Soon(Never):
         reason = "test"
         def raised(self): return sum(server.asked[f"/good/twice{i}"] for i in range(5)) >= 3
-    assert u.prepare(folder, tmp_path / "out", replace(QUICK, workers=1), flag=Soon()) == 0 and not (tmp_path / "out").exists()
+    assert u.prepare(folder, tmp_path / "out", replace(QUICK, workers=1), flag=Soon()) is False and not (tmp_path / "out").exists()
     kept = [p.stem for p in (tmp_path / "out.partial").rglob("*.jpg")]
     assert len(kept) >= 2
     u.prepare(folder, tmp_path / "out", QUICK, flag=Never())
@@ -230,17 +230,17 @@ def test_nothing_is_got_twice(server, tmp_path):
 def test_a_stored_file_that_became_shorter_is_got_again(tmp_path):
     folder = local_table(tmp_path / "in", 10)
     (folder / "7.jpg").rename(folder / "away")
-    u.prepare(folder, tmp_path / "out", replace(QUICK, max_failed=0), flag=Never())
+    with pytest.raises(UserError, match="1 of 10 photos failed"): u.prepare(folder, tmp_path / "out", replace(QUICK, max_failed=0), flag=Never())
     short = next((tmp_path / "out.partial").rglob("id-2.jpg"))
     short.write_bytes(short.read_bytes()[:100])
     (folder / "away").rename(folder / "7.jpg")
-    assert u.prepare(folder, tmp_path / "out", replace(QUICK, max_failed=0), flag=Never()) == 0
+    assert u.prepare(folder, tmp_path / "out", replace(QUICK, max_failed=0), flag=Never())
     assert open_image(next((tmp_path / "out").rglob("id-2.jpg"))).size == (96, 64)
 
 def test_another_size_or_another_table_is_refused(tmp_path):
     folder = local_table(tmp_path / "in")
     u.prepare(folder, tmp_path / "out", QUICK, flag=Never())
-    assert u.prepare(folder, tmp_path / "out", replace(QUICK, workers=1, timeout=9), flag=Never()) == 0
+    assert u.prepare(folder, tmp_path / "out", replace(QUICK, workers=1, timeout=9), flag=Never())
     with pytest.raises(UserError, match="size: 64 -> 32"): u.prepare(folder, tmp_path / "out", replace(QUICK, size=32), flag=Never())
     local_table(tmp_path / "in", 7)
     with pytest.raises(UserError, match="tables"): u.prepare(folder, tmp_path / "out", QUICK, flag=Never())
@@ -248,7 +248,7 @@ def test_another_size_or_another_table_is_refused(tmp_path):
 def test_files_that_a_killed_start_left_are_not_in_the_set(tmp_path):
     folder = local_table(tmp_path / "in", 10)
     (folder / "7.jpg").rename(folder / "away")
-    u.prepare(folder, tmp_path / "out", replace(QUICK, max_failed=0), flag=Never())
+    with pytest.raises(UserError, match="1 of 10 photos failed"): u.prepare(folder, tmp_path / "out", replace(QUICK, max_failed=0), flag=Never())
     split = next((tmp_path / "out.partial").rglob("id-2.jpg")).parent
     (split / "id-2.png").write_bytes(b"old"); (split / "metadata.jsonl").write_text("{}")
     u.prepare(folder, tmp_path / "out", QUICK, flag=Never())
@@ -295,7 +295,7 @@ def test_a_stop_keeps_what_is_done_and_exits_with_0(slow, tmp_path, how):
     said, err = child.communicate(timeout=60)
     assert child.returncode == 0 and f"stopped ({'file STOP' if how == 'STOP file' else how})" in said and err == "" and time.monotonic() - start < 15
     kept = {p.name for p in partial.rglob("*.jpg")}
-    journal = {json.loads(l)["file"] for l in (partial / "done.jsonl").read_text().splitlines() if l.strip()}
+    journal = {json.loads(l)["file"].split("/")[1] for l in (partial / "done.jsonl").read_text().splitlines() if l.strip()}
     assert kept == journal and not out.exists() and not list(partial.rglob(".*.tmp")) and not (partial / "STOP").exists()
 
 @pytest.mark.timeout(150)
@@ -328,3 +328,16 @@ def test_a_wrong_command_is_one_line_and_exit_code_2(argv, words, capsys, tmp_pa
     assert cli.main(["prepare", "unsplash", *argv]) == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and words in err and list(tmp_path.iterdir()) == []
+
+def test_a_photo_that_comes_after_the_stop_is_not_stored(server, tmp_path):
+    stop = threading.Event()
+    for split in u.SPLITS: (tmp_path / split).mkdir()
+    one = replace(photo(f"{server.url}/good/late"), split="train")
+    assert u._far(QUICK, tmp_path, stop, None, one)["file"] == "train/a.jpg"
+    (tmp_path / "train/a.jpg").unlink()
+    class Late:
+        "A pool that is stopped meanwhile: the bytes are there, the picture is not."
+        def submit(self, *_): raise AssertionError("stored")
+    stop.set()
+    with pytest.raises(u.Stopped): u._far(QUICK, tmp_path, stop, Late(), one)
+    assert not list((tmp_path / "train").iterdir())

@@ -176,11 +176,11 @@ def tiny_dino(folder, *, registers=0):
     return Path(folder)
 
 
-def tiny_clip(folder, *, kind="whole"):
+def tiny_clip(folder, *, kind="whole", words=50, length=8):
     "CLIPModel (whole), CLIPVisionModelWithProjection (projection) or CLIPVisionModel (vision)."
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPVisionConfig, CLIPVisionModel, CLIPVisionModelWithProjection
     torch.manual_seed(0)
-    text = dict(vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=8, pad_token_id=1, bos_token_id=2, eos_token_id=3)
+    text = dict(vocab_size=words, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=length, projection_dim=12, bos_token_id=words - 2, eos_token_id=words - 1, pad_token_id=words - 1)
     vision = dict(VIT, image_size=32, projection_dim=12)
     model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=12)) if kind == "whole" else (CLIPVisionModelWithProjection if kind == "projection" else CLIPVisionModel)(CLIPVisionConfig(**vision))
     large(model, 2.).save_pretrained(folder)

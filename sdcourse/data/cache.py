@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'CacheOptions', 'LatentOptions', 'PromptOptions', 'FeatureOp
            'Features', 'prepare', 'ahead', 'fill', 'cache', 'main']
 
 # %% ../../nbs/data/cache.ipynb #78ada074
-import json, sys
+import json
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack

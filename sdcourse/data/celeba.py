@@ -9,7 +9,7 @@ __all__ = ['STRATA', 'LOW', 'HIGH', 'STAY', 'MEAN', 'find', 'read_attributes', '
            'held_out_people', 'choose_extras', 'prepare_celeba', 'main']
 
 # %% ../../nbs/data/celeba.ipynb #8e69e8ff
-import io, sys
+import sys
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +17,12 @@ from typing import Literal
 
 import numpy as np
 
-from ..config import parse_args
 from ..core import UserError, nearest, write_json
-from .imagefolder import Job, Prepare, build, in_parallel, places, read_lines
+from .imagefolder import Job, build
+from .images import open_image
+from .manifests import origin
+from .parallel import in_parallel
+from .prepare import Free, Prepare, command
 
 # %% ../../nbs/data/celeba.ipynb #17853426
 STRATA = ("Male", "Wearing_Lipstick", "Smiling") # more would leave classes with one member
@@ -149,7 +152,7 @@ def balance(
 class HQOptions(Prepare):
     "Options of `sdcourse prepare celeba-hq CELEBAMASK_HQ OUT`."
     size: int = 0 # side of the pictures, pixels; 0: copies of the files as they are
-    identities: str = "" # CelebA's identity_CelebA.txt: split by person; empty: by picture, as published (system 001)
+    identities: Free[str] = "" # CelebA's identity_CelebA.txt: split by person; empty: by picture, as published (system 001)
     seed: int = 42 # of the split (system 001)
 
     def check(self):
@@ -175,8 +178,7 @@ def copy_or_resize(
 ): # bytes, or a PIL image
     "The file itself, or a smaller square."
     from PIL import Image
-    data = path.read_bytes()
-    image = Image.open(io.BytesIO(data)).convert("RGB") # decodes all of it
+    image = open_image(data := path.read_bytes()) # decodes all of it
     return image.resize((size, size), Image.Resampling.LANCZOS) if size else data
 
 def _report(where, shares, counts):
@@ -185,22 +187,25 @@ def _report(where, shares, counts):
     print(f"{'share of pictures':<22}" + "".join(f"{p:>8}" for p in shares))
     for name in next(iter(shares.values())): print(f"{name:<22}" + "".join(f"{s[name]:8.3f}" for s in shares.values()))
 
-def _store_weights(out, names, table):
-    "Balance the training pictures that are really there."
-    ids = [r["id"] for r in read_lines(out / "train/metadata.jsonl")]
-    values = np.array([table[i] for i in ids])
-    weights, how = balance(values)
-    after = dict(zip(names, (weights @ values / len(values)).round(4).tolist()))
-    write_json(out / "weights.json", dict(how=how, share=dict(zip(names, values.mean(0).round(4).tolist())), share_weighted=after, weights=dict(zip(ids, weights.round(6).tolist()))))
+def _store(names, **report):
+    "What `build` writes at the end: the report, and weights that balance the training pictures that are really there."
+    def finish(folder, rows):
+        values = np.array([list(r["attributes"].values()) for r in rows["train"]])
+        weights, how = balance(values)
+        after = dict(zip(names, (weights @ values / len(values)).round(4).tolist()))
+        write_json(folder / "weights.json", dict(how=how, share=dict(zip(names, values.mean(0).round(4).tolist())), share_weighted=after, weights=dict(zip([r["id"] for r in rows["train"]], weights.round(6).tolist()))))
+        write_json(folder / "report.json", report)
+    return finish
 
 # %% ../../nbs/data/celeba.ipynb #e7c3ee3d
 def prepare_hq(
     source, # folder of CelebAMask-HQ
     out, # folder to make
     options: HQOptions, # size, seed
+    *, flag=None, # raised() says when to stop
 ) -> bool: # False when stopped before the end
     "Split, copy and weigh the HQ pictures."
-    source, out = Path(source), Path(out)
+    source = Path(source)
     files, names, values, parts = hq_parts(source, options.identities, options.seed)
     folder = find(source, "CelebA-HQ-img")
     jobs = []
@@ -208,18 +213,16 @@ def prepare_hq(
         stem = Path(file).stem
         jobs.append(Job(part, f"{stem}.png" if options.size else file, {"id": stem, "attributes": dict(zip(names, row))}, (folder / file, options.size)))
     shares = frequency(names, values, parts)
-    if not build(out, jobs, copy_or_resize, options, dict(source="CelebAMask-HQ", frequency=shares)): return False
-    _store_weights(out, names, {j.row["id"]: list(j.row["attributes"].values()) for j in jobs})
+    by = "person" if options.identities else "picture"
+    if not build(out, jobs, copy_or_resize, options, name="celeba-hq", origin=origin("celeba-hq", source), flag=flag, finish=_store(names, frequency=shares), split_by=by): return False
     _report(out, shares, Counter(parts.tolist()))
     return True
 
 def main_hq(
     argv: list, # SRC, OUT and options
-) -> int: # 0, or 3 when stopped before the end
+) -> int: # 0
     "`sdcourse prepare celeba-hq CELEBAMASK_HQ OUT`."
-    where, rest = places(argv, ("CELEBAMASK_HQ", "OUT"), "sdcourse prepare celeba-hq")
-    options, _ = parse_args(HQOptions, rest, "sdcourse prepare celeba-hq CELEBAMASK_HQ OUT")
-    return 0 if prepare_hq(*where, options) else 3
+    return command(argv, "celeba-hq", "CELEBAMASK_HQ OUT", HQOptions, prepare_hq)
 
 # %% ../../nbs/data/celeba.ipynb #6fea081b
 @dataclass
@@ -250,7 +253,8 @@ def crop_face(
 ): # a PIL image, square
     "Cut the square around a face."
     from PIL import Image
-    with Image.open(path) as photo: image = photo.convert("RGB").crop(face_square(photo.size, box))
+    photo = open_image(path, upright=False)
+    image = photo.crop(face_square(photo.size, box))
     return image.resize((size, size), Image.Resampling.LANCZOS) if size and size != image.width else image
 
 def smaller_side(path: Path) -> int: # pixels; 0 when the file cannot be read
@@ -291,8 +295,8 @@ def choose_extras(
     new = [f for f in files if f not in taken]
     strangers = [f for f in new if identity.get(f) not in people]
     folder = find(source, "Img/img_celeba", "img_celeba")
-    sides = list(in_parallel(smaller_side, [folder / f for f in strangers], workers=options.workers, handful=64))
-    keep = [f for f, s in zip(strangers, sides) if s >= options.min_side or s == 0] # what cannot be read goes to the report
+    sides = dict(in_parallel(smaller_side, [folder / f for f in strangers], workers=options.workers, handful=64))
+    keep = [f for f in strangers if (s := sides[folder / f]) >= options.min_side or s == 0] # what cannot be read goes to the report
     counts = dict(in_hq=len(files) - len(new), people_of_val_and_test=len(new) - len(strangers) if table else None, too_small=len(strangers) - len(keep), kept=len(keep))
     if not keep: raise UserError(f"{source}: no photograph is left ({counts}); a smaller --min-side than {options.min_side} keeps more")
     at = {f: i for i, f in enumerate(files)}
@@ -304,9 +308,10 @@ def prepare_celeba(
     hq, # folder of CelebAMask-HQ
     out, # folder to make
     options: CelebAOptions, # min_side, size, seed
+    *, flag=None, # raised() says when to stop
 ) -> bool: # False when stopped before the end
     "Crop and weigh the extras; all of them are for training."
-    source, hq, out = Path(source), Path(hq), Path(out)
+    source, hq = Path(source), Path(hq)
     options.check()
     boxes = read_boxes(find(source, "Anno/list_bbox_celeba.txt", "list_bbox_celeba.txt"))
     files, values, names, counts, identity = choose_extras(source, hq, options)
@@ -316,15 +321,12 @@ def prepare_celeba(
         who = {"identity": identity[file]} if identity else {}
         jobs.append(Job("train", f"{Path(file).stem}.png", {"id": Path(file).stem, **who, "attributes": dict(zip(names, row))}, (folder / file, boxes[file], options.size)))
     shares = frequency(names, values, np.full(len(values), "train"))
-    if not build(out, jobs, crop_face, options, dict(source="CelebA", left_out=counts, frequency=shares)): return False
-    _store_weights(out, names, {j.row["id"]: list(j.row["attributes"].values()) for j in jobs})
+    if not build(out, jobs, crop_face, options, name="celeba", origin=origin("celeba", source), flag=flag, finish=_store(names, frequency=shares, left_out=counts)): return False
     _report(out, shares, {"train": len(jobs)} | {k: v for k, v in counts.items() if isinstance(v, int)})
     return True
 
 def main(
     argv: list, # SRC, CELEBAMASK_HQ, OUT and options
-) -> int: # 0, or 3 when stopped before the end
+) -> int: # 0
     "`sdcourse prepare celeba CELEBA CELEBAMASK_HQ OUT`."
-    where, rest = places(argv, ("CELEBA", "CELEBAMASK_HQ", "OUT"), "sdcourse prepare celeba")
-    options, _ = parse_args(CelebAOptions, rest, "sdcourse prepare celeba CELEBA CELEBAMASK_HQ OUT")
-    return 0 if prepare_celeba(*where, options) else 3
+    return command(argv, "celeba", "CELEBA CELEBAMASK_HQ OUT", CelebAOptions, prepare_celeba)

@@ -9,15 +9,14 @@ __all__ = ['RATES', 'ATTRIBUTES', 'LASTING', 'BEARDS', 'HAIR', 'MALE', 'TURN', '
            'prepare_faces', 'main']
 
 # %% ../../nbs/data/faces.ipynb #dcbc3ed4
-import sys
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 
-from ..config import parse_args
-from ..core import UserError, progress, write_json, write_text
-from .imagefolder import Job, Prepare, claim, in_parallel, make_one, places
+from ..core import UserError, write_text
+from .imagefolder import Job, build
+from .manifests import load_manifest
+from .prepare import Prepare, command
 from .scenes import uniforms
 
 # %% ../../nbs/data/faces.ipynb #10a0b011
@@ -488,41 +487,27 @@ def tables(
     }
 
 # %% ../../nbs/data/faces.ipynb #a659176e
+def _write_tables(options):
+    "What `build` writes at the end."
+    def finish(folder, _):
+        for name, text in tables(options).items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            write_text(folder / name, text)
+    return finish
+
 def prepare_faces(
     out, # folder to make
     options: FacesOptions, # numbers, sizes, seed
+    *, flag=None, # raised() says when to stop
 ) -> bool: # False when stopped before the end
     "Draw both folders; started again, it goes on."
-    from sdcourse.train.stop import StopFlag
-    out = Path(out)
     options.check()
-    state = dict(options=asdict(options), plan="faces 1", licence="drawn by sdcourse, Apache-2.0", people="none of them exists")
-    if claim(out, state, options): return True
     jobs = [Job("CelebA/Img/img_celeba", f"{n:06}.jpg", {}, ("celeba", n, options)) for n in range(1, options.celeba + 1)]
     jobs += [Job("CelebAMask-HQ/CelebA-HQ-img", f"{i}.jpg", {}, ("hq", n, options)) for i, n in enumerate(hq_numbers(options).tolist())]
-    for folder in {out / j.split for j in jobs}: folder.mkdir(parents=True, exist_ok=True)
-    with StopFlag(out, options.max_seconds) as stop:
-        done = [w for w in progress(in_parallel(_Draw(out), jobs, workers=options.workers, stop=stop), total=len(jobs), desc="faces", unit="img")]
-        if any(done): raise UserError(f"{out}: a face could not be drawn ({next(filter(None, done))})")
-        if len(done) < len(jobs):
-            stop.clear_file()
-            print(f"{out}: stopped ({stop.reason}) after {len(done)} of {len(jobs)} pictures; the same command goes on", file=sys.stderr)
-            return False
-    for name, text in tables(options).items():
-        (out / name).parent.mkdir(parents=True, exist_ok=True)
-        write_text(out / name, text)
-    write_json(out / "prepare.json", state | {"complete": True})
-    return True
-
-@dataclass
-class _Draw:
-    out: Path
-    def __call__(self, job): return make_one(draw_picture, self.out, job)
+    return build(out, jobs, draw_picture, options, name="faces", origin=load_manifest("faces") | {"count": options.celeba}, flag=flag, finish=_write_tables(options))
 
 def main(
     argv: list, # OUT and options
-) -> int: # 0, or 3 when stopped before the end
+) -> int: # 0
     "`sdcourse prepare faces OUT --celeba 1000 --hq 300`."
-    where, rest = places(argv, ("OUT",), "sdcourse prepare faces")
-    options, _ = parse_args(FacesOptions, rest, "sdcourse prepare faces OUT")
-    return 0 if prepare_faces(*where, options) else 3
+    return command(argv, "faces", "OUT", FacesOptions, prepare_faces)

@@ -28,6 +28,8 @@ class BadImage(UserError):
         super().__init__(f"{kind}: {detail}")
         self.kind, self.detail = kind, detail
 
+    def __reduce__(self): return type(self), (self.kind, self.detail) # it comes from other processes too
+
 def read_header(
     data: bytes, # a whole file
     max_pixels: int = MAX_PIXELS, # width times height
@@ -56,11 +58,12 @@ def _pixels(im, data):
 # %% ../../nbs/data/images.ipynb #56758241
 def to_rgb(
     im, # a PIL image
-): # PIL image, mode RGB, upright
+    upright: bool = True, # turn it as its EXIF note says
+): # PIL image, mode RGB
     "Upright by EXIF, white behind transparency, sixteen bits scaled to eight."
     import numpy as np
     from PIL import Image, ImageOps
-    try: im = ImageOps.exif_transpose(im)
+    try: im = ImageOps.exif_transpose(im) if upright else im
     except Exception: raise BadImage("unreadable", "its EXIF data are broken") from None
     if im.mode == "F": raise BadImage("deep", "floating-point pixels have no agreed range")
     if im.mode.startswith("I"): im = Image.fromarray((np.asarray(im).clip(0, 65535) >> 8).astype(np.uint8))
@@ -81,10 +84,11 @@ def open_image(
     source, # a path, or the bytes of a file
     *,
     max_pixels: int = MAX_PIXELS, # width times height
-): # PIL image, mode RGB, upright
+    upright: bool = True, # False: as it is stored, for boxes that are counted there and for ADM's crop
+): # PIL image, mode RGB
     "The one way to read a picture; `BadImage` when it cannot be used."
     data = source if isinstance(source, bytes) else Path(source).read_bytes()
-    return to_rgb(_pixels(read_header(data, max_pixels), data))
+    return to_rgb(_pixels(read_header(data, max_pixels), data), upright)
 
 # %% ../../nbs/data/images.ipynb #33789ace
 def shrink(
@@ -99,9 +103,9 @@ def shrink(
 
 def image_bytes(
     im, # PIL image, RGB
-    format: str = "PNG", # PNG is lossless; JPEG has quality 95, 4:4:4
+    format: str = "PNG", # PNG is lossless (and quick: level 1); JPEG has quality 95, 4:4:4
 ) -> bytes: # of a picture file
     "Encode a picture."
     out = io.BytesIO()
-    im.save(out, format, **(dict(quality=95, subsampling=0) if format == "JPEG" else {}))
+    im.save(out, format, **(dict(quality=95, subsampling=0) if format == "JPEG" else dict(compress_level=1) if format == "PNG" else {}))
     return out.getvalue()

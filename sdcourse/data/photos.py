@@ -7,17 +7,19 @@ __all__ = ['NASA', 'CC0', 'CCBY', 'PHOTOGRAPHS', 'GAP', 'COLUMNS', 'Photograph',
            'cut', 'table', 'prepare_photos', 'main']
 
 # %% ../../nbs/data/photos.ipynb #269d1523
-import csv, io, sys
+import csv, io
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 
-from ..config import parse_args
-from ..core import UserError, atomic_path, progress, sha256, write_json
-from .imagefolder import Job, Prepare, claim, in_parallel, make_one, places
+from ..core import UserError, sha256, write_text
+from .imagefolder import Job, build
+from .images import open_image
+from .manifests import load_manifest
+from .prepare import Prepare, command
 from .scenes import uniforms
 
 # %% ../../nbs/data/photos.ipynb #0416db36
@@ -131,12 +133,10 @@ def cut(
     box: tuple, # left, top, right, bottom
 ): # a PIL image
     "One crop."
-    from PIL import Image
-    with Image.open(path) as image: return image.convert("RGB").crop(box)
+    return open_image(path).crop(box)
 
 def table(
     found: list, # what `crops` gives
-    folder, # where the pictures are
 ) -> str: # tab-separated text
     "The rows of photos.tsv000."
     out = io.StringIO()
@@ -144,47 +144,27 @@ def table(
     write.writerow(COLUMNS)
     for c in found:
         photo, side = c["photograph"], c["box"][2] - c["box"][0]
-        where = (Path(folder).resolve() / f"{c['id']}.png").as_uri()
-        write.writerow([c["id"], "", where, side, side, 1.0, f"{c['text']}; detail of: {photo.text}", photo.name, c["text"], photo.licence, photo.people, c["split"]])
+        write.writerow([c["id"], "", f"file:images/{c['id']}.png", side, side, 1.0, f"{c['text']}; detail of: {photo.text}", photo.name, c["text"], photo.licence, photo.people, c["split"]])
     return out.getvalue()
-
-@dataclass
-class _Cut:
-    out: Path
-    def __call__(self, job): return make_one(cut, self.out, job)
 
 # %% ../../nbs/data/photos.ipynb #f1c9c0c2
 def prepare_photos(
     out, # folder to make
     options: PhotosOptions, # crops, seed
+    *, flag=None, # raised() says when to stop
 ) -> bool: # False when stopped before the end
     "Cut the crops and write the table; started again, it goes on."
-    from sdcourse.train.stop import StopFlag
-    out = Path(out)
-    options.check()
     found = crops(options)
     if not found: raise UserError("none of the photographs is installed as it should be: pip install -c constraints.txt scikit-learn matplotlib scikit-image")
-    here, count = {c["photograph"].name for c in found}, Counter(c["split"] for c in found)
-    state = dict(options=asdict(options), plan=f"photos 1: {' '.join(sorted(here))}", photographs={p.name: dict(licence=p.licence, author=p.author, people=p.people) for p in PHOTOGRAPHS if p.name in here}, counts=count)
-    claim(out, state, options)
+    here, count, manifest = {c["photograph"].name for c in found}, Counter(c["split"] for c in found), load_manifest("photos")
     jobs = [Job("images", f"{c['id']}.png", {}, (c["path"], c["box"])) for c in found]
-    (out / "images").mkdir(exist_ok=True)
-    with StopFlag(out, options.max_seconds) as stop:
-        done = list(progress(in_parallel(_Cut(out), jobs, workers=options.workers, stop=stop), total=len(jobs), desc="photos", unit="img"))
-        if any(done): raise UserError(f"{out}: a crop could not be made ({next(filter(None, done))})")
-        if len(done) < len(jobs):
-            stop.clear_file()
-            print(f"{out}: stopped ({stop.reason}) after {len(done)} of {len(jobs)} crops; the same command goes on", file=sys.stderr)
-            return False
-    with atomic_path(out / "photos.tsv000") as tmp: tmp.write_text(table(found, out / "images"), encoding="utf-8")
-    write_json(out / "prepare.json", state | {"complete": True})
+    origin = manifest | {"count": len(found), "splits": manifest["splits"] | {"counts": dict(count)}}
+    if not build(out, jobs, cut, options, name="photos", origin=origin, flag=flag, finish=lambda folder, _: write_text(folder / "photos.tsv000", table(found)), photographs=sorted(here)): return False
     print(f"{out}: {', '.join(f'{n} {s}' for s, n in count.items())} from {len(here)} photographs" + ("" if len(here) == len(PHOTOGRAPHS) else "; more come with: pip install -c constraints.txt scikit-image"))
     return True
 
 def main(
     argv: list, # OUT and options
-) -> int: # 0, or 3 when stopped before the end
+) -> int: # 0
     "`sdcourse prepare photos OUT`, then `sdcourse prepare unsplash OUT DATA`."
-    where, rest = places(argv, ("OUT",), "sdcourse prepare photos")
-    options, _ = parse_args(PhotosOptions, rest, "sdcourse prepare photos OUT")
-    return 0 if prepare_photos(*where, options) else 3
+    return command(argv, "photos", "OUT", PhotosOptions, prepare_photos)

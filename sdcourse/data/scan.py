@@ -8,13 +8,15 @@ __all__ = ['BAD', 'ODD', 'COLOUR', 'Scan', 'look', 'near_duplicates', 'examine',
 # %% ../../nbs/data/scan.ipynb #0b33280d
 import hashlib
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from ..core import UserError, progress, read_json, write_json
 from .images import FORMATS, MAX_PIXELS, SUFFIXES, BadImage, is_turned, open_image, read_header
 from .manifests import shown, walk, words
-from .prepare import disk_error, in_parallel
+from .parallel import in_parallel
+from .prepare import disk_error
 
 # %% ../../nbs/data/scan.ipynb #b67cbcdc
 BAD = { # kind: meaning; these are left out
@@ -33,13 +35,13 @@ class Scan:
     max_pixels: int = MAX_PIXELS # width times height; more is huge, and is never unpacked
     near_bits: int = 3 # of 64 bits of the perceptual hash that may differ between near duplicates; -1: do not look for them
     drop_near: Literal["no", "across", "all"] = "no" # leave out near duplicates: none, those of a picture in another split, all
-    workers: int = 4 # pictures at a time
+    workers: int = 0 # processes that look at pictures; 0: one per core
     out: str = "" # the list; empty: FOLDER/scan.json
 
     def check(self):
         "`UserError` for values that make no sense."
         if not 0 <= self.limit <= 1: raise UserError(f"--limit {self.limit}: give a share from 0 to 1")
-        if self.workers < 1: raise UserError(f"--workers {self.workers}: give 1 or more")
+        if self.workers < 0: raise UserError(f"--workers {self.workers}: give 0 for one per core, or a positive number")
         if not -1 <= self.near_bits <= 7: raise UserError(f"--near-bits {self.near_bits}: give -1 to 7")
 
 # %% ../../nbs/data/scan.ipynb #13c10a74
@@ -152,6 +154,8 @@ def _duplicates(names, facts, cfg):
         if cfg.drop_near == "all" or cfg.drop_near == "across" and across: facts[a]["bad"], facts[a]["detail"] = "near", f"like {b}"
     return near
 
+def _examine(folder, cfg, name): return examine(folder/name, cfg)
+
 def scan(
     folder, # with pictures, also in folders below
     cfg: Scan, # options
@@ -166,7 +170,7 @@ def scan(
     if not names: raise UserError(f"{folder}: holds no pictures ({', '.join(SUFFIXES)})")
     facts = {}
     with progress(total=len(names), desc="scan", unit="picture") as bar:
-        for n, result in in_parallel(lambda n, stop: examine(folder/n, cfg), names, cfg.workers, flag):
+        for n, result in in_parallel(partial(_examine, folder, cfg), names, workers=cfg.workers, flag=flag):
             if isinstance(result, Exception): raise result
             facts[n] = result
             bar.update()

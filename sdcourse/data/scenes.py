@@ -14,9 +14,10 @@ from functools import cache
 
 import numpy as np
 
-from ..config import parse_args
 from ..core import UserError, nearest
-from .imagefolder import Job, Prepare, build, places
+from .imagefolder import Job, build
+from .manifests import load_manifest
+from .prepare import Prepare, command
 
 # %% ../../nbs/data/scenes.ipynb #53a0e6ee
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "heart", "moon", "ring")
@@ -328,6 +329,7 @@ def draw_scene(
 def prepare_scenes(
     out, # folder to make
     options: ScenesOptions, # numbers, size, seed
+    *, flag=None, # raised() says when to stop
 ) -> bool: # False when stopped before the end
     "Write scenes as an image folder with captions."
     jobs = []
@@ -337,12 +339,10 @@ def prepare_scenes(
         for i, number in enumerate(data.ids.tolist()):
             row = {"id": number, "text": captions(known, i), "facts": {k: known[k][i].tolist() for k in JUDGED}}
             jobs.append(Job(split, f"{number:07}.png", row, (number, options.size, options.seed)))
-    return build(out, jobs, draw_scene, options, dict(licence="drawn by sdcourse, Apache-2.0", people="none"))
+    return build(out, jobs, draw_scene, options, name="scenes", origin=load_manifest("scenes"), flag=flag)
 
 def main(
     argv: list, # OUT and options
-) -> int: # 0, or 3 when stopped before the end
+) -> int: # 0
     "`sdcourse prepare scenes OUT --train 2000 --size 64`."
-    (*where,), rest = places(argv, ("OUT",), "sdcourse prepare scenes")
-    options, _ = parse_args(ScenesOptions, rest, "sdcourse prepare scenes OUT")
-    return 0 if prepare_scenes(*where, options) else 3
+    return command(argv, "scenes", "OUT", ScenesOptions, prepare_scenes)

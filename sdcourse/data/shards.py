@@ -20,7 +20,7 @@ import torch
 from ..core import UserError, atomic_path, progress, read_json, write_json, write_text
 from ..dist import launched
 from .images import BadImage, open_image
-from .manifests import _check_rows, check_manifest, digest, is_inside, shown, table_rows, walk, words
+from .manifests import _check_rows, described, digest, is_inside, shown, table_rows, walk, words
 from .prepare import Work, disk_error
 from .scan import excluded
 
@@ -273,7 +273,7 @@ UNKNOWN = {"what": "a picture with what its row says", "source": {"url": "https:
 
 def _origin(folder):
     "The manifest of the folder, or one that says that nothing is known."
-    if (Path(folder)/"manifest.json").is_file(): return check_manifest(read_json(Path(folder)/"manifest.json"), f"{folder}/manifest.json")
+    if found := described(folder): return found
     name = re.sub(r"[^a-z0-9]+", "-", Path(folder).resolve().name.lower()).strip("-") or "folder"
     return {"name": name, "title": Path(folder).resolve().name or name, **UNKNOWN}
 
@@ -294,18 +294,16 @@ def pack(
         if work.whole: print(f"{out}: there already, made with these options"); return 0
         try:
             for split, name, samples in progress(jobs, desc="tars", unit="tar"):
-                if name in work.done: continue
-                if flag.raised():
-                    print(f"stopped ({flag.reason}): {len(work.done)} of {len(jobs)} tars are there; the same command goes on")
-                    flag.clear_file()
-                    return 0
+                if work.has(name): continue
+                if flag.raised(): work.stopped(flag, len(work.done), len(jobs)); return 0
                 path = work.folder/f"{name}.tar"
                 rows = write_tar(path, samples)
-                work.record({"id": name, "sha256": digest(path), **_entry(work.folder, split, path, rows)})
-            tars = [{k: v for k, v in work.done[name].items() if k not in ("id", "sha256")} for _, name, _ in jobs]
+                entry = _entry(work.folder, split, path, rows)
+                work.record({"id": name, "file": entry["tar"], "more": [entry["index"]], "sha256": digest(path), **entry})
+            tars = [{k: v for k, v in work.done[name].items() if k not in ("id", "file", "more", "sha256")} for _, name, _ in jobs]
             if (Path(folder)/"classes.json").is_file(): write_json(work.folder/"classes.json", read_json(Path(folder)/"classes.json"))
             write_json(work.folder/"index.json", {"quoted": True, "tars": tars, "left_out": []})
-            work.publish(origin | {"count": sum(map(len, splits.values()))}, {f"{n}.tar": r["sha256"] for n, r in work.done.items()})
+            work.publish(origin | {"count": sum(map(len, splits.values()))})
         except OSError as e: raise disk_error(e, work.folder) from None
     print(f"{out}: {sum(map(len, splits.values())):,} samples in {len(jobs)} tars")
     return 0
