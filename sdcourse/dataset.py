@@ -66,13 +66,12 @@ def _from_folders(folder, homes, found):
 # %% ../nbs/01_dataset.ipynb #6f8b7eef
 def _facts(folder):
     "(licence, {file: its entry with SHA-256}) of a data folder; `UserError` when it was begun and not finished."
-    prepared = read_json(folder/"prepare.json") if (folder/"prepare.json").is_file() else {"complete": True}
     manifest = read_json(folder/"manifest.json") if (folder/"manifest.json").is_file() else {}
-    try:
-        if not prepared["complete"] or manifest and "layouts" not in manifest: raise UserError(f"{folder}: was begun and not finished; run its command again (sdcourse prepare)")
-        files = [e for layout in manifest.get("layouts", {}).values() for e in layout["files"]]
-        return manifest["licence"]["name"] if manifest else str(prepared.get("licence", "")), {e["path"]: e for e in files if "sha256" in e}
-    except (KeyError, TypeError, AttributeError): raise UserError(f"{folder}: its manifest.json or prepare.json has an unknown form; remove it, or make the folder again") from None
+    if isinstance(manifest, dict) and "prepared" in manifest and "layouts" not in manifest: raise UserError(f"{folder}: was begun and not finished; run its command again (sdcourse prepare)")
+    if not isinstance(manifest, dict) or not {"layouts", "licence"} <= manifest.keys(): return "", {} # none, or that of another program
+    try: # the whole schema is for `sdcourse verify`: it takes half a minute for a million files
+        return manifest["licence"]["name"], {e["path"]: e for layout in manifest["layouts"].values() for e in layout["files"] if "sha256" in e}
+    except (KeyError, TypeError, AttributeError): raise UserError(f"{folder}/manifest.json: has an unknown form; remove it, or make the folder again") from None
 
 def _class_names(folder):
     "The names in classes.json, by label."

@@ -152,16 +152,17 @@ def test_two_items_with_one_id_are_refused(tmp_path):
     refused(folder, "same id a", max_samples=1)
 
 def test_unfinished_folders_are_refused(tmp_path):
-    folder = folder_of(tmp_path / "in", 2)
-    (folder / "prepare.json").write_text(json.dumps({"complete": False}))
-    refused(folder, "begun and not finished")
-    (folder / "prepare.json").write_text(json.dumps({"complete": True, "licence": "Apache-2.0"}))
-    assert pictures(folder).licence == "Apache-2.0"
-    with Work(tmp_path / "half", {}) as w: folder_of(w.folder / "x", 1).rename(w.folder / "y")
+    with Work(tmp_path / "half", {"set": "x"}) as w: folder_of(w.folder / "x", 1)
     refused(tmp_path / "half", "begun and not finished")
     refused(tmp_path / "half.partial", "begun and not finished")
-    (folder / "prepare.json").write_text("[]")
-    refused(folder, "unknown form")
+
+def test_manifests_of_another_form(tmp_path):
+    folder = folder_of(tmp_path / "in", 2)
+    for text in ('{"name": "of another program"}', "[1, 2]"):
+        (folder / "manifest.json").write_text(text)
+        assert pictures(folder).licence == ""
+    (folder / "manifest.json").write_text('{"layouts": {"x": []}, "licence": {"name": "x"}}')
+    refused(folder, "manifest.json", "unknown form")
 
 @pytest.mark.parametrize("classes", ["[1, 2, {}]", '[{"label": 1, "name": "x"}]', "7"])
 def test_class_names_of_another_form(tmp_path, classes):
