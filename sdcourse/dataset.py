@@ -43,6 +43,7 @@ def _homes(folder, found):
     if not homes: raise UserError(f"{folder}: holds no pictures ({', '.join(SUFFIXES)}), no index.json of tars and no parquet files")
     return homes
 
+# %% ../nbs/01_dataset.ipynb #8169a1a4
 def _from_table(folder, table, home, found, column):
     "[(picture, row)] of a table; `UserError` unless rows and pictures belong together."
     try: problems = list(_check_rows({"columns": [column], "names": column}, table, folder/table, found, {"rows": 0}))
@@ -52,6 +53,7 @@ def _from_table(folder, table, home, found, column):
     rows = ((prefix + r[column], {k: v for k, v in r.items() if k != column}) for _, r in table_rows(folder/table))
     return [(n, r) for n, r in rows if n.startswith(home)]
 
+# %% ../nbs/01_dataset.ipynb #6893b0bd
 def _from_folders(folder, homes, found):
     "({split: [(picture, row)]}, class names): each folder is a class, or there are no folders."
     names = {s: [n for n in found if n.startswith(h) and n.lower().endswith(SUFFIXES)] for s, h in homes.items()}
@@ -73,6 +75,7 @@ def _facts(folder):
         return manifest["licence"]["name"], {e["path"]: e for layout in manifest["layouts"].values() for e in layout["files"] if "sha256" in e}
     except (KeyError, TypeError, AttributeError): raise UserError(f"{folder}/manifest.json: has an unknown form; remove it, or make the folder again") from None
 
+# %% ../nbs/01_dataset.ipynb #ae930e24
 def _class_names(folder):
     "The names in classes.json, by label."
     if not (folder/"classes.json").is_file(): return ()
@@ -200,11 +203,20 @@ def _strings(value):
     if isinstance(value, (list, tuple)): return [t for v in value for t in _strings(v)]
     raise TypeError(f"{type(value).__name__} instead of text")
 
+# %% ../nbs/01_dataset.ipynb #b51a4239
 def _choose(n, max_samples):
     "Numbers of `max_samples` of n items in their order; a smaller choice is part of a larger one."
     if max_samples < 0: raise UserError(f"--max-samples {max_samples}: give a positive number, or 0 for all")
     return np.sort(permutation(0, 0, n)[:max_samples]) if 0 < max_samples < n else np.arange(n)
 
+def _first_twice(ids):
+    "Numbers of the first two equal ids, or nothing."
+    seen = {}
+    for i, name in enumerate(ids if len(set(ids)) < len(ids) else ()):
+        if name in seen: return seen[name], i
+        seen[name] = i
+
+# %% ../nbs/01_dataset.ipynb #76b9f535
 class Pictures:
     "A split of a data set, by number: rows that carry their id, and pictures. Made by `pictures`."
     def __init__(self,
@@ -230,7 +242,7 @@ class Pictures:
         row = self._source.row(n)
         try: texts = [t for c in self._captions or [c for c in CAPTIONS if c in row][:1] for t in _strings(row.get(c))]
         except TypeError as e: raise UserError(f"{self._source.where(n)}: its caption is {e}; choose another --caption-column, or mend the row") from None
-        return {k: v for k, v in row.items() if k != "label" or v is not None} | {"id": self.ids[i], "texts": texts} | self._class(row, n)
+        return {k: v for k, v in row.items() if k != "label"} | {"id": self.ids[i], "texts": texts} | self._class(row, n)
 
     def _class(self, row, n):
         value = row.get(self._label)
@@ -254,14 +266,7 @@ class Pictures:
         "Identity of the stored picture, without reading it where somebody has written it down."
         return self._source.digest(self._number(i))
 
-def _first_twice(ids):
-    "Numbers of the first two equal ids, or nothing."
-    seen = {}
-    for i, name in enumerate(ids if len(set(ids)) < len(ids) else ()):
-        if name in seen: return seen[name], i
-        seen[name] = i
-
-# %% ../nbs/01_dataset.ipynb #76b9f535
+# %% ../nbs/01_dataset.ipynb #b7cb7dca
 def _kind(source):
     "Which of the three classes reads `source`."
     folder = Path(source).expanduser()
@@ -274,6 +279,7 @@ def _kind(source):
     if folder.exists() or not re.fullmatch(r"(?!\.)[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", str(source)): raise UserError(f"{source}: no such folder, and no name of a hub set (OWNER/NAME)")
     return _Hub, str(source)
 
+# %% ../nbs/01_dataset.ipynb #90a4bda1
 def splits(
     source, # a data folder, tars with index.json, a hub name or its local copy
 ) -> tuple: # of names; train, val, test come first, and validation is called val

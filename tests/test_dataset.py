@@ -181,6 +181,9 @@ def test_names_of_classes_become_numbers(tmp_path):
     (folder / "classes.json").write_text('["a", "b", "c"]')
     p = pictures(folder, label_column="kind")
     assert [p.row(i)["label"] for i in range(3)] == [2, 1, 0]
+    write_rows(folder / "train", [{"file_name": f"p{i}.png", "label": 1, "kind": "b" if i else None} for i in range(3)])
+    p = pictures(folder, label_column="kind")
+    assert "label" not in p.row(0) and p.row(1)["label"] == 1 # the label of another column is not taken in its place
 
 def test_sources_that_are_none(tmp_path):
     (tmp_path / "empty").mkdir(); (tmp_path / "tars").mkdir(); (tmp_path / "tars/a.tar").write_bytes(b"")
