@@ -109,7 +109,7 @@ PLANTED = {
     ],
     ('sdcourse/train/flow_dit.py', 'tests/test_flow_dit.py'): [
         ('the velocity points from noise to data', '(v.to(eps.dtype) - flow_velocity(x0, eps))', '(v.to(eps.dtype) + flow_velocity(x0, eps))', 'test_objective'),
-        ('conditions are kept at rate p', 'torch.where(draws.bernoulli("cond_drop", self.cond_drop), self.dit.config.num_classes, batch["label"])', 'torch.where(draws.bernoulli("cond_drop", self.cond_drop), batch["label"], self.dit.config.num_classes)', 'test_class_dropping'),
+        ('conditions are kept at rate p', 'torch.where(draws.bernoulli("cond_drop", self.cond_drop), self.dit.config.num_classes, label)', 'torch.where(draws.bernoulli("cond_drop", self.cond_drop), label, self.dit.config.num_classes)', 'test_class_dropping'),
         ("the density's mean is ignored", 'Density(config.density, config.density_mean, config.density_std, config.density_shift)', 'Density(config.density, 0., config.density_std, config.density_shift)', 'test_density_options_reach_the_loss'),
     ],
     ('sdcourse/train/checkpoint.py', 'tests/test_checkpoint.py'): [
@@ -650,6 +650,7 @@ PLANTED = {
         ('encoders: the config is no part of a model', 'files_id([folder / "config.json", *weight_files(folder)])', 'files_id(weight_files(folder))', 'test_the_key_knows_what_decides'),
         ('encoders: any file in a folder of blobs is known by its name', ' and re.fullmatch("[0-9a-f]{64}", real.name) else', ' else', 'test_a_blob_of_the_hub_is_known_by_its_name'),
         ('encoders: weights that are links to nothing crash', '    if broken: raise', '    if False: raise', 'test_a_link_to_nothing_is_said'),
+        ('encoders: a partial copy of a hub model is of no use', 'if getattr(e, "snapshot_path", None):', 'if False:', 'test_a_hub_copy_of_which_only_a_part_was_fetched'),
         ('encoders: a failed fetch has no remedy', '; where there is a network: hf download {where}', '', 'test_hub_names_resolve_in_the_local_cache_only'),
         ('encoders: autocast of the trainer reaches the VAE', 'torch.autocast(torch.device(device).type, enabled=False), ', '', 'test_settings_of_a_trainer_do_not_matter'),
         ('encoders: the precision of products is not put back', '    finally: torch.set_float32_matmul_precision(was)', '    finally: pass', 'test_settings_of_a_trainer_do_not_matter'),
@@ -701,6 +702,7 @@ PLANTED = {
         ('prompts: the vector before the projection', 'found.get("text_embeds", found.get("pooler_output"))', 'found.get("pooler_output")', 'test_sdxl'),
         ('prompts: SDXL takes the pooled vector of the first CLIP', '_column(columns, "text_encoder_2.pooled")', '_column(columns, "text_encoder.pooled")', 'test_sdxl'),
         ('prompts: zeros on the wrong side', '(0, t5.shape[-1] - clip.shape[-1])', '(t5.shape[-1] - clip.shape[-1], 0)', 'test_sd3'),
+        ('prompts: a whole CLIP without its projection', '"CLIPModel": "CLIPTextModelWithProjection"', '"CLIPModel": "CLIPTextModel"', 'test_whole_models_give_their_text_half'),
         ('prompts: T5 before CLIP', 'torch.cat([clip, t5], -2)', 'torch.cat([t5, clip], -2)', 'test_sd3'),
     ],
 }

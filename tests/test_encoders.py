@@ -71,7 +71,7 @@ def test_latent_facts_normalise_as_the_trainers_do(zoo):
 
 @pytest.mark.parametrize("gone", ["scaling_factor", "shift_factor", "latent_channels"])
 def test_what_a_published_config_leaves_out(zoo, tmp_path, gone):
-    "The VAE of SD1.5 has no scaling_factor in its config; diffusers has a default."
+    "sd-vae-ft-mse has no scaling_factor in its config; diffusers has a default."
     shutil.copytree(zoo / "vae", tmp_path / "m")
     config = json.loads((tmp_path / "m/config.json").read_text())
     del config[gone]

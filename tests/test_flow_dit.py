@@ -140,8 +140,18 @@ def test_wrong_input_is_refused_before_anything_heavy(over, text):
         Task(config(**over)).check()
 
 
+def test_a_set_without_classes_is_trained_as_one_class(tmp_path):
+    task = Task(config(tmp_path / "run", data=str(latents_folder(tmp_path / "z", classes=(), drop=("label",))), batch_size=10))
+    assert source(task.config).classes == ("picture",) and train(task).step == 4
+    module = task.build()
+    seen = []
+    module.dit.register_forward_pre_hook(lambda m, a: seen.append(a[2]))
+    module(task.dataset("train").__getitems__(range(24)), Draws(0, 0, range(24)))
+    assert set(seen[0].tolist()) == {0, 1} # the class, and no class where it was dropped
+
+
 def test_caches_that_do_not_fit_are_refused(tmp_path):
-    for text, folder, over in (("has no columns mean and std", latents_folder(tmp_path / "x", drop=("std",)), {}), ("without mirrors; give --no-flip", latents_folder(tmp_path / "y", sides=1), {}), ("has no classes", latents_folder(tmp_path / "z", classes=()), {})):
+    for text, folder, over in (("has no columns mean and std", latents_folder(tmp_path / "x", drop=("std",)), {}), ("without mirrors; give --no-flip", latents_folder(tmp_path / "y", sides=1), {})):
         with pytest.raises(UserError, match=text): Task(config(data=str(folder), **over)).check()
     Task(config(data=str(tmp_path / "y"), flip=False)).check()
     (tmp_path / "y" / "index.json").write_text("{")

@@ -6,7 +6,7 @@ that outputs differ clearly between inputs.
 import json, tempfile
 from pathlib import Path
 
-import sdcourse # before diffusers and transformers
+import sdcourse # noqa: F401 (before diffusers and transformers)
 import torch
 
 WORDS = "a red green blue small large photo of the cat dog house tree smiling face with glasses and hat on lake".split()

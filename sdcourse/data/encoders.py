@@ -222,7 +222,7 @@ def vae_facts(
     found = read_json(Path(folder) / "config.json")
     if found.get("_class_name") != "AutoencoderKL": raise UserError(f"{folder}: config.json says {found.get('_class_name') or found.get('model_type')}, expected AutoencoderKL")
     if found.get("latents_mean") or found.get("latents_std"): raise UserError(f"{folder}: latents_mean and latents_std are not supported, only one shift and one scale")
-    found = {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None, "block_out_channels": (64,)} | found # the defaults of diffusers; SD1.5 is published without scaling_factor
+    found = {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None, "block_out_channels": (64,)} | found # the defaults of diffusers; sd-vae-ft-mse is published without scaling_factor
     return dict(channels=found["latent_channels"], shift=found["shift_factor"] or 0., scale=found["scaling_factor"], down=2 ** (len(found["block_out_channels"]) - 1))
 
 class Latents(Encoder):

@@ -6,8 +6,6 @@
 __all__ = ['TEXT', 'ALIASES', 'PIPELINES', 'TOKENIZER_FILES', 'Prompts', 'sdxl_prompt', 'sd3_prompt']
 
 # %% ../../nbs/data/prompts.ipynb #4143c14c
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 

@@ -77,7 +77,8 @@ class FlowMatching(nn.Module):
     def forward(self, batch, draws): # loss [b], t [b]
         x0 = self.clean(batch, draws)
         t, eps = self.density.sample(draws.uniform("time")), draws.normal("noise", x0.shape[1:])
-        y = torch.where(draws.bernoulli("cond_drop", self.cond_drop), self.dit.config.num_classes, batch["label"])
+        label = batch["label"] if "label" in batch else torch.zeros_like(t, dtype=torch.long) # a set without classes is one class
+        y = torch.where(draws.bernoulli("cond_drop", self.cond_drop), self.dit.config.num_classes, label)
         v = self.dit(add_noise(x0, eps, t), t, y, return_dict=False)[0]
         return (v.to(eps.dtype) - flow_velocity(x0, eps)).square().mean((1, 2, 3)), t
 
@@ -111,9 +112,8 @@ def source(
     if cfg.data == "digits": return Source(1, 8, CLASSES, licence="CC BY 4.0 (UCI Optical Recognition of Handwritten Digits, as shipped by scikit-learn)")
     if cfg.data == "synthetic": return Source(*cfg.latent, tuple(f"class {i}" for i in range(1000)), licence="none: random numbers")
     found = latents_of(cfg)
-    if not found.classes: raise UserError(f"--data {cfg.data}: has no classes, and this model needs one per picture; name them in classes.json, or sort the pictures into folders")
     if cfg.flip and not found.mirrors: raise UserError(f"--data {cfg.data}: was cached without mirrors; give --no-flip, or cache it with --mirror")
-    return Source(found.channels, found.side, found.classes, found.shift, found.scale, found.licence)
+    return Source(found.channels, found.side, found.classes or ("picture",), found.shift, found.scale, found.licence)
 
 def latents_of(
     cfg: Config, # data, vae and how to encode
