@@ -43,6 +43,7 @@ def _homes(folder, found):
     if not homes: raise UserError(f"{folder}: holds no pictures ({', '.join(SUFFIXES)}), no index.json of tars and no parquet files")
     return homes
 
+# %% ../nbs/01_dataset.ipynb #8169a1a4
 def _from_table(folder, table, home, found, column):
     "[(picture, row)] of a table; `UserError` unless rows and pictures belong together."
     try: problems = list(_check_rows({"columns": [column], "names": column}, table, folder/table, found, {"rows": 0}))
@@ -52,6 +53,7 @@ def _from_table(folder, table, home, found, column):
     rows = ((prefix + r[column], {k: v for k, v in r.items() if k != column}) for _, r in table_rows(folder/table))
     return [(n, r) for n, r in rows if n.startswith(home)]
 
+# %% ../nbs/01_dataset.ipynb #6893b0bd
 def _from_folders(folder, homes, found):
     "({split: [(picture, row)]}, class names): each folder is a class, or there are no folders."
     names = {s: [n for n in found if n.startswith(h) and n.lower().endswith(SUFFIXES)] for s, h in homes.items()}
@@ -65,15 +67,15 @@ def _from_folders(folder, homes, found):
 
 # %% ../nbs/01_dataset.ipynb #6f8b7eef
 def _facts(folder):
-    "(licence, {file: SHA-256}) of a data folder; `UserError` when it was begun and not finished."
-    prepared = read_json(folder/"prepare.json") if (folder/"prepare.json").is_file() else {"complete": True}
+    "(licence, {file: its entry with SHA-256}) of a data folder; `UserError` when it was begun and not finished."
     manifest = read_json(folder/"manifest.json") if (folder/"manifest.json").is_file() else {}
-    try:
-        if not prepared["complete"] or manifest and "layouts" not in manifest: raise UserError(f"{folder}: was begun and not finished; run its command again (sdcourse prepare)")
-        files = [e for layout in manifest.get("layouts", {}).values() for e in layout["files"]]
-        return manifest["licence"]["name"] if manifest else str(prepared.get("licence", "")), {e["path"]: e["sha256"] for e in files if "sha256" in e}
-    except (KeyError, TypeError, AttributeError): raise UserError(f"{folder}: its manifest.json or prepare.json has an unknown form; remove it, or make the folder again") from None
+    if isinstance(manifest, dict) and "prepared" in manifest and "layouts" not in manifest: raise UserError(f"{folder}: was begun and not finished; run its command again (sdcourse prepare)")
+    if not isinstance(manifest, dict) or not {"layouts", "licence"} <= manifest.keys(): return "", {} # none, or that of another program
+    try: # the whole schema is for `sdcourse verify`: it takes half a minute for a million files
+        return manifest["licence"]["name"], {e["path"]: e for layout in manifest["layouts"].values() for e in layout["files"] if "sha256" in e}
+    except (KeyError, TypeError, AttributeError): raise UserError(f"{folder}/manifest.json: has an unknown form; remove it, or make the folder again") from None
 
+# %% ../nbs/01_dataset.ipynb #ae930e24
 def _class_names(folder):
     "The names in classes.json, by label."
     if not (folder/"classes.json").is_file(): return ()
@@ -103,6 +105,8 @@ class _Files:
 
     def _keep(self, rows, home, found):
         self.names, self.sizes = [n for n, _ in rows], [found[n] for n, _ in rows]
+        changed = next((n for n, size in zip(self.names, self.sizes) if self.sums.get(n, {}).get("size", size) != size), None)
+        if changed: raise UserError(f"{self.folder/changed}: has {found[changed]:,} bytes and the manifest says {self.sums[changed]['size']:,}; it was altered (sdcourse verify), make the folder again")
         self.ids = [str(r["id"]) if r.get("id") is not None else str(PurePosixPath(n[len(home):]).with_suffix("")) for n, r in rows]
         self.columns = list(dict.fromkeys(k for _, r in rows for k in r))
         lines = [json.dumps(r, ensure_ascii=False).encode() for _, r in rows]
@@ -110,7 +114,7 @@ class _Files:
 
     def row(self, i): return json.loads(self.block[self.ends[i]:self.ends[i + 1]])
     def where(self, i): return str(self.folder/self.names[i])
-    def digest(self, i): return f"sha256:{s}" if (s := self.sums.get(self.names[i])) else f"file:{self.names[i]}:{self.sizes[i]}"
+    def digest(self, i): return f"sha256:{s['sha256']}" if (s := self.sums.get(self.names[i])) else f"file:{self.names[i]}:{self.sizes[i]}"
     def read(self, i):
         try: return (self.folder/self.names[i]).read_bytes()
         except OSError as e: raise BadImage("unreadable", e.strerror or type(e).__name__) from None
@@ -134,7 +138,7 @@ class _Tars:
     def where(self, i): return f"{self.set.id(i)} of {self.set.folder/self._tar(i)}"
     def digest(self, i):
         tar, (offset, size) = self._tar(i), self.set.spans["image"][i].tolist()
-        return f"tar:{self.sums.get(tar, tar)}:{offset}:{size}"
+        return f"tar:{self.sums[tar]['sha256'] if tar in self.sums else tar}:{offset}:{size}"
     def read(self, i): return self.set.read(i)
 
 def _tar_splits(folder):
@@ -199,11 +203,20 @@ def _strings(value):
     if isinstance(value, (list, tuple)): return [t for v in value for t in _strings(v)]
     raise TypeError(f"{type(value).__name__} instead of text")
 
+# %% ../nbs/01_dataset.ipynb #b51a4239
 def _choose(n, max_samples):
     "Numbers of `max_samples` of n items in their order; a smaller choice is part of a larger one."
     if max_samples < 0: raise UserError(f"--max-samples {max_samples}: give a positive number, or 0 for all")
     return np.sort(permutation(0, 0, n)[:max_samples]) if 0 < max_samples < n else np.arange(n)
 
+def _first_twice(ids):
+    "Numbers of the first two equal ids, or nothing."
+    seen = {}
+    for i, name in enumerate(ids if len(set(ids)) < len(ids) else ()):
+        if name in seen: return seen[name], i
+        seen[name] = i
+
+# %% ../nbs/01_dataset.ipynb #76b9f535
 class Pictures:
     "A split of a data set, by number: rows that carry their id, and pictures. Made by `pictures`."
     def __init__(self,
@@ -229,7 +242,7 @@ class Pictures:
         row = self._source.row(n)
         try: texts = [t for c in self._captions or [c for c in CAPTIONS if c in row][:1] for t in _strings(row.get(c))]
         except TypeError as e: raise UserError(f"{self._source.where(n)}: its caption is {e}; choose another --caption-column, or mend the row") from None
-        return {k: v for k, v in row.items() if k != "label" or v is not None} | {"id": self.ids[i], "texts": texts} | self._class(row, n)
+        return {k: v for k, v in row.items() if k != "label"} | {"id": self.ids[i], "texts": texts} | self._class(row, n)
 
     def _class(self, row, n):
         value = row.get(self._label)
@@ -253,14 +266,7 @@ class Pictures:
         "Identity of the stored picture, without reading it where somebody has written it down."
         return self._source.digest(self._number(i))
 
-def _first_twice(ids):
-    "Numbers of the first two equal ids, or nothing."
-    seen = {}
-    for i, name in enumerate(ids if len(set(ids)) < len(ids) else ()):
-        if name in seen: return seen[name], i
-        seen[name] = i
-
-# %% ../nbs/01_dataset.ipynb #76b9f535
+# %% ../nbs/01_dataset.ipynb #b7cb7dca
 def _kind(source):
     "Which of the three classes reads `source`."
     folder = Path(source).expanduser()
@@ -273,6 +279,7 @@ def _kind(source):
     if folder.exists() or not re.fullmatch(r"(?!\.)[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", str(source)): raise UserError(f"{source}: no such folder, and no name of a hub set (OWNER/NAME)")
     return _Hub, str(source)
 
+# %% ../nbs/01_dataset.ipynb #90a4bda1
 def splits(
     source, # a data folder, tars with index.json, a hub name or its local copy
 ) -> tuple: # of names; train, val, test come first, and validation is called val

@@ -12,6 +12,7 @@ from torch import nn
 
 import toy
 from hostile import picture
+from nobody import OpenFolder, as_nobody
 from sdcourse.core import UserError
 from sdcourse.data import scan as scans
 from sdcourse.data import shards as sh
@@ -151,16 +152,17 @@ def test_two_items_with_one_id_are_refused(tmp_path):
     refused(folder, "same id a", max_samples=1)
 
 def test_unfinished_folders_are_refused(tmp_path):
-    folder = folder_of(tmp_path / "in", 2)
-    (folder / "prepare.json").write_text(json.dumps({"complete": False}))
-    refused(folder, "begun and not finished")
-    (folder / "prepare.json").write_text(json.dumps({"complete": True, "licence": "Apache-2.0"}))
-    assert pictures(folder).licence == "Apache-2.0"
-    with Work(tmp_path / "half", {}) as w: folder_of(w.folder / "x", 1).rename(w.folder / "y")
+    with Work(tmp_path / "half", {"set": "x"}) as w: folder_of(w.folder / "x", 1)
     refused(tmp_path / "half", "begun and not finished")
     refused(tmp_path / "half.partial", "begun and not finished")
-    (folder / "prepare.json").write_text("[]")
-    refused(folder, "unknown form")
+
+def test_manifests_of_another_form(tmp_path):
+    folder = folder_of(tmp_path / "in", 2)
+    for text in ('{"name": "of another program"}', "[1, 2]"):
+        (folder / "manifest.json").write_text(text)
+        assert pictures(folder).licence == ""
+    (folder / "manifest.json").write_text('{"layouts": {"x": []}, "licence": {"name": "x"}}')
+    refused(folder, "manifest.json", "unknown form")
 
 @pytest.mark.parametrize("classes", ["[1, 2, {}]", '[{"label": 1, "name": "x"}]', "7"])
 def test_class_names_of_another_form(tmp_path, classes):
@@ -179,6 +181,9 @@ def test_names_of_classes_become_numbers(tmp_path):
     (folder / "classes.json").write_text('["a", "b", "c"]')
     p = pictures(folder, label_column="kind")
     assert [p.row(i)["label"] for i in range(3)] == [2, 1, 0]
+    write_rows(folder / "train", [{"file_name": f"p{i}.png", "label": 1, "kind": "b" if i else None} for i in range(3)])
+    p = pictures(folder, label_column="kind")
+    assert "label" not in p.row(0) and p.row(1)["label"] == 1 # the label of another column is not taken in its place
 
 def test_sources_that_are_none(tmp_path):
     (tmp_path / "empty").mkdir(); (tmp_path / "tars").mkdir(); (tmp_path / "tars/a.tar").write_bytes(b"")
@@ -264,6 +269,25 @@ def test_a_cmyk_picture_that_nobody_scanned_is_still_rgb(tmp_path):
     (tmp_path / "x.jpg").write_bytes(picture(mode="CMYK"))
     assert pictures(tmp_path).image(0).mode == "RGB"
 
+def test_what_may_not_be_read():
+    "A closed picture is named when it is asked for; a closed folder is refused, for nobody knows what is in it."
+    with OpenFolder() as home:
+        folder = folder_of(home / "in", 3)
+        for p in (folder / "train").iterdir(): p.chmod(0o644)
+        (folder / "train/p1.png").chmod(0)
+        def ask(what):
+            try: return what()
+            except UserError as e: return str(e)
+        said = as_nobody(lambda: ask(lambda: pictures(folder).image(1).size))
+        assert "Permission denied" in said and "p1.png" in said and "\n" not in said
+        (folder / "closed").mkdir(mode=0)
+        assert "closed (Permission denied)" in as_nobody(lambda: ask(lambda: len(pictures(folder))))
+
+def test_a_bomb_is_refused_by_name(tmp_path):
+    import struct
+    (tmp_path / "bomb.bmp").write_bytes(b"BM" + struct.pack("<IHHIIiiHHIIiiII", 54, 0, 0, 54, 40, 60_000, 60_000, 1, 24, 0, 0, 0, 0, 0, 0))
+    with pytest.raises(BadImage, match="huge: .*bomb.bmp"): pictures(tmp_path).image(0)
+
 # ---- digests
 def test_digests_tell_pictures_apart_and_follow_the_manifest(both, tmp_path):
     a, b = map(pictures, both)
@@ -275,6 +299,8 @@ def test_digests_tell_pictures_apart_and_follow_the_manifest(both, tmp_path):
     folder = shutil.copytree(both[0], tmp_path / "in")
     (folder / "manifest.json").write_text(json.dumps(manifest | {"layouts": {"x": {"files": [{"path": "train/p0.png", "sha256": "ab" * 32}]}}}))
     assert pictures(folder).digest(0) == "sha256:" + "ab" * 32 and pictures(folder).digest(1) == a.digest(1)
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"layouts": {"x": {"files": [{"path": "train/p0.png", "size": 7, "sha256": "ab" * 32}]}}}))
+    refused(folder, "train/p0.png", "the manifest says 7", "sdcourse verify")
 
 # ---- squares
 def test_a_square_is_the_antialiased_middle():

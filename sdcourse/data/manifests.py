@@ -245,6 +245,7 @@ def verify(
     total = sum(found[n] * (("sha256" in e) + ("md5" in e)) for e, names in matched for n in names)
     with progress(total=total, desc="verify", unit="B", unit_scale=True) as bar:
         for entry, names in matched: problems += _check_entry(entry, names, found, folder, bar)
+        bar.update(bar.total - bar.n if bar.total else 0) # files of another size were not read
     if not plan.get("others"):
         known = OWN.union(*(names for _, names in matched))
         problems += [f"extra: {shown(n)}" for n in found if n not in known]
@@ -258,7 +259,7 @@ def inventory(
     "Every file of a folder with its size and checksum."
     known, (found, problems) = known or {}, walk(folder)
     if problems: raise UserError(f"{folder}: {problems[0]}")
-    with progress(total=sum(s for n, s in found.items() if n not in known), desc="checksums", unit="B", unit_scale=True) as bar:
+    with progress(total=sum(s for n, s in found.items() if n not in known and n not in OWN), desc="checksums", unit="B", unit_scale=True) as bar:
         return [{"path": n, "size": s, "sha256": known.get(n) or digest(Path(folder)/n, bar=bar)} for n, s in found.items() if n not in OWN]
 
 # %% ../../nbs/data/manifests.ipynb #179bfddf
