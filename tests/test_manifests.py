@@ -32,7 +32,7 @@ PICTURES = {"path": "train/*.jpg", "count": 3}
 
 # ---- the manifests of the course
 def test_every_data_set_has_a_valid_manifest():
-    assert {"unsplash-lite", "celeba-hq", "celeba", "imagenet-1k", "onepiece-blip-captions", "digits"} <= set(m.shipped())
+    assert {"unsplash-lite", "celeba-hq", "celeba", "imagenet-1k", "onepiece-blip-captions", "digits", "photos", "faces", "scenes"} <= set(m.shipped())
     for name in m.shipped():
         one = m.load_manifest(name)
         assert one["name"] == name and one["people"]["note"] and one["licence"]["note"] and one["splits"]["how"]
@@ -48,6 +48,38 @@ def test_digits_are_what_the_manifest_says():
     assert m.verify(DIGITS, Path(sklearn.datasets.__file__).parent / "data") == []
     from sdcourse.data.worlds import digits
     assert {s: len(digits(s)) for s in ("train", "test")} == DIGITS["splits"]["counts"]
+
+STEPS = [ # layout of a shipped manifest, what makes it, what is made from it, and a file to take away; the numbers are those of the default options
+    ("faces", "original", "faces OUT --hq-size 32 --min-side 32 --max-side 40", "CelebAMask-HQ/CelebA-HQ-img/7.jpg"), ("faces", "celeba-hq", "celeba-hq faces-original/CelebAMask-HQ OUT", "train/metadata.jsonl"),
+    ("faces", "celeba", "celeba faces-original/CelebA faces-original/CelebAMask-HQ OUT --min-side 36 --size 16", "weights.json"), ("scenes", "prepared", "scenes OUT --size 24", "test/0000009.png"),
+    ("digits", "folders", "digits OUT", "val/d00000000/d00000000_0000.png"), ("digits", "prepared", "imagenet digits-folders OUT --size 8", "train/0001/d00000001_0001.png"), ("digits", "parquet", "digits OUT --layout parquet", "data/train-00000-of-00001.parquet"),
+    ("photos", "tables", "photos OUT --crops 1", "images/temple-0-00.png"), ("photos", "prepared", "unsplash photos-tables OUT --size 32", "failures.jsonl")]
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    "Makes a step once, and what it needs before."
+    home, there = tmp_path_factory.mktemp("made"), {}
+    def make(name, layout):
+        if (name, layout) not in there:
+            words = next(w for n, l, w, _ in STEPS if (n, l) == (name, layout))
+            for n, l, *_ in STEPS:
+                if f" {n}-{l}" in words: make(n, l); words = words.replace(f" {n}-{l}", f" {home / f'{n}-{l}'}")
+            there[name, layout] = home / f"{name}-{layout}"
+            assert cli.main(["prepare", *words.replace("OUT", str(there[name, layout])).split()]) == 0
+        return there[name, layout]
+    return make
+
+@pytest.mark.parametrize("name, layout, words, victim", STEPS, ids=lambda x: x if "/" not in x and " " not in x else "")
+def test_the_shipped_manifest_fits_what_is_prepared(made, tmp_path, name, layout, words, victim):
+    if "parquet" in words: pytest.importorskip("pyarrow")
+    out, manifest = made(name, layout), m.load_manifest(name)
+    assert m.pick_layout(manifest, m.walk(out)[0]) == layout and m.verify(manifest, out) == []
+    shutil.copytree(out, tmp_path / "o")
+    (tmp_path / "o/extra.txt").touch()
+    assert "extra: extra.txt" in m.verify(manifest, tmp_path / "o", layout=layout)
+    if not (tmp_path / "o" / victim).exists(): victim = next(p.relative_to(out).as_posix() for p in sorted(out.rglob("*.png")))
+    (tmp_path / "o" / victim).unlink()
+    assert any(f.startswith("missing: ") for f in m.verify(manifest, tmp_path / "o", layout=layout))
 
 @pytest.mark.parametrize("change, place", [
     ({"licence": None}, "licence"), ({"extra": 1}, "'extra'"), ({"name": "A b"}, "name"), ({"people": {"shown": "maybe", "note": "x"}}, "people/shown"),
