@@ -255,7 +255,24 @@ def test_a_rank_that_is_refused_ends_all_with_its_words(world, whole, tmp_path):
     assert cache("latents", world[0], tmp_path / "c", options(world[1])) == 0 and content(tmp_path / "c") == content(whole)
 
 
-def test_not_finite_names_the_picture(world, tmp_path):
+def test_features_of_a_layer_and_some_of_the_encoders(world, tmp_path):
+    from transformers import AutoImageProcessor, Dinov2Model
+    assert cache("features", world[0], tmp_path / "f", options(world[2], FeatureOptions, what="tokens", layer="-2")) == 0
+    net, steps = Dinov2Model.from_pretrained(world[2]).eval().requires_grad_(False), AutoImageProcessor.from_pretrained(world[2], backend="pil")
+    want = net(**steps(images=[Image.open(world[0] / "val/000.png").convert("RGB")], return_tensors="pt"), output_hidden_states=True).hidden_states[-2][0]
+    assert (Cache(tmp_path / "f", "val")[0]["tokens"] - want).abs().max() < 1e-4
+    sd3 = tiny_models.tiny_sd3(tmp_path / "sd3")
+    assert cache("prompts", world[0], tmp_path / "p", options(sd3, PromptOptions, only=("text_encoder_2",))) == 0
+    assert set(Cache(tmp_path / "p", "").columns) == {"text_encoder_2.hidden", "text_encoder_2.pooled", "text_encoder_2.mask"}
+
+
+def test_what_was_cut_or_computed_again_is_said(world, tmp_path, capsys):
+    (tmp_path / "more.txt").write_text("cat " * 100 + "\n")
+    assert cache("prompts", world[0], tmp_path / "p", options(world[1], PromptOptions, more=str(tmp_path / "more.txt"))) == 0
+    assert "1 captions were too long for text_encoder and are cut" in capsys.readouterr().out
+
+
+def test_not_finite_names_the_picture(world, tmp_path, capsys):
     "D7: weights that overflow float16 are computed again in float32; those that overflow float32 too are an error that names the picture."
     from diffusers import AutoencoderKL
     vae = AutoencoderKL.from_pretrained(world[1] / "vae")
@@ -265,6 +282,7 @@ def test_not_finite_names_the_picture(world, tmp_path):
     pixels = torch.stack([work.read("train", ["train-000", work.data.splits["train"].digest(0)])])
     assert not work.encoder.encode(pixels)["mean"].isfinite().all()
     assert cache("latents", world[0], tmp_path / "hot16", options(tmp_path / "hot", precision="fp16")) == 0
+    assert "62 results overflowed fp16 and were computed again in fp32" in capsys.readouterr().out # 30 pictures, 30 mirrors, and one pair to see the columns
     assert cache("latents", world[0], tmp_path / "hot32", options(tmp_path / "hot")) == 0
     a, b = (Cache(tmp_path / n).__getitems__(range(24))["mean"] for n in ("hot16", "hot32"))
     assert (a - b).abs().max() < 0.02 # the weights were rounded to float16 in one of them
@@ -281,6 +299,7 @@ def test_wrong_input_is_refused_in_one_line_before_anything_is_written(world, wh
     refused("--model is missing", model="")
     refused("--crop random: a cache would hold the same crop", crop="random")
     refused("--encode-batch 0", encode_batch=0)
+    refused("--layer second", kind="features", model=world[2], layer="second")
     refused("no such folder", model=tmp_path / "nothing")
     refused("no such folder", data=tmp_path / "nothing")
     refused("no multiple of 4", size=18)

@@ -7,7 +7,7 @@ __all__ = ['KINDS', 'CacheOptions', 'LatentOptions', 'PromptOptions', 'FeatureOp
            'Features', 'prepare', 'ahead', 'fill', 'cache', 'main']
 
 # %% ../../nbs/data/cache.ipynb #78ada074
-import json
+import json, re
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -37,6 +37,7 @@ class CacheOptions:
     shard_bytes: Free[int] = 268_435_456 # of one file, about (256 MiB); a rank holds one in memory
     workers: Free[int] = 2 # threads that read pictures ahead
     device: Free[str] = "auto" # auto, cpu, cuda, cuda:0 or mps
+    threads: Free[int] = 0 # CPU threads that compute, 0: torch's choice; bytes are equal at an equal number
     max_seconds: Free[float] = 0.0 # stop after this time, to be continued, seconds; 0: never
     stop_before: Free[float] = 60.0 # leave so long before the end of a SLURM job, seconds
     requeue_code: Free[int] = 0 # exit code when stopped before the end, but not by a file STOP; slurm/cache.sbatch sets 75
@@ -45,8 +46,8 @@ class CacheOptions:
     def check(self):
         "`UserError` for impossible values."
         if not self.model: raise UserError("--model is missing: give the folder of the model that encodes")
-        for name in ("encode_batch", "shard_bytes", "workers"):
-            if getattr(self, name) < 1: raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be positive")
+        for name, least in dict(encode_batch=1, shard_bytes=1, workers=1, threads=0).items():
+            if getattr(self, name) < least: raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be {least} or more")
 
 @dataclass
 class LatentOptions(CacheOptions):
@@ -65,12 +66,18 @@ class PromptOptions(CacheOptions):
     "Options of `sdcourse cache prompts DATA OUT`."
     t5_length: int = 256 # tokens of a T5 encoder (SD3's pipeline: 256; system 001: 77)
     layer: Literal["auto", "last", "penultimate"] = "auto" # of the CLIP encoders; auto: what the pipeline of the folder takes
+    only: tuple[str, ...] = () # some of a pipeline's encoders, such as text_encoder,text_encoder_2; empty: all
     more: Free[str] = "" # file with further prompts, one per line
 
 @dataclass
 class FeatureOptions(CacheOptions):
     "Options of `sdcourse cache features DATA OUT`."
     what: Literal["pooled", "tokens", "both"] = "pooled" # one vector per picture, one per patch, or both
+    layer: str = "last" # of the tokens: last, or the number of a hidden state, such as -1 (before the final norm: system 000)
+
+    def check(self):
+        super().check()
+        if not re.fullmatch(r"last|-?\d+", self.layer): raise UserError(f"--layer {self.layer}: give last, or the number of a hidden state")
 
 # %% ../../nbs/data/cache.ipynb #f6403b50
 class Latents:
@@ -106,7 +113,7 @@ class Prompts:
     kind, code, options = "prompts", 1, PromptOptions
     def __init__(self, data, cfg, device):
         self.cfg, self.data = cfg, _Data(data, cfg)
-        self.encoder = open_encoder("prompts", cfg.model, device=device, precision=cfg.precision, t5_length=cfg.t5_length, layer=cfg.layer)
+        self.encoder = open_encoder("prompts", cfg.model, device=device, precision=cfg.precision, t5_length=cfg.t5_length, layer=cfg.layer, only=cfg.only)
         self.key, self.facts = self.encoder.key, self.encoder.facts
 
     def rows(self):
@@ -124,7 +131,7 @@ class Features:
     kind, code, options = "features", 1, FeatureOptions
     def __init__(self, data, cfg, device):
         self.cfg, self.data = cfg, _Data(data, cfg)
-        self.encoder = open_encoder("features", cfg.model, device=device, precision=cfg.precision, what=cfg.what)
+        self.encoder = open_encoder("features", cfg.model, device=device, precision=cfg.precision, what=cfg.what, layer=cfg.layer if cfg.layer == "last" else int(cfg.layer))
         self.key, self.facts = self.encoder.key, self.encoder.facts | {"licence": self.data.licence}
 
     def rows(self): return {s: [[k, d.digest(i)] for i, k in enumerate(d.ids)] for s, d in self.data.splits.items()}
@@ -229,6 +236,7 @@ def cache(
     from sdcourse.dist import job as begin
     cfg.check()
     with begin(out, device=cfg.device, max_seconds=cfg.max_seconds, margin=cfg.stop_before, hang_seconds=cfg.hang_seconds) as j, ExitStack() as held:
+        if cfg.threads: torch.set_num_threads(cfg.threads)
         todo = added = None
         with j.ranks.together():
             work = KINDS[kind](data, cfg, j.ranks.device)
@@ -239,8 +247,8 @@ def cache(
         todo = j.ranks.gather(todo)[0]
         with j.ranks.together(): _fill_mine(j, out, j.ranks.mine(todo), work)
         left = j.ranks.gather(len(missing(out, read_index(out))))[0]
-        stopped = j.reason()
-        if j.ranks.main: _report(out, added, todo, left, stopped); j.flag.clear_file()
+        stopped, notes = j.reason(), [n for found in j.ranks.gather(list(_notes(work.encoder))) for n in found]
+        if j.ranks.main: _report(out, added, todo, left, stopped, notes); j.flag.clear_file()
     return cfg.requeue_code if left and stopped != "file STOP" else 0
 
 def _fill_mine(j, out, shards, work):
@@ -254,7 +262,14 @@ def _fill_mine(j, out, shards, work):
                 if not fill(out, s, work, batch=work.cfg.encode_batch, go_on=go_on): return
         except BaseException: j.flag.raise_("another rank was refused"); j.raised(); raise
 
-def _report(out, added, todo, left, stopped):
+def _notes(encoder):
+    "What somebody should know about the numbers of this rank."
+    if encoder.retried: yield f"{encoder.retried:,} results overflowed {encoder.precision} and were computed again in fp32"
+    for name, n in getattr(encoder, "cut", {}).items():
+        if n: yield f"{n:,} captions were too long for {name} and are cut"
+
+def _report(out, added, todo, left, stopped, notes):
+    for n in notes: print(f"{out}: {n}")
     rows = sum(s["rows"] for s in todo)
     if left: print(f"{out}: stopped ({stopped}), {left} shards are left; the same command goes on")
     else: print(f"{out}: whole; {f'{rows:,} rows computed' if rows else 'nothing to do'}" + (f", {added:,} of them new in the plan" if added and added != rows else ""))

@@ -6,10 +6,11 @@
 __all__ = ['cores', 'processes', 'in_parallel']
 
 # %% ../../nbs/data/parallel.ipynb #d01b48b5
-import os, pickle, queue, signal, sys, threading, time
+import os, queue, signal, sys, threading, time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from copy import copy
 from itertools import islice
 
 from ..core import UserError
@@ -70,7 +71,7 @@ def _try(fn, job):
     "What fn returns, or the exception that it raised."
     try: return fn(job)
     except Exception as e:
-        try: pickle.loads(pickle.dumps(e))
+        try: copy(e) # as another process would rebuild it
         except Exception: return RuntimeError(f"{type(e).__name__}: {e}")
         return e
 
