@@ -533,8 +533,8 @@ PLANTED = {
         ('shards: what the scan found bad is packed', 'splits, bad = {}, excluded(folder)', 'splits, bad = {}, frozenset()', 'test_training_data_go_on_without_the_bad_ones'),
     ],
     ('sdcourse/data/parallel.py', 'tests/test_parallel.py'): [
-        ('parallel: an error ends the pool', '    except Exception as e:\n        try: pickle', '    except ImportError as e:\n        try: pickle', 'test_all_jobs_once_and_errors_are_results'),
-        ('parallel: an error that cannot travel breaks the pool', '        try: pickle.loads(pickle.dumps(e))\n', '        try: pass\n', 'test_errors_travel_between_processes'),
+        ('parallel: an error ends the pool', '    except Exception as e:\n        try:\n            again', '    except ImportError as e:\n        try:\n            again', 'test_all_jobs_once_and_errors_are_results'),
+        ('parallel: an error that cannot travel breaks the pool', '            again(*args) # as its receiver will do\n', '', 'test_errors_travel_between_processes'),
         ('parallel: one at a time', '[threading.Thread(target=self._work, daemon=True) for _ in range(n)]', '[threading.Thread(target=self._work, daemon=True) for _ in range(1)]', 'test_threads_run_at_the_same_time'),
         ('parallel: one process for all', 'workers or cores()\n', '1\n', 'test_processes_are_others_and_all_of_them_work'),
         ('parallel: a stop waits for deaf jobs', 'wait(waiting, 2 if stop else None)', 'wait(waiting, None)', 'test_a_stop_begins_no_new_job_and_does_not_wait_for_a_deaf_one'),

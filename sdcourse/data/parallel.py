@@ -6,7 +6,7 @@
 __all__ = ['cores', 'processes', 'in_parallel']
 
 # %% ../../nbs/data/parallel.ipynb #d01b48b5
-import os, pickle, queue, signal, sys, threading, time
+import os, queue, signal, sys, threading, time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -70,9 +70,12 @@ def _try(fn, job):
     "What fn returns, or the exception that it raised."
     try: return fn(job)
     except Exception as e:
-        try: pickle.loads(pickle.dumps(e))
-        except Exception: return RuntimeError(f"{type(e).__name__}: {e}")
-        return e
+        try:
+            again, args = e.__reduce__()[:2]
+            again(*args) # as its receiver will do
+            if all(isinstance(a, (str, bytes, int, float, type(None))) for a in args): return e
+        except Exception: pass
+        return RuntimeError(f"{type(e).__name__}: {e}")
 
 def _each(fn, jobs): return [_try(fn, j) for j in jobs]
 
