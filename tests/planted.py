@@ -381,7 +381,7 @@ PLANTED = {
     ],
     ('sdcourse/data/images.py', 'tests/test_images.py'): [
         ('pictures: sixteen bits are cut off', 'im = Image.fromarray((np.asarray(im).clip(0, 65535) >> 8).astype(np.uint8))', 'pass', 'test_sixteen_bits_are_scaled_not_cut'),
-        ('pictures: the EXIF note is ignored', 'im = ImageOps.exif_transpose(im)', 'pass', 'test_all_eight_exif_orientations'),
+        ('pictures: the EXIF note is ignored', 'im = ImageOps.exif_transpose(im) if upright else im', 'im = im', 'test_all_eight_exif_orientations'),
         ('pictures: transparency shows its hidden colour', '    if "A" in im.mode or "a" in im.mode or "transparency" in im.info:', '    if False:', 'test_white_behind_transparency'),
         ('pictures: transparent palette entries are forgotten', ' or "transparency" in im.info', '', 'test_white_behind_a_transparent_palette_entry'),
         ('pictures: a PNG without its end passes', '    if im.format == "PNG" and b"IEND', '    if False and b"IEND', 'test_png_without_end_mark_is_truncated'),
