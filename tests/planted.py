@@ -380,6 +380,8 @@ PLANTED = {
         ('pictures: cut ones pass where a package says so', '    if ImageFile.LOAD_TRUNCATED_IMAGES:', '    if False:', 'test_a_switch_that_lets_cut_pictures_pass_is_refused'),
         ('pictures: sixteen bits are cut off', 'im = Image.fromarray((np.asarray(im).clip(0, 65535) >> 8).astype(np.uint8))', 'pass', 'test_sixteen_bits_are_scaled_not_cut'),
         ('pictures: the EXIF note is ignored', 'im = ImageOps.exif_transpose(im) if upright else im', 'pass', 'test_all_eight_exif_orientations'),
+    ],
+        ('pictures: the EXIF note is ignored', 'im = ImageOps.exif_transpose(im) if upright else im', 'im = im', 'test_all_eight_exif_orientations'),
         ('pictures: transparency shows its hidden colour', '    if "A" in im.mode or "a" in im.mode or "transparency" in im.info:', '    if False:', 'test_white_behind_transparency'),
         ('pictures: transparent palette entries are forgotten', ' or "transparency" in im.info', '', 'test_white_behind_a_transparent_palette_entry'),
         ('pictures: a PNG without its end passes', '    if im.format == "PNG" and b"IEND', '    if False and b"IEND', 'test_png_without_end_mark_is_truncated'),
@@ -635,6 +637,9 @@ PLANTED = {
     ('sdcourse/data/parallel.py', 'tests/test_parallel.py'): [
         ('parallel: an error ends the pool', '    except Exception as e:\n        try: copy', '    except ImportError as e:\n        try: copy', 'test_all_jobs_once_and_errors_are_results'),
         ('parallel: an error that cannot travel breaks the pool', '        try: copy(e) # as another process would rebuild it\n', '        try: pass\n', 'test_errors_travel_between_processes'),
+    ],
+        ('parallel: an error ends the pool', '    except Exception as e:\n        try:\n            again', '    except ImportError as e:\n        try:\n            again', 'test_all_jobs_once_and_errors_are_results'),
+        ('parallel: an error that cannot travel breaks the pool', '            again(*args) # as its receiver will do\n', '', 'test_errors_travel_between_processes'),
         ('parallel: one at a time', '[threading.Thread(target=self._work, daemon=True) for _ in range(n)]', '[threading.Thread(target=self._work, daemon=True) for _ in range(1)]', 'test_threads_run_at_the_same_time'),
         ('parallel: one process for all', 'workers or cores()\n', '1\n', 'test_processes_are_others_and_all_of_them_work'),
         ('parallel: a stop waits for deaf jobs', 'wait(waiting, 2 if stop else None)', 'wait(waiting, None)', 'test_a_stop_begins_no_new_job_and_does_not_wait_for_a_deaf_one'),

@@ -27,7 +27,7 @@ class Odd(Exception):
     "Cannot be unpickled: it wants two arguments and keeps one."
     def __init__(self, a, b): super().__init__(a)
 
-def raises(what): raise {"odd": Odd("strange", 2), "bad": BadImage("huge", "large"), "disk": OSError(28, "No space left on device", "/x")}[what]
+def raises(what): raise {"odd": Odd("strange", 2), "lock": ValueError(threading.Lock()), "bad": BadImage("huge", "large"), "disk": OSError(28, "No space left on device", "/x")}[what]
 
 @pytest.mark.parametrize("how", [dict(workers=1), dict(workers=2), dict(workers=2, handful=3), dict(workers=4, stop=threading.Event()), dict(workers=1, stop=threading.Event())], ids=str)
 def test_all_jobs_once_and_errors_are_results(how):
@@ -57,8 +57,8 @@ def test_only_little_is_under_way(workers):
         if n == 100: break
 
 def test_errors_travel_between_processes():
-    got = dict(in_parallel(raises, ["odd", "bad", "disk"], workers=2, handful=1))
-    assert str(got["odd"]) == "Odd: strange" and (got["bad"].kind, got["bad"].detail) == ("huge", "large") and got["disk"].errno == 28 and got["disk"].filename == "/x"
+    got = dict(in_parallel(raises, ["odd", "bad", "disk", "lock"], workers=2, handful=1))
+    assert str(got["odd"]) == "Odd: strange" and str(got["lock"]).startswith("ValueError: <unlocked") and (got["bad"].kind, got["bad"].detail) == ("huge", "large") and got["disk"].errno == 28 and got["disk"].filename == "/x"
 
 def kill_me(_): os.kill(os.getpid(), signal.SIGKILL)
 
