@@ -380,8 +380,6 @@ PLANTED = {
         ('pictures: cut ones pass where a package says so', '    if ImageFile.LOAD_TRUNCATED_IMAGES:', '    if False:', 'test_a_switch_that_lets_cut_pictures_pass_is_refused'),
         ('pictures: sixteen bits are cut off', 'im = Image.fromarray((np.asarray(im).clip(0, 65535) >> 8).astype(np.uint8))', 'pass', 'test_sixteen_bits_are_scaled_not_cut'),
         ('pictures: the EXIF note is ignored', 'im = ImageOps.exif_transpose(im) if upright else im', 'pass', 'test_all_eight_exif_orientations'),
-    ],
-        ('pictures: the EXIF note is ignored', 'im = ImageOps.exif_transpose(im) if upright else im', 'im = im', 'test_all_eight_exif_orientations'),
         ('pictures: transparency shows its hidden colour', '    if "A" in im.mode or "a" in im.mode or "transparency" in im.info:', '    if False:', 'test_white_behind_transparency'),
         ('pictures: transparent palette entries are forgotten', ' or "transparency" in im.info', '', 'test_white_behind_a_transparent_palette_entry'),
         ('pictures: a PNG without its end passes', '    if im.format == "PNG" and b"IEND', '    if False and b"IEND', 'test_png_without_end_mark_is_truncated'),
@@ -635,9 +633,6 @@ PLANTED = {
         ('a stop of one rank stays its own', 'elif store.check([self.note]): self.flag.raise_(store.get(self.note).decode())', '', 'test_asked_to_stop_it_leaves_soon_and_goes_on_later[SIGUSR1 to one rank]'),
     ],
     ('sdcourse/data/parallel.py', 'tests/test_parallel.py'): [
-        ('parallel: an error ends the pool', '    except Exception as e:\n        try: copy', '    except ImportError as e:\n        try: copy', 'test_all_jobs_once_and_errors_are_results'),
-        ('parallel: an error that cannot travel breaks the pool', '        try: copy(e) # as another process would rebuild it\n', '        try: pass\n', 'test_errors_travel_between_processes'),
-    ],
         ('parallel: an error ends the pool', '    except Exception as e:\n        try:\n            again', '    except ImportError as e:\n        try:\n            again', 'test_all_jobs_once_and_errors_are_results'),
         ('parallel: an error that cannot travel breaks the pool', '            again(*args) # as its receiver will do\n', '', 'test_errors_travel_between_processes'),
         ('parallel: one at a time', '[threading.Thread(target=self._work, daemon=True) for _ in range(n)]', '[threading.Thread(target=self._work, daemon=True) for _ in range(1)]', 'test_threads_run_at_the_same_time'),

@@ -10,7 +10,6 @@ import os, queue, signal, sys, threading, time
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from copy import copy
 from itertools import islice
 
 from ..core import UserError
@@ -71,9 +70,12 @@ def _try(fn, job):
     "What fn returns, or the exception that it raised."
     try: return fn(job)
     except Exception as e:
-        try: copy(e) # as another process would rebuild it
-        except Exception: return RuntimeError(f"{type(e).__name__}: {e}")
-        return e
+        try:
+            again, args = e.__reduce__()[:2]
+            again(*args) # as its receiver will do
+            if all(isinstance(a, (str, bytes, int, float, type(None))) for a in args): return e
+        except Exception: pass
+        return RuntimeError(f"{type(e).__name__}: {e}")
 
 def _each(fn, jobs): return [_try(fn, j) for j in jobs]
 
