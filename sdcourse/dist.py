@@ -308,7 +308,7 @@ def _fault(e, ranks, doing):
     "The world's refusal behind an exception as one line; None when the mistake is ours, which keeps its trace."
     if isinstance(e, UserError): return None
     said = re.sub(r"^\[[^\]]*\] *", "", (str(e).splitlines() or [""])[0])[:160]
-    more = "the checkpoints are intact and the same command goes on"
+    more = "what was saved is intact and the same command goes on"
     if ranks.world > 1 and isinstance(e, RuntimeError) and (isinstance(e, dist.DistError) or re.search(r"gloo|NCCL|Connection (closed|reset)|Broken pipe", str(e))):
         return LostRank(f"rank {ranks.rank} lost the others while {doing} ({said}): another rank ended, look in its log for why; {more}")
     if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO) or "No space left" in str(e):

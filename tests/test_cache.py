@@ -255,6 +255,20 @@ def test_a_rank_that_is_refused_ends_all_with_its_words(world, whole, tmp_path):
     assert cache("latents", world[0], tmp_path / "c", options(world[1])) == 0 and content(tmp_path / "c") == content(whole)
 
 
+def test_a_full_disk(world, whole, tmp_path):
+    "On a real file system without room: one line, no half file, and the same command goes on when there is room again."
+    place = tmp_path / "disk"
+    place.mkdir()
+    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", place], capture_output=True).returncode: pytest.skip("only root may mount")
+    try:
+        with pytest.raises(UserError, match="space.*the same command goes on") as e: cache("latents", world[0], place / "c", options(world[1]))
+        there = [p.name for p in (place / "c").iterdir()]
+        assert "\n" not in str(e.value) and not [n for n in there if n.endswith(".tmp")] and 0 < sum(n.endswith(".safetensors") for n in there) < 8
+        subprocess.run(["mount", "-o", "remount,size=1m", place], check=True)
+        assert cache("latents", world[0], place / "c", options(world[1])) == 0 and content(place / "c") == content(whole)
+    finally: subprocess.run(["umount", "-l", place])
+
+
 def test_features_of_a_layer_and_some_of_the_encoders(world, tmp_path):
     from transformers import AutoImageProcessor, Dinov2Model
     assert cache("features", world[0], tmp_path / "f", options(world[2], FeatureOptions, what="tokens", layer="-2")) == 0
