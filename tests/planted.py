@@ -746,4 +746,14 @@ PLANTED = {
         ('a forced FID does not say so', 'note = f"biased: N=', 'note = "" and f"biased: N=', 'test_a_fid_of_few_pictures_is_refused_or_says_that_it_is_biased'),
         ('pairs are not matched', 'd = a - b\n', 'd = a - b.mean()\n', 'test_pairs_are_compared_pair_by_pair'),
     ],
+    ('sdcourse/evaluation/features.py', 'tests/test_features.py'): [
+        ('Inception: pixels of 0 to 255', 'self.net(x.float() / 255)', 'self.net(x.float())', 'test_our_inception_is_pytorch_fids'),
+        ('Inception: always resized', 'resize_input=resize', 'resize_input=True', 'test_our_inception_is_pytorch_fids'),
+        ('Inception: never resized', 'resize_input=resize', 'resize_input=False', 'test_its_resize_is_pytorch_fids'),
+        ('Inception: weights are unpickled', 'torch.load(path, weights_only=True, map_location="cpu")', 'torch.load(path, weights_only=False, map_location="cpu")', 'test_what_cannot_be_measured_is_said_in_one_line'),
+        ('Inception: any file under the name', 'if path.name == FILE and not sha256(path).startswith(FILE[-12:-4])', 'if False', 'test_what_cannot_be_measured_is_said_in_one_line'),
+        ('features: sizes are mixed', 'if odd is not None: raise', 'if False: raise', 'test_what_cannot_be_measured_is_said_in_one_line'),
+        ('features: every rank takes all', 'rows=ranks.mine(range(len(pictures))) if ranks else None', 'rows=None', 'test_any_batch_and_number_of_ranks_see_the_same_set'),
+        ('features: weights without a name', 'h.hexdigest()[:16]', '"0" * 16', 'test_weights_come_from_the_file_that_is_named'),
+    ],
 }

@@ -70,7 +70,7 @@ def same(
     b, # `Stats`
 ):
     "`UserError` unless both come from the same extractor, resize and dtype, as far as both say."
-    for k in a.how.keys() & b.how.keys():
+    for k in (k for k in a.how if k in b.how):
         if a.how[k] != b.how[k]: raise UserError(f"statistics of another {k} ({a.how[k]} and {b.how[k]}): numbers from different features cannot be compared; compute both in the same way")
 
 # %% ../../nbs/evaluation/stats.ipynb #57212c50
