@@ -1,5 +1,4 @@
 "The judge of digits: its yardsticks against closed forms and oracles, its own accuracy, and that it disturbs nobody."
-import numpy as np
 import pytest
 import torch
 

@@ -1,6 +1,4 @@
 """Streaming statistics and the Fréchet distance against closed forms, two-pass formulas, SciPy and pytorch-fid's files."""
-import sys
-
 import numpy as np
 import pytest
 import torch

@@ -6,7 +6,6 @@
 __all__ = ['FID_LEAST', 'cubic', 'mmd2', 'kid', 'cmmd', 'prdc', 'spread', 'hash_of', 'Number', 'measured', 'bias_of', 'paired']
 
 # %% ../../nbs/evaluation/distances.ipynb #260c39dd
-import math
 from dataclasses import asdict, dataclass, field
 
 import torch
