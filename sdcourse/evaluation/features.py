@@ -50,7 +50,7 @@ class Inception:
         state = weights if isinstance(weights, dict) else inception_weights(weights)
         with _instead(state) as network:
             try: self.net = network([3], resize_input=resize)
-            except RuntimeError as e: raise UserError(f"{weights or FILE}: does not fit pytorch-fid's InceptionV3 ({str(e).splitlines()[-1].strip()[:100]})") from None
+            except RuntimeError as e: raise UserError(f"{FILE if isinstance(weights, dict) else weights or FILE}: does not fit pytorch-fid's InceptionV3 ({str(e).splitlines()[-1].strip()[:100]})") from None
         self.device, self.order = torch.device(device), torch.channels_last if channels_last else torch.contiguous_format
         self.net.eval().requires_grad_(False).to(self.device, memory_format=self.order)
         self.how = {"extractor": self.name, "weights": tensors_id(state), "resize": "bilinear to 299, as pytorch-fid" if resize else "none", "dtype": "float32"}
