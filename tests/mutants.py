@@ -8,9 +8,10 @@ syntax error, a fixture that breaks or a test that is not there do not count. Ev
 --seconds S begins no mutant after S seconds and says how many that leaves out; their order then depends on the commit, so that it is not always
 the same ones.
 """
-import argparse, json, os, random, shutil, subprocess, sys, tempfile, time
+import argparse, json, os, random, shutil, subprocess, sys, tempfile, threading, time
 import xml.etree.ElementTree as xml
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import cluster
@@ -57,9 +58,12 @@ def run(folder, *tests, limit=LIMIT):
     return ("skipped" if skipped and not failures and not errors else f"not a failing test (exit code {done.returncode}, {errors} errors)"), tail
 
 
+ONE_CLUSTER = threading.Lock() # two at a time make each other's jobs late
+
+
 def attempt(*tests, mutant=None):
     "Copy, patch, run; without a patch all tests in one session."
-    with tempfile.TemporaryDirectory(prefix="mutant-") as folder:
+    with tempfile.TemporaryDirectory(prefix="mutant-") as folder, ONE_CLUSTER if any("test_slurm" in t for t in tests) else nullcontext():
         folder = Path(folder).resolve()
         copy(folder)
         if mutant:
