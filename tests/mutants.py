@@ -42,20 +42,21 @@ def copy(folder):
 
 
 def run(folder, *tests, limit=LIMIT):
-    "(verdict, last lines) of some tests in a copy: passed, failed, or what went wrong."
+    "(verdict, last lines, {test: skipped}) of some tests in a copy: passed, failed, or what went wrong."
     report = folder / "report.xml"
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")} | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     found = subprocess.run([sys.executable, "-c", "import sdcourse; print(sdcourse.__file__)"], cwd=folder, env=env, capture_output=True, text=True)
-    if found.returncode == 0 and not Path(found.stdout.strip()).is_relative_to(folder): return "the copy is not what is imported", found.stdout
+    if found.returncode == 0 and not Path(found.stdout.strip()).is_relative_to(folder): return "the copy is not what is imported", found.stdout, {}
     try: done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests], cwd=folder, env=env, capture_output=True, text=True, timeout=limit, stdin=subprocess.DEVNULL)
-    except subprocess.TimeoutExpired: return f"no end within {limit} s", ""
+    except subprocess.TimeoutExpired: return f"no end within {limit} s", "", {}
     tail = "\n".join((done.stdout + done.stderr).splitlines()[-12:])
-    if not report.exists(): return f"pytest exit code {done.returncode}", tail
+    if not report.exists(): return f"pytest exit code {done.returncode}", tail, {}
     suite = xml.parse(report).getroot().find("testsuite")
     ran, failures, errors, skipped = (int(suite.get(k)) for k in ("tests", "failures", "errors", "skipped"))
-    if done.returncode == 0 and ran > skipped: return "passed", tail
-    if done.returncode == 1 and failures and not errors: return "failed", tail
-    return ("skipped" if skipped and not failures and not errors else f"not a failing test (exit code {done.returncode}, {errors} errors)"), tail
+    cases = {f"{c.get('classname').replace('.', '/')}.py::{c.get('name')}": c.find("skipped") is not None for c in suite.iter("testcase")}
+    if done.returncode == 0 and ran > skipped: return "passed", tail, cases
+    if done.returncode == 1 and failures and not errors: return "failed", tail, cases
+    return ("skipped" if skipped and not failures and not errors else f"not a failing test (exit code {done.returncode}, {errors} errors)"), tail, cases
 
 
 ONE_CLUSTER = threading.Lock() # two at a time make each other's jobs late
@@ -105,10 +106,16 @@ def main(argv=None):
         tests = sorted({m[4] for m in chosen})
         print(f"{len(tests)} tests without a patch, {len(chosen)} mutants, {args.j} at a time", flush=True)
         groups = [g for g in ([t for t in tests if "test_slurm" in t], [t for t in tests if "test_slurm" not in t]) if g] # beside each other: one waits, one computes
-        for verdict, tail in pool.map(lambda g: attempt(*g), groups):
-            if verdict != "passed": raise SystemExit(f"not green without a patch: {verdict}\n{tail}")
+        cases = {}
+        for verdict, tail, found in pool.map(lambda g: attempt(*g), groups):
+            if verdict not in ("passed", "skipped"): raise SystemExit(f"not green without a patch: {verdict}\n{tail}")
+            cases |= found
+        skipped_of = lambda test: [skipped for c, skipped in cases.items() if c == test or c.startswith(test + "[")]
+        idle = [m for m in chosen if all(skipped_of(m[4]) or [False])]
+        if idle: print(f"!!!! {len(idle)} mutants are left out: their tests are skipped here ({', '.join(sorted({m[4] for m in idle}))})", flush=True)
+        chosen = [m for m in chosen if m not in idle]
         caught, ran, alive = 0, 0, []
-        in_time = lambda m: attempt(m[4], mutant=m) if time.time() - start < args.seconds else ("not begun", "")
+        in_time = lambda m: attempt(m[4], mutant=m)[:2] if time.time() - start < args.seconds else ("not begun", "")
         for mutant, (verdict, tail) in zip(chosen, pool.map(in_time, chosen)):
             if verdict == "not begun": continue
             caught, ran = caught + (verdict == "failed"), ran + 1
@@ -116,7 +123,7 @@ def main(argv=None):
             keep(caught, ran)
             print(told(mutant, verdict, tail), flush=True)
     for mutant in alive: # once more and alone: a bug that needs bad luck, or a cluster that did not come up beside another one
-        verdict, tail = attempt(mutant[4], mutant=mutant)
+        verdict, tail, _ = attempt(mutant[4], mutant=mutant)
         caught += verdict == "failed"
         keep(caught, ran)
         print("second try: " + told(mutant, verdict, tail), flush=True)
