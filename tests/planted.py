@@ -751,7 +751,7 @@ PLANTED = {
         ('Inception: always resized', 'resize_input=resize', 'resize_input=True', 'test_our_inception_is_pytorch_fids'),
         ('Inception: never resized', 'resize_input=resize', 'resize_input=False', 'test_its_resize_is_pytorch_fids'),
         ('Inception: weights are unpickled', 'torch.load(path, weights_only=True, map_location="cpu")', 'torch.load(path, weights_only=False, map_location="cpu")', 'test_what_cannot_be_measured_is_said_in_one_line'),
-        ('Inception: any file under the name', 'if path.name == FILE and not sha256(path).startswith(FILE[-12:-4])', 'if False', 'test_what_cannot_be_measured_is_said_in_one_line'),
+        ('Inception: any file under the name', 'if path.name == name and not sha256(path).startswith(name[-12:-4])', 'if False', 'test_what_cannot_be_measured_is_said_in_one_line'),
         ('features: sizes are mixed', 'if odd is not None: raise', 'if False: raise', 'test_what_cannot_be_measured_is_said_in_one_line'),
         ('features: every rank takes all', 'rows=ranks.mine(range(len(pictures))) if ranks else None', 'rows=None', 'test_any_batch_and_number_of_ranks_see_the_same_set'),
         ('features: weights without a name', 'h.hexdigest()[:16]', '"0" * 16', 'test_weights_come_from_the_file_that_is_named'),

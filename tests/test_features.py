@@ -8,7 +8,7 @@ import ranks
 import tiny_models
 from sdcourse.core import UserError
 from sdcourse.dataset import pictures
-from sdcourse.evaluation.features import FILE, Inception, Vision, features_of, inception_weights, stats_of
+from sdcourse.evaluation.features import FILE, Inception, Vision, features_of, hub_weights, stats_of
 from sdcourse.evaluation.stats import frechet
 
 
@@ -130,9 +130,9 @@ def test_what_cannot_be_measured_is_said_in_one_line(random_weights, sets, tmp_p
         with pytest.raises(UserError, match=words) as e: fn()
         assert "\n" not in str(e.value)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    refused(f"hub/checkpoints/{FILE}: no such file; put {FILE}", Inception)
+    refused(f"hub/checkpoints/{FILE}: no such file; put pytorch-fid's {FILE}", Inception)
     (tmp_path / FILE).write_bytes(b"other")
-    refused("is not the file that its name says", lambda: inception_weights(tmp_path / FILE))
+    refused("is not the file that its name says", lambda: hub_weights(FILE, tmp_path / FILE))
     class Evil:
         def __reduce__(self): return (open, (str(tmp_path / "hit"), "w"))
     torch.save({"x": Evil()}, tmp_path / "evil.pth")

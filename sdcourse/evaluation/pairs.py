@@ -6,13 +6,12 @@
 __all__ = ['TRUNKS', 'psnr', 'ssim', 'Lpips', 'variety']
 
 # %% ../../nbs/evaluation/pairs.ipynb #f55dd792
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 
 from ..core import UserError
 from ..data.encoders import exact
+from .features import hub_weights
 
 # %% ../../nbs/evaluation/pairs.ipynb #526a1938
 def _pairs(a, b):
@@ -59,7 +58,7 @@ class Lpips:
     ):
         import lpips
         if trunk not in TRUNKS: raise UserError(f"trunk {trunk!r}: give {', '.join(TRUNKS)}")
-        state = weights if isinstance(weights, dict) else _trunk(trunk, weights)
+        state = weights if isinstance(weights, dict) else hub_weights(TRUNKS[trunk], weights, "torchvision")
         self.name, self.device = name or f"LPIPS[{trunk}]", torch.device(device)
         self.net = lpips.LPIPS(net=trunk, pnet_rand=True, verbose=False).eval().requires_grad_(False)
         layers = [m for part in self.net.net.children() if isinstance(part, torch.nn.Sequential) for m in part.named_children()]
@@ -76,12 +75,6 @@ class Lpips:
         "The distance of each pair."
         a, b = (x.float().to(self.device) * 2 - 1 for x in _pairs(a, b))
         with exact(self.device): return self.net(a, b).flatten().double().cpu()
-
-def _trunk(trunk, path):
-    path = Path(path or Path(torch.hub.get_dir())/"checkpoints"/TRUNKS[trunk])
-    if not path.is_file(): raise UserError(f"{path}: no such file; put torchvision's {TRUNKS[trunk]} there, or give its path")
-    try: return torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as e: raise UserError(f"{path}: holds no weights ({type(e).__name__}); only tensors are read, nothing is unpickled") from None
 
 # %% ../../nbs/evaluation/pairs.ipynb #de0f2d55
 def variety(
