@@ -42,18 +42,19 @@ def copy(folder):
 
 
 def run(folder, *tests, limit=LIMIT):
-    "(verdict, last lines, {test: skipped}) of some tests in a copy: passed, failed, or what went wrong."
+    "(verdict, last lines, {test: passed, failed or skipped}) of some tests in a copy: passed, failed, or what went wrong; a single one is left at its first failure."
     report = folder / "report.xml"
     env = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")} | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     found = subprocess.run([sys.executable, "-c", "import sdcourse; print(sdcourse.__file__)"], cwd=folder, env=env, capture_output=True, text=True)
     if found.returncode == 0 and not Path(found.stdout.strip()).is_relative_to(folder): return "the copy is not what is imported", found.stdout, {}
-    try: done = subprocess.run([sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests], cwd=folder, env=env, capture_output=True, text=True, timeout=limit, stdin=subprocess.DEVNULL)
+    try: done = subprocess.run([sys.executable, "-m", "pytest", *["-x"][len(tests) - 1:], "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests], cwd=folder, env=env, capture_output=True, text=True, timeout=limit, stdin=subprocess.DEVNULL)
     except subprocess.TimeoutExpired: return f"no end within {limit} s", "", {}
     tail = "\n".join((done.stdout + done.stderr).splitlines()[-12:])
     if not report.exists(): return f"pytest exit code {done.returncode}", tail, {}
     suite = xml.parse(report).getroot().find("testsuite")
     ran, failures, errors, skipped = (int(suite.get(k)) for k in ("tests", "failures", "errors", "skipped"))
-    cases = {f"{c.get('classname').replace('.', '/')}.py::{c.get('name')}": c.find("skipped") is not None for c in suite.iter("testcase")}
+    how = lambda c: next((word for word in ("skipped", "failure", "error") if c.find(word) is not None), "passed")
+    cases = {f"{c.get('classname').replace('.', '/')}.py::{c.get('name')}": how(c) for c in suite.iter("testcase")}
     if done.returncode == 0 and ran > skipped: return "passed", tail, cases
     if done.returncode == 1 and failures and not errors: return "failed", tail, cases
     return ("skipped" if skipped and not failures and not errors else f"not a failing test (exit code {done.returncode}, {errors} errors)"), tail, cases
@@ -108,10 +109,11 @@ def main(argv=None):
         groups = [g for g in ([t for t in tests if "test_slurm" in t], [t for t in tests if "test_slurm" not in t]) if g] # beside each other: one waits, one computes
         cases = {}
         for group, (verdict, tail, found) in zip(groups, list(pool.map(lambda g: attempt(*g), groups))):
-            if verdict not in ("passed", "skipped"): verdict, tail, found = attempt(*group) # once more and alone
+            red = [c for c, how in found.items() if how in ("failure", "error")]
+            if red: verdict, tail, again = attempt(*red); found |= again # once more and alone
             if verdict not in ("passed", "skipped"): raise SystemExit(f"not green without a patch: {verdict}\n{tail}")
             cases |= found
-        skipped_of = lambda test: [skipped for c, skipped in cases.items() if c == test or c.startswith(test + "[")]
+        skipped_of = lambda test: [how == "skipped" for c, how in cases.items() if c == test or c.startswith(test + "[")]
         idle = [m for m in chosen if all(skipped_of(m[4]) or [False])]
         if idle: print(f"!!!! {len(idle)} mutants are left out: their tests are skipped here ({', '.join(sorted({m[4] for m in idle}))})", flush=True)
         chosen = [m for m in chosen if m not in idle]
