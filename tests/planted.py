@@ -734,6 +734,7 @@ PLANTED = {
         ('KID: pictures are compared with themselves', '(kaa.sum() - kaa.trace()) / (n * (n - 1))', 'kaa.mean()', 'test_kid_is_the_double_loop_over_different_pairs'),
         ('KID: the kernel without its constant', '(a @ b.T / a.shape[1] + 1) ** 3', '(a @ b.T / a.shape[1]) ** 3', 'test_kid_is_the_double_loop_over_different_pairs'),
         ('KID: biased', '(kbb.sum() - kbb.trace()) / (m * (m - 1))', 'kbb.mean()', 'test_kid_is_unbiased'),
+        ('KID: every twentieth picture is a part', 'torch.randperm(len(x), generator=torch.Generator().manual_seed(0)) % parts', 'torch.arange(len(x)) % parts', 'test_the_error_of_kid_does_not_know_the_order_of_pictures'),
         ('KID: the spread of the parts is the error', '.sum() * (parts - 1) / parts).sqrt()', '.sum() / (parts - 1)).sqrt()', 'test_the_error_of_kid_is_its_spread_or_a_little_more[0.3-0.8-1.25]'),
         ('CMMD: features of any length', 'x / x.norm(dim=1, keepdim=True) for x in _pair(a, b)', 'x for x in _pair(a, b)', 'test_cmmd_is_the_double_loop'),
         ('CMMD: width without its square', '.div(-2 * sigma**2)', '.div(-2 * sigma)', 'test_cmmd_is_the_double_loop'),

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from sdcourse.core import UserError
 from sdcourse.evaluation.distances import FID_LEAST, Number, cmmd, kid, measured, paired, prdc, spread
@@ -26,6 +27,14 @@ def test_kid_is_unbiased():
     "E4: 200 draws of equal distributions."
     found = np.array([kid(normal(60, 6, s), normal(60, 6, 1000 + s), blocks=2)["value"] for s in range(200)])
     assert abs(found.mean()) < 3 * found.std() / math.sqrt(200) and (found < 0).any()
+
+
+def test_the_error_of_kid_does_not_know_the_order_of_pictures():
+    "Ten classes in turn: every twentieth picture is of one class, and to leave out a class is not to leave out pictures at random."
+    label, g = torch.arange(400) % 10, torch.Generator().manual_seed(0)
+    a, b = (4 * F.one_hot(label, 10) + torch.randn(400, 10, generator=g) for _ in range(2))
+    mixed, b = torch.randperm(400, generator=g), b[torch.randperm(400, generator=g)]
+    assert 0.6 < kid(a, b)["se"] / kid(a[mixed], b)["se"] < 1.6
 
 
 @pytest.mark.parametrize("shift, low, high", [(0., 1.2, 1.8), (0.3, 0.8, 1.25)])

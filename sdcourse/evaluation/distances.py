@@ -47,8 +47,9 @@ def kid(
     a, b = _pair(a, b, 4)
     kaa, kbb, kab, whole = cubic(a, a), cubic(b, b), cubic(a, b), 0.
     whole, parts = mmd2(kaa, kbb, kab), min(blocks, len(a) // 2, len(b) // 2)
+    part_a, part_b = (torch.randperm(len(x), generator=torch.Generator().manual_seed(0)) % parts for x in (a, b))
     def without(p): # the p-th part of both sets left out
-        i, j = (torch.arange(len(x)) % parts != p for x in (a, b))
+        i, j = part_a != p, part_b != p
         return mmd2(kaa[i][:, i], kbb[j][:, j], kab[i][:, j])
     left = torch.tensor([without(p) for p in range(parts)], dtype=torch.float64)
     return dict(value=whole, se=((left - left.mean()).square().sum() * (parts - 1) / parts).sqrt().item())
