@@ -761,7 +761,7 @@ PLANTED = {
         ('PSNR: of the root', '.mean((1, 2, 3)).log10()', '.mean((1, 2, 3)).sqrt().log10()', 'test_psnr_and_ssim_by_hand'),
         ('SSIM: a wider window', '(2 * 1.5**2)', '(2 * 2.5**2)', 'test_psnr_and_ssim_by_hand'),
         ('SSIM: without its constants', 'c1, c2 = 0.01**2, 0.03**2', 'c1, c2 = 0., 1e-9', 'test_psnr_and_ssim_by_hand'),
-        ('LPIPS: pixels from 0 to 1', 'x.float().to(self.device) * 2 - 1', 'x.float().to(self.device)', 'test_lpips_is_the_librarys_with_these_weights[alex]'),
+        ('LPIPS: pixels from 0 to 1', '/ 127.5 - 1', '/ 255', 'test_lpips_is_the_librarys_with_these_weights[alex]'),
         ('LPIPS: random weights under the name', 'for k, p in own.items(): p.data.copy_(state[k])', 'pass', 'test_lpips_is_the_librarys_with_these_weights[squeeze]'),
         ('LPIPS: weights of another network', 'if wrong: raise', 'if False: raise', 'test_what_cannot_be_compared_is_one_line'),
         ('variety: of a picture with itself', 'torch.triu_indices(n, n, 1)', 'torch.triu_indices(n, n, 0)', 'test_variety_compares_each_pair_once'),

@@ -15,18 +15,18 @@ from .features import hub_weights
 
 # %% ../../nbs/evaluation/pairs.ipynb #526a1938
 def _pairs(a, b):
-    "Both in float64 between 0 and 1; `UserError` when they are no pairs."
+    "`UserError` when they are no pairs."
     for x in (a, b):
         if not (isinstance(x, torch.Tensor) and x.ndim == 4 and x.dtype == torch.uint8): raise UserError(f"expected uint8 [n,c,h,w], got {getattr(x, 'dtype', type(x).__name__)} {list(getattr(x, 'shape', []))}")
     if a.shape != b.shape: raise UserError(f"{list(a.shape)} and {list(b.shape)} are no pairs: give as many pictures of the same size on both sides")
-    return a.double() / 255, b.double() / 255
+    return a, b
 
 def psnr(
     a, # [n,c,h,w] uint8
     b, # likewise
 ): # [n] float64, decibels; infinite for equal pictures
     "Peak signal-to-noise ratio."
-    a, b = _pairs(a, b)
+    a, b = (x.double() / 255 for x in _pairs(a, b))
     return -10 * (a - b).square().mean((1, 2, 3)).log10()
 
 def ssim(
@@ -34,7 +34,7 @@ def ssim(
     b, # likewise
 ): # [n] float64, 1 for equal pictures
     "Structural similarity with a Gaussian window of 11 pixels, sigma 1.5 (Wang et al. 2004), the mean over pixels and channels."
-    a, b = _pairs(a, b)
+    a, b = (x.double() / 255 for x in _pairs(a, b))
     if min(a.shape[2:]) < 11: raise UserError(f"{a.shape[3]} x {a.shape[2]} pixels: SSIM needs 11 in each direction")
     x = torch.arange(11, dtype=torch.float64) - 5
     line = (-x.square() / (2 * 1.5**2)).exp()
@@ -73,8 +73,8 @@ class Lpips:
         b, # likewise
     ): # [n] float64, on the CPU; 0 for equal pictures
         "The distance of each pair."
-        a, b = (x.float().to(self.device) * 2 - 1 for x in _pairs(a, b))
-        with exact(self.device): return self.net(a, b).flatten().double().cpu()
+        place = dict(device=self.device, dtype=torch.float32, memory_format=torch.channels_last)
+        with exact(self.device): return torch.cat([self.net(*(x.to(**place) / 127.5 - 1 for x in part)).flatten().double().cpu() for part in zip(*(x.split(16) for x in _pairs(a, b)))])
 
 # %% ../../nbs/evaluation/pairs.ipynb #de0f2d55
 def variety(
