@@ -240,6 +240,8 @@ PLANTED = {
         ('the fingerprint does not look at the values', ' + v.contiguous().cpu().numpy().tobytes())', ')', 'test_fingerprint_sees_values_names_types_and_shapes'),
     ],
     ('sdcourse/evaluation/digits.py', 'tests/test_judge.py'): [
+        ('precision and recall change places', 'prdc(a, b)', 'prdc(b, a)', 'test_copies_and_ten_digits_repeated_differ_where_they_should'),
+        ('KID of five digits', 'if len(a) > 5', 'if len(a) > 3', 'test_copies_and_ten_digits_repeated_differ_where_they_should'),
         ('the interval has no width at 100 %', ' + z * z / (4 * n * n)) / d', ') / d', 'test_wilson_against_scipy'),
         ('the judge draws from the global generator', 'rows = torch.randint(len(data), (batch,), generator=g)', 'rows = torch.randint(len(data), (batch,))', 'test_judge_is_deterministic_and_leaves_the_global_random_state_alone'),
         ('the judge trains on held-out digits', '_train(self.body, self.head, self.train, g, steps)', '_train(self.body, self.head, self.held_out, g, steps)', 'test_judge_never_sees_held_out_digits'),

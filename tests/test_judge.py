@@ -140,7 +140,18 @@ def test_accuracy_counts_the_asked_class(judge):
 def test_summary_names_every_number_with_its_n(judge):
     text = ev.summary(ev.report(judge, *balanced()))
     assert "FD[digits-judge]" in text and "FID" not in text
-    assert "N=500" in text and "N=360" in text and "real against real" in text and len(text.splitlines()) == 4
+    assert "N=500" in text and "N=360" in text and "real against real" in text and len(text.splitlines()) == 6
+
+
+def test_copies_and_ten_digits_repeated_differ_where_they_should(judge):
+    "KID and recall see ten digits repeated, and take copies for real ones; few digits have no such numbers."
+    real = judge.held_out.tensors
+    ten = torch.stack([(real["label"] == k).nonzero()[0, 0] for k in range(10)]).repeat(36)
+    same, few = ev.report(judge, *balanced()), ev.report(judge, real["pixels"][ten], real["label"][ten])
+    assert few["shares[digits-judge]"]["recall"] < 0.02 and few["shares[digits-judge]"]["precision"] > 0.95 and same["shares[digits-judge]"]["recall"] > 0.8
+    k = [x["KID[digits-judge]"] for x in (same, few)]
+    assert k[0]["value"] < 3 * k[0]["se"] and k[1]["value"] > 5 * k[1]["se"] and k[0]["n"] == 360
+    assert "KID[digits-judge]" not in ev.report(judge, real["pixels"][:5], real["label"][:5])
 
 
 @pytest.mark.parametrize("call", [

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from ..core import UserError
 from ..data.worlds import digits
+from .distances import kid, prdc
 from .stats import frechet
 
 # %% ../../nbs/evaluation/digits.ipynb #9c6fa727
@@ -166,23 +167,27 @@ def report(
     judge: Judge, # see `the_judge`
     images, # samples, [n,1,8,8], in [-1,1]
     asked, # the class asked for, [n]
-) -> dict: # "asked class", "judge on real digits": value, n, low, high; "FD[digits-judge]": see `Judge.distance`; "memorisation": see above
+) -> dict: # "asked class", "judge on real digits": value, n, low, high; "FD[digits-judge]": see `Judge.distance`; "KID[digits-judge]": see `kid`; "shares[digits-judge]": see `prdc`; "memorisation": see above
     "All numbers of a set of generated digits."
     rows, real = _same_classes(torch.as_tensor(asked).cpu(), judge.held_out.tensors["label"])
-    return {"asked class": judge.accuracy(images, asked), "judge on real digits": judge.own,
-            "FD[digits-judge]": judge.distance(images, asked),
-            "memorisation": memorisation(images.cpu()[rows], judge.held_out.tensors["pixels"][real], judge.train.tensors["pixels"])}
+    ours, theirs = images.cpu()[rows], judge.held_out.tensors["pixels"][real]
+    a, b = ((FEATURES / 100) ** 0.5 * judge(x)[1] for x in (ours, theirs)) # each number with a variance of 1, as the kernel wants them
+    more = {"KID[digits-judge]": kid(a, b) | dict(n=len(a)), "shares[digits-judge]": prdc(a, b)} if len(a) > 5 else {}
+    return {"asked class": judge.accuracy(images, asked), "judge on real digits": judge.own, "FD[digits-judge]": judge.distance(images, asked)} | more | {
+            "memorisation": memorisation(ours, theirs, judge.train.tensors["pixels"])}
 
 def summary(
     numbers: dict, # from `report`
-) -> str: # four lines
+) -> str: # six lines; four for fewer than six digits
     "A report for people: each number with its N and what real digits get."
     share = lambda s: f"{s['value']:.1%} of N={s['n']} [{s['low']:.1%}, {s['high']:.1%}]"
-    fd, copy = numbers["FD[digits-judge]"], numbers["memorisation"]
+    fd, copy, shares = (numbers.get(k) for k in ("FD[digits-judge]", "memorisation", "shares[digits-judge]"))
+    more = ["KID[digits-judge]     {value:.3g} ± {se:.2g} at N={n}; equal sets: 0".format(**numbers["KID[digits-judge]"]),
+            "shares[digits-judge]  " + ", ".join(f"{k} {shares[k]:.2f}" for k in ("precision", "recall", "density", "coverage")) + f" at N={shares['n']}"] if shares else []
     return "\n".join([
         f"asked class           {share(numbers['asked class'])}",
         f"judge on real digits  {share(numbers['judge on real digits'])}",
-        f"FD[digits-judge]      {fd['value']:.3g} at N={fd['n']}; real against real {fd['floor']:.3g} (up to {fd['floor_high']:.3g})",
+        f"FD[digits-judge]      {fd['value']:.3g} at N={fd['n']}; real against real {fd['floor']:.3g} (up to {fd['floor_high']:.3g})", *more,
         f"memorisation          {copy['closer']:.1%} closer to training digits than real ones are (new real digits: 50%); "
         f"{copy['copies']:.1%} as close as the closest 5% of them"])
 
