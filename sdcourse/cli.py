@@ -21,6 +21,7 @@ VERBS = { # verb: (what to call, what it does)
     "scan": ("sdcourse.data.scan:main", "find broken, odd and duplicate pictures: sdcourse scan FOLDER"),
     "shards": ("sdcourse.data.shards:main", "pack a data folder into tars with an index, or index tars: sdcourse shards IN OUT"),
     "cache": ("sdcourse.data.cache:main", "compute latents, prompts or features once: sdcourse cache KIND DATA OUT --model FOLDER"),
+    "tiny": ("sdcourse.tiny:main", "build, list or verify the small models that ship with the package"),
 }
 
 def usage() -> str: # the help page

@@ -768,4 +768,24 @@ PLANTED = {
         ('LPIPS: weights of another network', 'if wrong: raise', 'if False: raise', 'test_what_cannot_be_compared_is_one_line'),
         ('variety: of a picture with itself', 'torch.triu_indices(n, n, 1)', 'torch.triu_indices(n, n, 0)', 'test_variety_compares_each_pair_once'),
     ],
+    ('sdcourse/tiny.py', 'tests/test_tiny.py'): [
+        ('tiny: hashes are not compared', 'if sha256(place/file) != said:', 'if not sha256(place/file):', 'test_a_file_that_is_not_as_listed_is_refused'),
+        ('tiny: a file too many is no matter', 'sorted(there ^ listed.keys())', 'sorted(listed.keys() - there)', 'test_a_file_that_is_not_as_listed_is_refused'),
+        ('tiny: infinite weights are stored', 'if not v.isfinite().all(): raise UserError(f"{path}: {k}', 'if False: raise UserError(f"{path}: {k}', 'test_what_does_not_fit_float16_is_refused'),
+        ('tiny: weights are stored in float32', 'v.half() if v.is_floating_point() else v', 'v', 'test_a_build_that_was_stopped_ends_the_same_in_float16'),
+        ('tiny: a stopped build is stored', 'if not (Path(out)/"export").is_dir(): return 0', 'if not Path(out).is_dir(): return 0', 'test_a_build_that_was_stopped_ends_the_same_in_float16'),
+        ('tiny: size before the model card', 'bytes=size, files', 'bytes=size - 1, files', 'test_a_build_that_was_stopped_ends_the_same_in_float16'),
+    ],
+    ('sdcourse/evaluation/nets.py', 'tests/test_tiny.py'): [
+        ('a network sees pixels from 0 to 1', 'return x / 127.5 - 1', 'return x / 255', 'test_digits_that_it_never_saw'),
+        ('tiny: resized without antialiasing', 'mode="bicubic", antialias=True', 'mode="nearest"', 'test_pictures_of_other_sizes_are_resized_with_antialiasing'),
+        ('answers are shifted by one', 'dict(zip(self.attributes, (p.argmax(1) for p in parts)))', 'dict(zip(self.attributes, ((p.argmax(1) + 1) % p.shape[1] for p in parts)))', 'test_scenes_of_held_out_pairs_and_people_never_seen'),
+        ('what was not asked counts', 'there = want >= 0', 'there = want >= -1', 'test_scenes_of_held_out_pairs_and_people_never_seen'),
+        ('LPIPS[tiny]: features are not scaled', '/ (x.double().square().sum(1, keepdim=True).sqrt() + 1e-10)', '/ 1.0', 'test_lpips_of_equal_pairs_is_zero_and_it_grows_with_noise'),
+        ('LPIPS[tiny]: the last stage only', 'hidden_states[1:])', 'hidden_states[-1:])', 'test_lpips_sees_every_stage'),
+    ],
+    ('sdcourse/train/nets.py', 'tests/test_tiny.py'): [
+        ('-1 is the first answer', 'return (losses * there).sum(1) / there.sum(1)', 'return losses.mean(1)', 'test_minus_one_is_no_question'),
+        ('people are on both sides', '>= 8) == (split == "test")', '>= 8) == (split == "test") or True', 'test_training_and_test_people_do_not_meet'),
+    ],
 }
