@@ -6,7 +6,7 @@
 __all__ = ['NET', 'MODELS', 'LIMIT', 'Row', 'home', 'folder', 'load', 'halve', 'install', 'note', 'build', 'main']
 
 # %% ../nbs/engine/tiny.ipynb #5d2261d8
-import importlib, json, shutil, sys
+import importlib, json, shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +75,6 @@ def halve(
     path: Path, # a .safetensors file, replaced
 ):
     "Store the floats of a file in float16; `UserError` when one does not fit."
-    import torch
     from safetensors import safe_open
     from safetensors.torch import save_file
     with safe_open(path, "pt") as f: tensors, notes = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()

@@ -157,6 +157,13 @@ class Task(BaseTask):
     def blocks(self, module): return [layer for stage in module.net.convnext.encoder.stages for layer in stage.layers]
     def export(self, module, folder): module.net.save_pretrained(folder)
 
+    def sample(self, module, path): # held-out pictures, those first of which most was read wrongly
+        from sdcourse.plot import image_grid
+        test, asked = self.sets["test"].tensors, questions(self.config.world)
+        found = read(module.net, test["pixels"][:200], asked)
+        wrong = sum(((found[k] != test["labels"][:200, i]) & (test["labels"][:200, i] >= 0)).long() for i, k in enumerate(asked))
+        image_grid(test["pixels"][wrong.argsort(descending=True, stable=True)[:40]], ncols=10).save(path)
+
     def measure(self, module):
         test = self.sets["test"].tensors
         return right(read(module.net, test["pixels"], questions(self.config.world)), test["labels"], questions(self.config.world))
