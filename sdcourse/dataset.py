@@ -113,7 +113,8 @@ class _Files:
         self.block, self.ends = b"".join(lines), np.cumsum([0, *map(len, lines)])
 
     def row(self, i): return json.loads(self.block[self.ends[i]:self.ends[i + 1]])
-    def where(self, i): return str(self.folder/self.names[i])
+    def where(self, i): return str(self.path(i))
+    def path(self, i): return self.folder/self.names[i]
     def digest(self, i): return f"sha256:{s['sha256']}" if (s := self.sums.get(self.names[i])) else f"file:{self.names[i]}:{self.sizes[i]}"
     def read(self, i):
         try: return (self.folder/self.names[i]).read_bytes()
@@ -259,6 +260,12 @@ class Pictures:
         n = self._number(i)
         try: return open_image(self._source.read(n))
         except BadImage as e: raise BadImage(e.kind, f"{e.detail}: {self._source.where(n)}; sdcourse scan lists such pictures, and they are left out") from None
+
+    def path(self,
+        i: int, # number of the item
+    ): # Path, or None where a picture is no file of its own
+        "The file of a picture in a folder."
+        return self._source.path(self._number(i)) if hasattr(self._source, "path") else None
 
     def digest(self,
         i: int, # number of the item

@@ -137,7 +137,7 @@ def test_smoke_run_leaves_a_whole_run_folder_and_is_not_repeated(task, tmp_path)
     again = python(*line)
     assert again.returncode == 0 and len(read_metrics(tmp_path/"run")) == 3
     refused = python(*line, "--lr", "0.5")
-    assert refused.returncode == 2 and "lr: 0.004 -> 0.5" in refused.stderr and refused.stderr.count("error: ") == 1
+    assert refused.returncode == 2 and "lr: 0.00" in refused.stderr and " -> 0.5" in refused.stderr and refused.stderr.count("error: ") == 1
 
 def test_a_refused_run_touches_nothing(tmp_path):
     (tmp_path/"thesis.tex").write_text("years of work")

@@ -7,7 +7,7 @@ __all__ = ['log', 'DTYPES', 'VISION', 'files_id', 'weight_files', 'weights_id', 
            'load_frozen', 'Encoder', 'bad_rows', 'finite', 'fits', 'vae_facts', 'Latents', 'Features', 'open_encoder']
 
 # %% ../../nbs/data/encoders.ipynb #1abc100b
-import hashlib, inspect, json, logging, re
+import hashlib, inspect, json, logging, re, sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -106,14 +106,15 @@ def _variant(folder, stem):
 @contextmanager
 def quiet():
     "transformers lists the text half of a CLIP as unexpected, and shows bars in logs."
-    from transformers.utils import logging as t
-    level, bars = t.get_verbosity(), t.is_progress_bar_enabled()
-    t.set_verbosity_error()
-    t.disable_progress_bar()
+    import transformers.utils.logging # noqa: F401
+    there = [sys.modules[f"{name}.utils.logging"] for name in ("transformers", "diffusers") if f"{name}.utils.logging" in sys.modules]
+    before = [(x, x.get_verbosity(), x.is_progress_bar_enabled()) for x in there]
+    for x, _, _ in before: x.set_verbosity_error(); x.disable_progress_bar()
     try: yield
     finally:
-        t.set_verbosity(level)
-        if bars: t.enable_progress_bar()
+        for x, level, bars in before:
+            x.set_verbosity(level)
+            if bars: x.enable_progress_bar()
 
 def load_frozen(
     cls, # a model class of diffusers or transformers

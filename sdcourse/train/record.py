@@ -25,7 +25,7 @@ def prepare_folder(
     folder: Path, # run folder; it exists
 ):
     "Write down what will be trained."
-    save_config(folder / "config.yaml", run.cfg, dict(threads=torch.get_num_threads(), world=run.ranks.world, device=str(run.device), facts=run.task.facts()))
+    save_config(folder / "config.yaml", run.cfg, dict(task=run.task.name, threads=torch.get_num_threads(), world=run.ranks.world, device=str(run.device), facts=run.task.facts()))
     (folder / "samples").mkdir(exist_ok=True)
 
 def picture_path(
