@@ -806,6 +806,6 @@ PLANTED = {
         ('generate: the weights of a folder are not compared', 'weights=files_id(files)[:16]', 'weights=""', 'test_another_model_is_refused'),
         ('generate: what is half is swept away only at the end', 'for p in home.glob(".*.tmp"): p.unlink()', 'pass', 'test_a_missing_picture_is_drawn_again_with_its_batch'),
         ('copy-images: links are absolute', 'os.path.relpath(target.resolve(), Path(out).resolve()/cfg.split)', 'target.resolve()', 'test_the_truth_is_copied_linked_or_resized'),
-        ('copy-images: captions are lost', '({"text": texts[0]} if texts else {}))\n        if cfg.link', '{})\n        if cfg.link', 'test_the_truth_is_copied_linked_or_resized'),
+        ('copy-images: other columns are lost', 'dict(file_name=f"{name}.png") | row |', 'dict(file_name=f"{name}.png", id=row["id"]) |', 'test_the_truth_is_copied_linked_or_resized'),
     ],
 }
