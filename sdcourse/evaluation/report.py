@@ -11,7 +11,6 @@ import json, re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from ..config import Free
