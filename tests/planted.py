@@ -802,11 +802,11 @@ PLANTED = {
         ('generate: a stop of one rank stays its own', 'if j.raised(): return', 'if j.flag.raised(): return', 'test_asked_to_stop_it_leaves_between_batches_and_goes_on_later[SIGUSR1 to one rank]'),
         ('generate: a file STOP asks for a requeue', 'if left and stopped != "file STOP" else 0', 'if left else 0', 'test_asked_to_stop_it_leaves_between_batches_and_goes_on_later[STOP]'),
         ('generate: only the missing picture is drawn, in another batch', 'if not all((home/r["file_name"]).is_file() for r in batches[b])]', 'if not any((home/r["file_name"]).is_file() for r in batches[b])]', 'test_a_missing_picture_is_drawn_again_with_its_batch'),
-        ('generate: settings are not compared', 'if changed := differences(read_json(path)["made_by"], now):', 'if changed := "":', 'test_a_folder_of_other_settings_is_refused'),
+        ('generate: settings are not compared', 'if changed := differences(read_json(path)["made_by"], now["made_by"]):', 'if changed := "":', 'test_a_folder_of_other_settings_is_refused'),
         ('generate: the weights of a folder are not compared', 'weights=files_id(files)[:16]', 'weights=""', 'test_another_model_is_refused'),
         ('generate: what is half is swept away only at the end', 'for p in home.glob(".*.tmp"): p.unlink()', 'pass', 'test_a_missing_picture_is_drawn_again_with_its_batch'),
-        ('copy-images: links are absolute', 'os.path.relpath(target.resolve(), Path(out).resolve()/cfg.split)', 'target.resolve()', 'test_the_truth_is_copied_linked_or_resized'),
-        ('copy-images: other columns are lost', 'dict(file_name=f"{name}.png") | row |', 'dict(file_name=f"{name}.png", id=row["id"]) |', 'test_the_truth_is_copied_linked_or_resized'),
+        ('copy-images: links are absolute', 'os.path.relpath(found.path(i).resolve(), Path(out).resolve()/cfg.split)', 'found.path(i).resolve()', 'test_the_truth_is_copied_linked_or_resized'),
+        ('copy-images: other columns are lost', '{k: v for k, v in row.items() if k not in ("texts", "file_name")}', '{"id": row["id"]}', 'test_the_truth_is_copied_linked_or_resized'),
     ],
     ('sdcourse/evaluation/metrics.py', 'tests/test_evaluate.py'): [
         ('evaluate: pairs by place', 'return [at[k] for k in of]', 'return list(range(len(of)))', 'test_pictures_are_paired_by_id_and_not_by_place'),
@@ -816,7 +816,7 @@ PLANTED = {
         ('evaluate: precision and recall at unequal N', 'n = min(len(c.a), len(c.b))\n    pick = lambda x: x[torch.randperm(len(x), generator=torch.Generator().manual_seed(c.seed))[:n].sort().values]', 'n = min(len(c.a), len(c.b))\n    pick = lambda x: x[:n]', 'test_every_number_is_what_its_function_says_of_the_same_pictures'),
         ('evaluate: features of ranks in the wrong order', 'whole[r :: ranks.world] = part', 'whole[len(whole) - len(part):] = part', 'test_any_batch_and_number_of_ranks_give_the_same_numbers'),
         ('evaluate: a truth of another size is compared', 'if ours.shape != truth.shape: raise', 'if False: raise', 'test_wrong_input_is_one_line_and_leaves_nothing'),
-        ('evaluate: memorisation of the reference', 'memorisation(c.a, c.b, c.train)\n', 'memorisation(c.a, c.train, c.b)\n', 'test_memorisation_sees_copies'),
+        ('evaluate: memorisation of the reference', 'neighbours(x, c.train)[1] for x in (c.a, c.b)', 'neighbours(x, c.train)[1] for x in (c.b, c.a)', 'test_memorisation_sees_copies'),
         ('evaluate: statistics of another extractor', 'frechet(_with(x, c.how), y)', 'frechet(_with(x, {}), y)', 'test_statistics_are_read_and_written'),
         ('CLIP score: captions of the neighbours', 'words(texts[i : i + batch]', 'words(texts[::-1][i : i + batch]', 'test_clip_score_is_transformers_cosine'),
         ('evaluate: sets of one picture', 'if len(found) < 2: raise', 'if False: raise', 'test_wrong_input_is_one_line_and_leaves_nothing'),
@@ -827,5 +827,8 @@ PLANTED = {
         ('evaluate: a report is written over', 'if Path(self.out).exists() and any(', 'if False and any(', 'test_wrong_input_is_one_line_and_leaves_nothing'),
         ('evaluate: a curve over the wrong option', 'return float(known["made_by"][option])', 'return float(len(known["made_by"]))', 'test_a_curve_over_an_option'),
         ('evaluate: numbers lose their reference', '| {"reference": about["reference_id"]}', '| {}', 'test_every_number_says_how_it_was_made'),
+    ],
+    ('slurm/pipeline.sh', 'tests/test_slurm.py'): [
+        ('the jobs of a pipeline do not wait for each other', '${before:+--dependency=afterok:$before --kill-on-invalid-dep=yes}', '${before:+--dependency=after:$before}', 'test_a_pipeline_of_four_jobs'),
     ],
 }

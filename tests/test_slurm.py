@@ -261,3 +261,37 @@ def test_a_cache_on_two_nodes_goes_on_after_a_requeue(slurm, submit, tmp_path):
     assert "stopped (SIGUSR1)" in log(out) and "rows computed" in log(out)
     slurm.wait(submit("cache", *words[:2], tmp_path / "whole", *words[3:], PYTHON=python, SLOW="0"))
     assert content(out) == content(tmp_path / "whole") and len([n for n in content(out) if n.endswith("safetensors")]) == 8
+
+
+def test_a_pipeline_of_four_jobs(slurm, tmp_path):
+    "Cache, train, generate, evaluate by afterok, from one file; two ranks each; the report says what a single process says."
+    import subprocess
+    import tiny_models
+    from sdcourse import cli
+    from sdcourse.core import read_json
+    from test_cache import pictures
+    data, vae = pictures(tmp_path / "data", val=12), tiny_models.tiny_vae(tmp_path / "vae")
+    (tmp_path / "env").write_text(f"""SBATCH=(--nodes=2 --output={tmp_path}/%x-%j.out)
+CACHE=(latents {data} {tmp_path}/cache --model {vae} --size 16 --device cpu)
+TRAIN=(flow_dit --preset tiny --size tiny/1 --data {tmp_path}/cache --vae {vae} --max-steps 4 --batch-size 8 --warmup-steps 0 --num-samples 0 --num-inference-steps 1 --threads 1 --device cpu --out {tmp_path}/run)
+GENERATE=({tmp_path}/run {tmp_path}/out --data {data} --split val --batch 4 --num-inference-steps 2 --device cpu --threads 1)
+EVALUATE=({tmp_path}/out --reference {data} --split val --extractor tiny-scenes --metrics fd,kid,pairs --draws 5 --pictures 2 --device cpu --threads 1 --out {tmp_path}/report)
+""")
+    env = slurm.env | dict(SDCOURSE_CLUSTER="slurm/cpu.env", PYTHON=sys.executable, HF_HUB_OFFLINE="1", PYTHONPATH=f"{ROOT / 'tests/offline'}:{ROOT}", PATH=f"{slurm.folder}/bin:{cluster.PATH}")
+    done = subprocess.run(["slurm/pipeline.sh", tmp_path / "env"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    jobs = dict(line.split() for line in done.stdout.splitlines())
+    assert list(jobs) == ["cache", "train", "generate", "evaluate"]
+    slurm.wait(jobs["evaluate"], seconds=200)
+    assert all(slurm.show(j)["JobState"] == "COMPLETED" for j in jobs.values()) and len(list((tmp_path / "out/val").glob("*.png"))) == 12
+    assert cli.main(["evaluate", str(tmp_path / "out"), *f"--reference {data} --split val --extractor tiny-scenes --metrics fd,kid,pairs --draws 5 --pictures 2 --device cpu --threads 1 --out {tmp_path}/alone".split()]) == 0
+    ours, alone = (read_json(tmp_path / name / "evaluation.json")["numbers"]["out"] for name in ("report", "alone"))
+    assert [n["name"] for n in ours] == ["FD[tiny-scenes]", "KID[tiny-scenes]", "LPIPS[tiny]", "PSNR", "SSIM"] and all(abs(a["value"] - b["value"]) <= 1e-4 * abs(b["value"]) + 1e-5 for a, b in zip(ours, alone))
+
+
+def test_a_pipeline_without_words_is_refused(slurm, tmp_path):
+    import subprocess
+    (tmp_path / "env").write_text("SBATCH=()\n")
+    for words, text in (([], "give a readable file"), ([tmp_path / "no"], "give a readable file"), ([tmp_path / "env"], "sets none of CACHE")):
+        done = subprocess.run(["slurm/pipeline.sh", *words], cwd=ROOT, capture_output=True, text=True, timeout=30)
+        assert done.returncode == 2 and text in done.stderr and done.stderr.count("\n") == 1

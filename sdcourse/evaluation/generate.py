@@ -222,7 +222,7 @@ def generate(
     cfg: GenerateOptions, # what to draw and how
 ) -> int: # exit code: 0 when it is whole
     "Draw a set of pictures, or complete it, on all ranks."
-    from sdcourse.data.store import alone, differences
+    from sdcourse.data.store import alone
     from sdcourse.dist import job as begin
     cfg.check()
     home = Path(out)/cfg.split
@@ -233,13 +233,7 @@ def generate(
             rows = plan(cfg, classes_of(pipe))
             if j.ranks.main:
                 held.enter_context(alone(out))
-                now, path = made_by(cfg, facts, rows), Path(out)/"generate.json"
-                if path.is_file():
-                    if changed := differences(read_json(path)["made_by"], now): raise UserError(f"{out}: its pictures were made with other settings ({changed}); choose another OUT")
-                elif any(p.name != "STOP" for p in Path(out).iterdir()): raise UserError(f"{out}: is not empty and holds no generate.json; choose another OUT")
-                home.mkdir(exist_ok=True)
-                for p in home.glob(".*.tmp"): p.unlink()
-                write_json(path, dict(source=str(source), made_by=now))
+                _claim(Path(out), home, dict(source=str(source), made_by=made_by(cfg, facts, rows)))
         batches = [rows[i : i + cfg.batch] for i in range(0, len(rows), cfg.batch)]
         todo = j.ranks.gather([b for b in range(len(batches)) if not all((home/r["file_name"]).is_file() for r in batches[b])])[0]
         with j.ranks.together(): _draw_mine(j, pipe, [batches[b] for b in j.ranks.mine(todo)], home, cfg)
@@ -250,6 +244,17 @@ def generate(
             print(f"{out}: stopped ({stopped}), {left:,} of {len(rows):,} pictures are left; the same command goes on" if left else f"{out}: {len(rows):,} pictures")
             j.flag.clear_file()
     return cfg.requeue_code if left and stopped != "file STOP" else 0
+
+def _claim(out, home, now):
+    "Write down what makes the pictures; `UserError` when the folder holds others."
+    from sdcourse.data.store import differences
+    path = out/"generate.json"
+    if path.is_file():
+        if changed := differences(read_json(path)["made_by"], now["made_by"]): raise UserError(f"{out}: its pictures were made with other settings ({changed}); choose another OUT")
+    elif any(p.name != "STOP" and not p.name.startswith("slurm-") for p in out.iterdir()): raise UserError(f"{out}: is not empty and holds no generate.json; choose another OUT")
+    home.mkdir(exist_ok=True)
+    for p in home.glob(".*.tmp"): p.unlink()
+    write_json(path, now)
 
 def _draw_mine(j, pipe, batches, home, cfg):
     "Whole batches, each picture whole or absent."
@@ -281,6 +286,7 @@ def copy_images(
     "Lay the pictures of a data set out as generated ones lie."
     import os
     import shutil
+    from PIL import Image
     from sdcourse.dataset import Transform, pictures
     if cfg.link and cfg.size: raise UserError("--link and --size: a link cannot be resized; give one of them")
     if Path(out).exists(): raise UserError(f"{out}: is there already; choose another OUT")
@@ -290,17 +296,11 @@ def copy_images(
     (new/cfg.split).mkdir(parents=True)
     change, rows = Transform(cfg.size, cfg.crop) if cfg.size else None, []
     for i in progress(range(len(found)), desc="copy", unit="picture"):
-        row = {k: v for k, v in found.row(i).items() if k not in ("texts", "file_name")} | {"id": str(found.ids[i])}
-        texts, name = found.row(i)["texts"], re.sub(r"[^\w.-]", "_", str(found.ids[i]))
-        rows.append(dict(file_name=f"{name}.png") | row | ({"text": texts[0]} if texts else {}))
-        if cfg.link:
-            target = found.path(i)
-            rows[-1]["file_name"] = name + target.suffix
-            (new/cfg.split/rows[-1]["file_name"]).symlink_to(os.path.relpath(target.resolve(), Path(out).resolve()/cfg.split))
-        else:
-            from PIL import Image
-            im = found.image(i)
-            (Image.fromarray(change(im).permute(1, 2, 0).numpy()) if change else im).save(new/cfg.split/f"{name}.png")
+        row = found.row(i)
+        name = re.sub(r"[^\w.-]", "_", str(row["id"])) + (found.path(i).suffix if cfg.link else ".png")
+        rows.append(dict(file_name=name) | {k: v for k, v in row.items() if k not in ("texts", "file_name")} | ({"text": row["texts"][0]} if row["texts"] else {}))
+        if cfg.link: (new/cfg.split/name).symlink_to(os.path.relpath(found.path(i).resolve(), Path(out).resolve()/cfg.split))
+        else: (Image.fromarray(change(found.image(i)).permute(1, 2, 0).numpy()) if change else found.image(i)).save(new/cfg.split/name)
     write_text(new/cfg.split/"metadata.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
     new.rename(out)
     return print(f"{out}: {len(rows):,} pictures") or 0

@@ -10,13 +10,14 @@ __all__ = ['METRICS', 'extractor_of', 'Digits', 'open_set', 'set_id', 'features_
 # %% ../../nbs/evaluation/metrics.ipynb #929fda91
 import hashlib
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from ..core import UserError, nearest
-from .digits import memorisation, wilson
+from .digits import closeness, neighbours, wilson
 from .distances import Number, cmmd, cubic, kid, measured, mmd2, prdc, spread, _floors
 from .stats import Moments, frechet, load_stats
 
@@ -114,6 +115,9 @@ class Case:
     def need(self, what, there):
         if there is None or there is False: raise UserError(what)
 
+    @cached_property
+    def each(self): return per_picture(self) # once, for all who ask
+
     def rows(self) -> list: # number in the reference of each judged picture
         "Judged pictures by the id of the truth; `UserError` when they do not pair."
         if isinstance(self.reference, Moments): raise UserError("statistics hold no pictures: give a data set as --reference")
@@ -182,7 +186,7 @@ def per_picture(c: Case) -> dict: # measure -> [n] float64
 def paired_truth(c: Case):
     "Mean LPIPS, PSNR and SSIM to the truth of the same id."
     out = []
-    for name, each in per_picture(c).items():
+    for name, each in c.each.items():
         half = 1.959964 * spread(lambda r: each[r].mean().item(), len(each), blocks=c.blocks, draws=1000, seed=c.seed)
         out.append(Number(name, each.mean().item(), len(each), each.mean().item() - half, each.mean().item() + half, how=dict(c.how, seed=c.seed)))
     return out
@@ -243,8 +247,9 @@ def memorised(c: Case):
     "Do samples lie closer to the training set than real pictures do? In features, at equal N."
     c.need("memorisation needs --train, the set that the model was trained on", c.train)
     c.need("memorisation needs the pictures of the reference, and statistics hold none", c.b)
-    found = memorisation(c.a, c.b, c.train)
-    half = 1.959964 * spread(lambda r: memorisation(c.a[r], c.b, c.train)["closer"], len(c.a), blocks=c.blocks, draws=min(c.draws, 50), seed=c.seed)
+    ours, real = (neighbours(x, c.train)[1] for x in (c.a, c.b))
+    found, below = closeness(ours, real), (ours[:, None] < real).double().mean(1)
+    half = 1.959964 * spread(lambda r: below[r].mean().item(), len(ours), blocks=c.blocks, draws=1000, seed=c.seed)
     return [Number(f"closer to training{c.label('')}", found["closer"], len(c.a), found["closer"] - half, found["closer"] + half, floor=0.5, floor_high=0.5, how=dict(c.how, seed=c.seed), note="0.5 for new real pictures, 1 for copies"),
             Number(f"copies{c.label('')}", found["copies"], len(c.a), floor=0.05, floor_high=0.05, how=dict(c.how), note="as close as the closest 5 % of real pictures")]
 

@@ -38,8 +38,8 @@ def ssim(
     if min(a.shape[2:]) < 11: raise UserError(f"{a.shape[3]} x {a.shape[2]} pixels: SSIM needs 11 in each direction")
     x = torch.arange(11, dtype=torch.float64) - 5
     line = (-x.square() / (2 * 1.5**2)).exp()
-    window = torch.outer(line, line)[None, None] / line.sum() ** 2
-    mean = lambda y: F.conv2d(y.flatten(0, 1)[:, None], window).unflatten(0, y.shape[:2])[:, :, 0]
+    line = line / line.sum()
+    mean = lambda y: F.conv2d(F.conv2d(y.flatten(0, 1)[:, None], line.view(1, 1, 11, 1)), line.view(1, 1, 1, 11)).unflatten(0, y.shape[:2])[:, :, 0]
     ma, mb = mean(a), mean(b)
     va, vb, cov = mean(a * a) - ma**2, mean(b * b) - mb**2, mean(a * b) - ma * mb
     c1, c2 = 0.01**2, 0.03**2

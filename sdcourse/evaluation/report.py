@@ -16,7 +16,7 @@ import torch
 from ..config import Free
 from ..core import UserError, progress, read_json, write_json, write_text
 from .distances import Number, paired, spread
-from .metrics import METRICS, Case, extractor_of, features_over, measure, open_set, per_picture, pixels_of, set_id
+from .metrics import METRICS, Case, extractor_of, features_over, measure, open_set, pixels_of, set_id
 from .stats import Moments, Stats, frechet, save_stats
 
 # %% ../../nbs/evaluation/report.ipynb #d94346b9
@@ -98,7 +98,7 @@ def differences(
         value, half = fn(torch.arange(len(b))), 1.959964 * spread(fn, len(b), blocks=ours.blocks, draws=max(2, min(ours.draws, 100 if b.shape[1] <= 256 else 10)), seed=ours.seed)
         out.append(Number(f"{ours.label('FD')}: {name}", value, len(b), value - half, value + half, how=dict(ours.how, seed=ours.seed)))
     if "pairs" in kinds:
-        mine, other = per_picture(ours), per_picture(theirs)
+        mine, other = ours.each, theirs.each
         out += [paired(f"{k}: {name}", v, other[k][rows], blocks=ours.blocks, how=dict(ours.how), seed=ours.seed) for k, v in mine.items()]
     return out
 
@@ -157,7 +157,7 @@ def table_of_pictures(
     "The worst and the best of the last model: truth and all models side by side, with their numbers."
     from sdcourse.plot import image_grid
     last = list(cases.values())[-1]
-    try: each = {m: per_picture(c) for m, c in cases.items()}
+    try: each = {m: c.each for m, c in cases.items()}
     except UserError: return ""
     measure = next(iter(each[list(cases)[-1]]))
     ids = {m: {str(k): i for i, k in enumerate(c.data.ids)} for m, c in cases.items()}
@@ -221,6 +221,13 @@ def lpips_of(cfg, extractor, device): # perceptual distance, or None
         return Lpips(trunk, where, device=device)
     return TinyLpips(extractor) if isinstance(extractor, Tiny) else None
 
+def _models(sources, split):
+    "Name -> judged set, all with pictures of the same ids."
+    sets = {m: open_set(s, split) for m, s in zip(names_of(sources), sources)}
+    if stored := next((m for m, s in sets.items() if isinstance(s, Moments)), None): raise UserError(f"{stored}: statistics can be a --reference; of models the pictures are needed")
+    same_ids(sets)
+    return sets
+
 def evaluate(
     sources: list, # folders of models
     cfg: EvaluateOptions,
@@ -231,11 +238,8 @@ def evaluate(
     with begin(None, device=cfg.device, hang_seconds=cfg.hang_seconds) as j:
         if cfg.threads: torch.set_num_threads(cfg.threads)
         with j.ranks.together():
-            names = names_of(sources)
-            at = {m: option_of(s, cfg.curve) for m, s in zip(names, sources)} if cfg.curve else {}
-            sets = {m: open_set(s, cfg.split) for m, s in zip(names, sources)}
-            if stored := next((m for m, s in sets.items() if isinstance(s, Moments)), None): raise UserError(f"{stored}: statistics can be a --reference; of models the pictures are needed")
-            same_ids(sets)
+            sets = _models(sources, cfg.split)
+            names, at = list(sets), {m: option_of(s, cfg.curve) for m, s in zip(sets, sources)} if cfg.curve else {}
             reference, train = open_set(cfg.reference, cfg.split), open_set(cfg.train, "train") if cfg.train else None
             extractor = extractor_of(cfg.extractor, j.ranks.device)
             blocks = {m: blocks_of(s, reference, cfg.block_column) for m, s in sets.items()}
