@@ -825,7 +825,8 @@ PLANTED = {
         ('evaluate: differences by place', 'rows = torch.tensor([at[str(k)] for k in ours.data.ids])', 'rows = torch.arange(len(ours.data.ids))', 'test_pictures_are_paired_by_id_and_not_by_place'),
         ('evaluate: models of different ids', 'if odd := sorted(', 'if odd := 0 and sorted(', 'test_wrong_input_is_one_line_and_leaves_nothing'),
         ('evaluate: a report is written over', 'if Path(self.out).exists() and any(', 'if False and any(', 'test_wrong_input_is_one_line_and_leaves_nothing'),
-        ('evaluate: a curve over the wrong option', 'return float(known["made_by"][option])', 'return float(len(known["made_by"]))', 'test_a_curve_over_an_option'),
+        ('evaluate: a curve over the wrong option', 'if option in known["made_by"]: return known["made_by"][option]', 'if option in known["made_by"]: return len(known["made_by"])', 'test_a_curve_over_an_option'),
+        ('evaluate: rows and columns of a table change places', 'where.get((r, c))', 'where.get((c, r))', 'test_a_table_over_two_options'),
         ('evaluate: numbers lose their reference', '| {"reference": about["reference_id"]}', '| {}', 'test_every_number_says_how_it_was_made'),
     ],
     ('slurm/pipeline.sh', 'tests/test_slurm.py'): [

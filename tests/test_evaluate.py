@@ -174,8 +174,28 @@ def test_a_curve_over_an_option(world, tmp_path):
     evaluate([str(tmp_path / n) for n in "ab"], options(tmp_path, curve="guidance_scale", metrics=("fd", "kid")))
     text = (tmp_path / "r/README.md").read_text()
     assert "## Over guidance_scale" in text and (tmp_path / "r/curve-fd-tiny-digits.png").is_file() and (tmp_path / "r/curve-kid-tiny-digits.png").is_file()
-    with pytest.raises(UserError, match="is no option of sdcourse generate"): option_of(tmp_path / "a", "mood")
+    with pytest.raises(UserError, match="is no option of sdcourse generate, nor of the run"): option_of(tmp_path / "a", "mood")
     with pytest.raises(UserError, match="no generate.json"): option_of(world / "a", "step")
+
+
+def test_a_table_over_two_options(world, tmp_path):
+    "One option of the drawing, one of the training behind it."
+    for mean in (-0.5, 0.5):
+        (tmp_path / f"run{mean}/export").mkdir(parents=True)
+        (tmp_path / f"run{mean}/config.yaml").write_text(f"config: {{density_mean: {mean}}}\n")
+        for k, w in (("a", 1.0), ("b", 3.0)):
+            shutil.copytree(world / k, tmp_path / f"{k}{mean}")
+            (tmp_path / f"{k}{mean}/generate.json").write_text(json.dumps(dict(source=str(tmp_path / f"run{mean}/export"), made_by=dict(guidance_scale=w))))
+    models = [str(tmp_path / f"{k}{mean}") for k in "ab" for mean in (-0.5, 0.5)]
+    found = evaluate(models, options(tmp_path, table=("density_mean", "guidance_scale"), metrics=("fd",)))
+    lines = (tmp_path / "r/README.md").read_text().split("## By density_mean and guidance_scale")[1].splitlines()
+    head, rows = [l for l in lines if l.startswith("| FD")][0], [l for l in lines if l.startswith("| density_mean")]
+    assert head == "| FD[tiny-digits] | guidance_scale 1.0 | guidance_scale 3.0 |" and [r.split("|")[1].strip() for r in rows] == ["density_mean -0.5", "density_mean 0.5"]
+    assert [r.split("|")[2].split()[0] for r in rows] == [f"{found['a-0.5'][0].value:.3g}"] * 2 and rows[0].split("|")[3].split()[0] == f"{found['b-0.5'][0].value:.3g}"
+    with pytest.raises(UserError, match="have the same values"): evaluate(models, options(tmp_path, out=str(tmp_path / "r2"), table=("density_mean", "density_mean"), metrics=("fd",)))
+    assert not (tmp_path / "r2").exists()
+    with pytest.raises(UserError, match="give two options"): options(tmp_path, out=str(tmp_path / "r3"), table=("x",)).check()
+    with pytest.raises(UserError, match="mood: is no option of sdcourse generate, nor of the run"): option_of(models[0], "mood")
 
 
 def test_quick_numbers_for_a_validation_change_nothing(world):

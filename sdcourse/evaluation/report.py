@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EvaluateOptions', 'names_of', 'same_ids', 'blocks_of', 'differences', 'cell', 'markdown', 'plot', 'table_of_pictures',
-           'option_of', 'curves', 'lpips_of', 'evaluate', 'quick', 'main']
+           'option_of', 'crossed', 'curves', 'lpips_of', 'evaluate', 'quick', 'main']
 
 # %% ../../nbs/evaluation/report.ipynb #5b92b85b
 import json, re
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import Free
+from ..config import Free, load_config
 from ..core import UserError, progress, read_json, write_json, write_text
 from .distances import Number, paired, spread
 from .metrics import METRICS, Case, extractor_of, features_over, measure, open_set, pixels_of, set_id
@@ -31,7 +31,8 @@ class EvaluateOptions:
     metrics: tuple[str, ...] = () # fd, kid, cmmd, prdc, memorisation, asked, pairs, variety, clip-score; empty: all whose needs are met
     lpips: str = "" # alex, vgg or squeeze, or alex:FILE with the trunk's weights; empty: LPIPS[tiny] for a tiny extractor
     block_column: str = "" # column of groups that belong together; empty: of, identity or photograph where there is one
-    curve: str = "" # option of `sdcourse generate` that differs between the models, such as guidance_scale; or step, of checkpoints
+    curve: str = "" # option that differs between the models, such as guidance_scale; or step, of checkpoints
+    table: tuple[str, ...] = () # two options that differ between the models, such as density_mean,data: rows and columns of a table for each measure
     save_stats: str = "" # .npz for the statistics of the reference, as pytorch-fid reads them
     draws: int = 200 # bootstrap samples
     seed: int = 0 # of bootstrap, floors and random choices
@@ -47,6 +48,7 @@ class EvaluateOptions:
         for name in ("out", "reference"):
             if not getattr(self, name): raise UserError(f"--{name} is missing: {'give a folder to make' if name == 'out' else 'give what real pictures are'}")
         if Path(self.out).exists() and any(Path(self.out).iterdir()): raise UserError(f"--out {self.out}: is not empty; choose another folder")
+        if len(self.table) not in (0, 2): raise UserError(f"--table {','.join(self.table)}: give two options, for rows and for columns")
         if min(self.draws, self.pictures, self.threads) < 0 or self.batch < 1: raise UserError("--draws --pictures --threads --batch: give positive numbers")
 
 # %% ../../nbs/evaluation/report.ipynb #4d7db4ca
@@ -177,21 +179,38 @@ def table_of_pictures(
 # %% ../../nbs/evaluation/report.ipynb #24cc509c
 def option_of(
     source, # folder of `sdcourse generate`
-    option: str, # one of its options, or step
-) -> float:
+    option: str, # of `sdcourse generate` or of the training, or step
+): # its value
     "The value of an option of a folder."
     path = Path(source)/"generate.json"
-    if not path.is_file(): raise UserError(f"--curve {option}: {source} has no generate.json")
+    if not path.is_file(): raise UserError(f"{option}: {source} has no generate.json")
     known = read_json(path)
     if option == "step":
         if step := re.search(r"step-(\d+)", known["source"]): return float(step[1])
-        raise UserError(f"--curve step: {source} was not drawn from a checkpoint ({known['source']})")
-    if option not in known["made_by"]: raise UserError(f"--curve {option}: is no option of sdcourse generate; {source} knows {', '.join(list(known['made_by'])[:8])} …")
-    return float(known["made_by"][option])
+        raise UserError(f"step: {source} was not drawn from a checkpoint ({known['source']})")
+    if option in known["made_by"]: return known["made_by"][option]
+    run = next((p for p in (Path(known["source"]), *Path(known["source"]).parents[:2]) if (p/"config.yaml").is_file()), None)
+    trained = load_config(run/"config.yaml").get("config", {}) if run else {}
+    if option not in trained: raise UserError(f"{option}: is no option of sdcourse generate, nor of the run behind {source} ({known['source']}); it knows {', '.join([*known['made_by'], *trained][:8])} …")
+    return trained[option]
+
+def crossed(
+    found: dict, # model -> list of `Number`
+    at: dict, # model -> (value for the row, value for the column)
+    options: tuple, # their names
+) -> str: # Markdown
+    "A table for each measure."
+    rows, cols = ([*dict.fromkeys(v[k] for v in at.values())] for k in (0, 1))
+    line, where = (lambda r: "| " + " | ".join(map(str, r)) + " |"), {v: m for m, v in at.items()}
+    text = ["", f"## By {options[0]} and {options[1]}"]
+    for k in dict.fromkeys(n.name for ns in found.values() for n in ns):
+        value = {m: next((cell(n) for n in ns if n.name == k), "") for m, ns in found.items()}
+        text += ["", line([k, *(f"{options[1]} {c}" for c in cols)]), line(["---"] * (1 + len(cols))), *(line([f"{options[0]} {r}", *(value.get(where.get((r, c)), "") for c in cols)]) for r in rows)]
+    return "\n".join(text) + "\n"
 
 def curves(
     found: dict, # model -> list of `Number`
-    at: dict, # model -> value of the option
+    at: dict, # model -> value of the option, a number
     option: str, # its name
     folder: Path, # for curve-….png
 ) -> str: # Markdown
@@ -228,6 +247,13 @@ def _models(sources, split):
     same_ids(sets)
     return sets
 
+def _options(sources, cfg):
+    "Option -> model -> value; `UserError` when a curve or a table cannot be made of them."
+    at = {o: {m: option_of(s, o) for m, s in sources.items()} for o in (*filter(None, [cfg.curve]), *cfg.table)}
+    if odd := next((v for v in at.get(cfg.curve, {}).values() if isinstance(v, bool) or not isinstance(v, (int, float))), None): raise UserError(f"--curve {cfg.curve}: {odd!r} is no number; give --table for options that are words")
+    if cfg.table and len(set(zip(*(at[o].values() for o in cfg.table)))) < len(sources): raise UserError(f"--table {','.join(cfg.table)}: two models have the same values; give an option that differs")
+    return at
+
 def evaluate(
     sources: list, # folders of models
     cfg: EvaluateOptions,
@@ -239,7 +265,7 @@ def evaluate(
         if cfg.threads: torch.set_num_threads(cfg.threads)
         with j.ranks.together():
             sets = _models(sources, cfg.split)
-            names, at = list(sets), {m: option_of(s, cfg.curve) for m, s in zip(sets, sources)} if cfg.curve else {}
+            names, at = list(sets), _options(dict(zip(sets, sources)), cfg)
             reference, train = open_set(cfg.reference, cfg.split), open_set(cfg.train, "train") if cfg.train else None
             extractor = extractor_of(cfg.extractor, j.ranks.device)
             blocks = {m: blocks_of(s, reference, cfg.block_column) for m, s in sets.items()}
@@ -265,7 +291,7 @@ def _write(out, cases, results, settings):
     kinds = set(cfg.metrics or METRICS) - left.keys()
     others = [n for m in rest for n in differences(f"{m} - {first}", cases[m], cases[first], kinds)]
     out.mkdir(parents=True, exist_ok=True)
-    text = markdown(found, others, left, about) + (curves(found, at, cfg.curve, out) if at else "") + "\n![intervals](intervals.png)\n"
+    text = markdown(found, others, left, about) + (curves(found, at[cfg.curve], cfg.curve, out) if cfg.curve else "") + (crossed(found, {m: tuple(at[o][m] for o in cfg.table) for m in found}, cfg.table) if cfg.table else "") + "\n![intervals](intervals.png)\n"
     plot(found, out/"intervals.png")
     if cfg.pictures: text += table_of_pictures(cases, cfg.pictures, out)
     if cfg.save_stats and (b := next(iter(cases.values())).b) is not None: save_stats(Stats(about["extractor"]).add(b), cfg.save_stats)
