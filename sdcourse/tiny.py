@@ -97,14 +97,15 @@ def install(
     shutil.rmtree(new, ignore_errors=True)
     shutil.copytree(run/"export", new)
     for file in new.rglob("*.safetensors"): halve(file)
-    shutil.copy(run/"README.md", new/"README.md")
+    numbers = [json.loads(line) for line in (run/"metrics.jsonl").read_text().splitlines()]
+    steps, seconds = last_row(run)["step"], round(sum(n.get("seconds", 0) for n in numbers))
+    (new/"README.md").write_text((run/"README.md").read_text() + f"\n## As shipped\n\nFloat16, after {steps:,} steps in {seconds:,} s. `sdcourse tiny build {name}` makes it again; what these files reach on held-out data stands in `manifest.json`.\n")
     size = sum(p.stat().st_size for p in new.rglob("*") if p.is_file())
     if size > row.largest: raise UserError(f"{new}: takes {human(size, 'B')}, more than {human(row.largest, 'B')}; choose fewer channels")
     files = {p.relative_to(new).as_posix(): sha256(p) for p in sorted(new.rglob("*")) if p.is_file()}
     shutil.rmtree(root/name, ignore_errors=True)
     new.rename(root/name)
-    numbers = [json.loads(line) for line in (run/"metrics.jsonl").read_text().splitlines()]
-    said = dict(what=row.what, command=f"sdcourse tiny build {name}", steps=last_row(run)["step"], seconds=round(sum(n.get("seconds", 0) for n in numbers)), bytes=size, files=files)
+    said = dict(what=row.what, command=f"sdcourse tiny build {name}", steps=steps, seconds=seconds, bytes=size, files=files)
     note(root, name, said)
     note(root, name, said | dict(metrics=_named(row.quality)(name, root)))
     return root/name
