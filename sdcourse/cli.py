@@ -23,6 +23,7 @@ VERBS = { # verb: (what to call, what it does)
     "cache": ("sdcourse.data.cache:main", "compute latents, prompts or features once: sdcourse cache KIND DATA OUT --model FOLDER"),
     "generate": ("sdcourse.evaluation.generate:main", "draw pictures for prompts or classes, one seed each: sdcourse generate MODEL OUT"),
     "evaluate": ("sdcourse.evaluation.report:main", "measure folders of pictures against a data set: sdcourse evaluate A B --reference DATA --out OUT"),
+    "import-flow-dit": ("sdcourse.models.published:main", "turn the published weights of system 003 into a pipeline: sdcourse import-flow-dit FOLDER OUT"),
     "copy-images": ("sdcourse.evaluation.generate:copy_main", "lay the pictures of a data set out as generated ones lie: sdcourse copy-images DATA OUT"),
     "tiny": ("sdcourse.tiny:main", "build, list or verify the small models that ship with the package"),
 }

@@ -832,4 +832,16 @@ PLANTED = {
     ('slurm/pipeline.sh', 'tests/test_slurm.py'): [
         ('the jobs of a pipeline do not wait for each other', '${before:+--dependency=afterok:$before --kill-on-invalid-dep=yes}', '${before:+--dependency=after:$before}', 'test_a_pipeline_of_four_jobs'),
     ],
+    ('sdcourse/models/published.py', 'tests/test_published.py'): [
+        ('published: frequencies of time in float64', 'torch.tensor(10000, dtype=torch.float32) ** ((2 * torch.arange(dim)).float() / dim)', '(torch.tensor(10000.).double() ** ((2 * torch.arange(dim)).double() / dim) * (1 + 1e-7)).float()', 'test_it_computes_the_same_function[over0-size0]'),
+        ('published: sines and cosines change places', '% 2 == 0, angles.sin(), angles.cos())', '% 2 == 0, angles.cos(), angles.sin())', 'test_it_computes_the_same_function[over0-size0]'),
+        ('published: the accident of eps is mended', 'RMSNorm(dim, eps=dim)', 'RMSNorm(dim)', 'test_it_computes_the_same_function[over0-size0]'),
+        ('published: a SiLU before the modulation', 'self.ada(y)[:, None]', 'self.ada(F.silu(y))[:, None]', 'test_it_computes_the_same_function[over1-size1]'),
+        ('published: norm before the heads are split', 'else n(split(y)) for', 'else split(y) for', 'test_it_computes_the_same_function[over1-size1]'),
+        ('published: no class is class 0', 'torch.full((b,), cfg.num_classes, device=x.device)', 'torch.zeros(b, dtype=torch.long, device=x.device)', 'test_it_computes_the_same_function[over0-size0]'),
+        ('published: the table from its corner', 'start = (256 - n) // 2', 'start = 0', 'test_it_computes_the_same_function[over4-size4]'),
+        ('published: the bias of the class is forgotten', ').T + s["cond_MLP.bias"], s["cond_MLP.bias"][None]]', ').T, s["cond_MLP.bias"][None]]', 'test_it_computes_the_same_function[over0-size0]'),
+        ('published: anything is unpickled', 'weights_only=True', 'weights_only=False', 'test_bad_input_is_one_line_and_leaves_nothing'),
+        ('published: tensors that are left over', 'if odd := sorted(', 'if odd := 0 and sorted(', 'test_bad_input_is_one_line_and_leaves_nothing'),
+    ],
 }
