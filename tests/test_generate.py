@@ -125,11 +125,11 @@ def test_two_ranks_draw_the_same_bytes_and_share_the_work(run, whole, tmp_path):
     assert not mine[0] & mine[1] and [len(m) for m in mine] == [10, 10]
 
 
-def test_killed_it_goes_on_and_ends_with_the_same_bytes(run, whole, tmp_path):
-    "Three kills, each after another picture is there."
+def test_killed_it_goes_on_and_ends_with_the_same_bytes(run, tmp_path):
+    "Three kills, each after another picture is there; twenty batches, so that none comes after the end."
     out, end = tmp_path / "o", time.monotonic() + 50
     for kill in range(3):
-        (proc,) = ranks.start([SLOW, run, out, *words()], 1, SLOW="0.1")
+        (proc,) = ranks.start([SLOW, run, out, *words(batch=1)], 1, SLOW="0.1")
         before = len(list(out.glob("test/*.png")))
         while len(list(out.glob("test/*.png"))) <= before and proc.poll() is None and time.monotonic() < end: time.sleep(0.002)
         assert proc.poll() is None
@@ -137,7 +137,8 @@ def test_killed_it_goes_on_and_ends_with_the_same_bytes(run, whole, tmp_path):
         proc.communicate()
         assert not (out / "test/metadata.jsonl").exists()
         for p in out.glob("test/*.png"): Image.open(p).load() # none is half
-    assert generate(run, out, options()) == 0 and content(out / "test") == content(whole / "test")
+    assert generate(run, out, options(batch=1)) == generate(run, tmp_path / "whole", options(batch=1)) == 0
+    assert content(out / "test") == content(tmp_path / "whole/test")
 
 
 @pytest.mark.parametrize("how", ["SIGTERM", "STOP", "SIGUSR1 to one rank"])
