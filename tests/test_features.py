@@ -9,7 +9,7 @@ import tiny_models
 from sdcourse.core import UserError
 from sdcourse.dataset import pictures
 from sdcourse.evaluation.features import FILE, Inception, Vision, features_of, hub_weights, stats_of
-from sdcourse.evaluation.stats import frechet
+from sdcourse.evaluation.stats import frechet, frechet_gaussian
 
 
 def photos(folder, n, size=80, seed=0, level=0):
@@ -65,8 +65,9 @@ def test_our_inception_is_pytorch_fids(random_weights, sets):
         got = [stats_of(net, pictures(s), batch=8) for s in sets]
         for g, w in zip(got, want):
             assert g.n == len(w) and relative(g.mean, w.mean(0)) < limit and relative(g.cov, np.cov(w, rowvar=False)) < limit
-    fid = fid_score.calculate_frechet_distance(want[0].mean(0), np.cov(want[0], rowvar=False), want[1].mean(0), np.cov(want[1], rowvar=False))
-    assert frechet(*got) == pytest.approx(fid, rel=1e-5)
+    few = [w[:, ::8] for w in want] # 256 of the features: its matrix root of 2,048 takes half a minute (tools/bench_evaluation.py compares the whole)
+    fid = fid_score.calculate_frechet_distance(few[0].mean(0), np.cov(few[0], rowvar=False), few[1].mean(0), np.cov(few[1], rowvar=False))
+    assert frechet_gaussian(*(x for g in got for x in (g.mean[::8], g.cov[::8, ::8]))) == pytest.approx(fid, rel=1e-5)
 
 
 @pytest.mark.slow
