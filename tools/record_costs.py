@@ -2,10 +2,9 @@
 
 Writes nbs/recorded/06b_costs.json, which lesson 06b shows. A variant that no option offers is planted here: a start that is not zero, and the published code of time.
 """
-import argparse, json, sys, tempfile
+import argparse, json, tempfile
 from pathlib import Path
 
-import torch
 from torch import nn
 
 from sdcourse.config import resolve
@@ -38,7 +37,7 @@ def run(name, seed, steps):
     plant = over.pop("plant", "")
     dit.DiT.reset_parameters, dit.time_code = (not_zero if plant == "start" else reset), (fast_code if plant == "time" else code)
     try:
-        with tempfile.TemporaryDirectory() as out: 
+        with tempfile.TemporaryDirectory() as out:
             train(Task(resolve(Config, preset="tiny", overrides=over | dict(out=f"{out}/r", threads=1, device="cpu", seed=seed) | (dict(max_steps=steps, warmup_steps=min(150, steps // 2)) if steps else {}))))
             rows = read_metrics(f"{out}/r")
     finally: dit.DiT.reset_parameters, dit.time_code = reset, code
