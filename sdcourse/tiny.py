@@ -29,6 +29,7 @@ MODELS = {
     "tiny-digits": Row("nets", "tiny", NET[0], 250_000, NET[1], "reads handwritten digits, 8 x 8"),
     "tiny-scenes": Row("nets", "scenes", NET[0], 800_000, NET[1], "reads drawn scenes and faces, 32 x 32"),
     "tiny-photos": Row("nets", "photos", NET[0], 650_000, NET[1], "reads crops of nine photographs, 64 x 64"),
+    "tiny-vae": Row("vae", "tiny", "diffusers:AutoencoderKL", 2_000_000, "sdcourse.train.vae:quality", "encodes scenes, faces and photographs, 32 x 32"),
 }
 LIMIT = 24_000_000 # bytes of all shipped models, now and later
 

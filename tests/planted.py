@@ -786,6 +786,8 @@ PLANTED = {
     ],
     ('sdcourse/train/nets.py', 'tests/test_tiny.py'): [
         ('-1 is the first answer', 'return (losses * there).sum(1) / there.sum(1)', 'return losses.mean(1)', 'test_minus_one_is_no_question'),
+    ],
+    ('sdcourse/data/labelled.py', 'tests/test_tiny.py'): [
         ('people are on both sides', '>= 8) == (split == "test")', '>= 8) == (split == "test") or True', 'test_training_and_test_people_do_not_meet'),
     ],
     ('sdcourse/evaluation/generate.py', 'tests/test_generate.py'): [

@@ -13,6 +13,7 @@ from sdcourse.config import resolve
 from sdcourse.core import UserError, read_json
 from sdcourse.data.worlds import digits
 from sdcourse.evaluation.digits import wilson
+from sdcourse.data.labelled import FACES, _faces, labelled, questions
 from sdcourse.evaluation.nets import Tiny, TinyLpips, asked_accuracy
 from sdcourse.plot import to_uint8
 from sdcourse.train import nets
@@ -78,17 +79,17 @@ def test_digits_that_it_never_saw():
 
 def test_scenes_of_held_out_pairs_and_people_never_seen():
     "Every fact of a scene at 97 % or more, faces where 32 pixels can show it."
-    test, net = nets.labelled("scenes", "test").tensors, Tiny("tiny-scenes")
+    test, net = labelled("scenes", "test").tensors, Tiny("tiny-scenes")
     numbers = {n.name.split("[")[0]: n for n in asked_accuracy(net, test["pixels"], dict(zip(net.attributes, test["labels"].T)))}
     facts = [k for k in numbers if k.split()[0] in ("kind", "count", "background", "shape", "colour", "size", "place")]
     assert len(facts) == 11 and all(numbers[k].value >= 0.97 for k in facts), numbers
-    assert all(numbers[k].value >= 0.94 for k in nets.FACES if k != "Young") and numbers["Young"].value > 0.75
+    assert all(numbers[k].value >= 0.94 for k in FACES if k != "Young") and numbers["Young"].value > 0.75
     assert numbers["Male"].n == (test["labels"][:, 0] == 1).sum()
 
 
 def test_photographs_by_regions_never_seen():
     "Chance would be one in nine."
-    test, net = nets.labelled("photos", "test").tensors, Tiny("tiny-photos")
+    test, net = labelled("photos", "test").tensors, Tiny("tiny-photos")
     found = net.classify(test["pixels"])["photograph"]
     assert (found == test["labels"][:, 0]).double().mean() > 0.5
 
@@ -99,7 +100,7 @@ def test_training_and_test_pictures_do_not_meet():
     two = known["shape"] >= 0
     assert not held_out(known["shape"], known["colour"])[two].any()
     for world, share in (("digits", 1.), ("scenes", 0.01)):
-        a, b = (nets.labelled(world, s, share).tensors["pixels"].flatten(1) for s in ("train", "test"))
+        a, b = (labelled(world, s, share).tensors["pixels"].flatten(1) for s in ("train", "test"))
         assert torch.cdist(a.float(), b.float(), compute_mode="donot_use_mm_for_euclid_dist").min() > 0
 
 
@@ -109,7 +110,7 @@ def test_training_and_test_people_do_not_meet(monkeypatch):
     for split in ("train", "test"):
         drawn = []
         monkeypatch.setattr(faces, "draw_face", lambda attributes, body, *a, **k: drawn.append(tuple(body)) or real(attributes, body, *a, **k))
-        nets._faces(split, 60)
+        _faces(split, 60, 32)
         seen[split] = set(drawn)
     assert len(seen["train"]) > 10 and len(seen["test"]) > 10 and not seen["train"] & seen["test"]
 
@@ -119,8 +120,8 @@ def test_training_and_test_people_do_not_meet(monkeypatch):
 def test_labels_do_not_shift():
     "An answer is the name that transformers gives it."
     net = Tiny("tiny-scenes")
-    assert {k: tuple(v) for k, v in nets.questions("scenes").items()} == net.attributes
-    x = nets.labelled("scenes", "test", 1.).tensors
+    assert {k: tuple(v) for k, v in questions("scenes").items()} == net.attributes
+    x = labelled("scenes", "test", 1.).tensors
     rows = (x["labels"][:, 0] == 0).nonzero().flatten()[:50]
     colours = [net.attributes["colour 1"][k] for k in net.classify(x["pixels"][rows])["colour 1"]]
     assert asked_accuracy(net, x["pixels"][rows], {"colour 1": colours})[0].value == 1
@@ -146,13 +147,13 @@ def test_pictures_of_other_sizes_are_resized_with_antialiasing():
 
 
 def test_lpips_sees_every_stage():
-    x, far = nets.labelled("scenes", "test", 0.05).tensors["pixels"][:4], TinyLpips("tiny-scenes")
+    x, far = labelled("scenes", "test", 0.05).tensors["pixels"][:4], TinyLpips("tiny-scenes")
     assert len(far.net.stages(x)) == 3 and [s.shape[1] for s in far.net.stages(x)] == far.net.net.config.hidden_sizes
 
 
 def test_lpips_of_equal_pairs_is_zero_and_it_grows_with_noise():
     "E9, and the formula written out."
-    x, far = nets.labelled("scenes", "test", 0.1).tensors["pixels"][:20], TinyLpips("tiny-scenes")
+    x, far = labelled("scenes", "test", 0.1).tensors["pixels"][:20], TinyLpips("tiny-scenes")
     noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     by = [far(x, (x.float() + 255 * s * noise).clamp(0, 255).round().byte()).mean().item() for s in (0, 0.02, 0.05, 0.1, 0.3)]
     assert by[0] == 0 and sorted(by) == by and by[1] > 0 and far.name == "LPIPS[tiny]"
@@ -170,7 +171,7 @@ def test_lpips_of_equal_pairs_is_zero_and_it_grows_with_noise():
 def test_minus_one_is_no_question():
     "A picture without a second object learns nothing about it."
     reader = nets.Task(resolve(nets.Config, preset="scenes", overrides=dict(share=0.01))).build().eval()
-    t = nets.labelled("scenes", "train", 0.002).tensors
+    t = labelled("scenes", "train", 0.002).tensors
     batch = dict(pixels=t["pixels"][:4], labels=t["labels"][:4].clone())
     batch["labels"][:, 1:] = -1
     loss, _ = reader(batch, Draws(0, 0, range(4)))

@@ -86,7 +86,8 @@ def quality(
 ) -> dict: # question -> value, n, low, high
     "What a shipped network reads rightly in held-out pictures."
     from sdcourse.tiny import load
-    from sdcourse.train.nets import labelled, questions, read, right
+    from sdcourse.data.labelled import labelled, questions
+    from sdcourse.train.nets import read, right
     world = name.removeprefix("tiny-")
     test, asked = labelled(world, "test").tensors, questions(world)
     return right(read(load(name, root=root), test["pixels"], asked), test["labels"], asked)

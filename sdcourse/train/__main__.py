@@ -16,7 +16,7 @@ from ..core import UserError, nearest
 from .stop import SIGNALS, StopFlag
 
 # %% ../../nbs/engine/train_main.ipynb #e8c92901
-TASKS = {"flow_dit": "sdcourse.train.flow_dit", "nets": "sdcourse.train.nets"}  # name -> module with Config and Task
+TASKS = {"sd15": "sdcourse.train.sd15", "flow_dit": "sdcourse.train.flow_dit", "nets": "sdcourse.train.nets", "vae": "sdcourse.train.vae"}  # name -> module with Config and Task
 
 def tasks_help() -> str: # the help page
     "Usage and one line per task, without importing a task."
