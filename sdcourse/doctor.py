@@ -16,7 +16,7 @@ from . import guard
 from .core import UserError, human, watched
 
 # %% ../nbs/engine/doctor.ipynb #1157f925
-BASE = "torch torchvision numpy scipy scikit-learn pillow matplotlib tqdm pyyaml psutil safetensors fastcore accelerate diffusers transformers huggingface_hub jsonschema".split()
+BASE = "torch torchvision numpy scipy scikit-learn pillow matplotlib tqdm pyyaml psutil safetensors fastcore accelerate diffusers transformers tokenizers huggingface_hub jsonschema".split()
 LESSONS = { # lesson: (packages beyond BASE, the extra that brings them)
     "00 what diffusion is": ([], ""),
     "01 dataset": (["datasets", "webdataset"], "course"),

@@ -194,17 +194,17 @@ class Cache:
 # %% ../../nbs/data/store.ipynb #b4d65dbc
 class Joined:
     "One data set out of several: the items of the first, with the columns of the others by id, and embeddings of their captions."
-    by_position = True # which caption is taken depends on the position in the stream
+    by_position = True # which caption is taken, and where a random crop is, depends on the position in the stream
     def __init__(self,
         first, # a `Cache`, or any data set with ids and `__getitems__`
         *others, # `Cache`s with the same ids
         prompts=None, # a `Cache` of prompts
-        texts=None, # id -> list of captions; needed with prompts
+        texts=None, # id -> list of captions; needed with prompts, and enough alone for the text of each item
         seed: int = 0, # of the run
     ):
         self.first, self.others, self.prompts, self.texts, self.seed, self.ids = first, others, prompts, texts, seed, first.ids
         self._at = [_matched(c, self.ids, f"the first data set has {len(first)} items") for c in others]
-        if prompts is not None: _matched(prompts, [t for k in self.ids.tolist() for t in texts[k]], "these captions are asked for")
+        if prompts is not None: _matched(prompts, [t for k in np.asarray(self.ids).tolist() for t in texts[k]], "these captions are asked for")
 
     def __len__(self): return len(self.first)
     def __getitem__(self, i): return {k: v[0] for k, v in self.__getitems__([i]).items()}
@@ -212,17 +212,20 @@ class Joined:
     def __getitems__(self, places): # numbers, or (number, position in the endless stream)
         places = [p if isinstance(p, tuple) else (p, 0) for p in places]
         rows = np.array([i for i, _ in places])
-        batch = dict(self.first.__getitems__(rows))
+        batch = {k: v for k, v in self.first.__getitems__(places if getattr(self.first, "by_position", False) else rows).items() if k != "texts"}
         for other, at in zip(self.others, self._at): _same(batch, other.__getitems__(at[rows]))
-        if self.prompts is not None: batch |= self._prompts(batch["id"], [p for _, p in places])
+        if self.texts is not None: batch["text"] = self._texts(batch["id"], [p for _, p in places])
+        if self.prompts is not None: batch |= self._prompts(batch["text"])
         return batch
 
-    def _prompts(self, ids, positions):
+    def _texts(self, ids, positions):
         from sdcourse.train.order import key
-        text = [(t := self.texts[k])[key(self.seed, "caption", p) % len(t)] for k, p in zip(np.asarray(ids).tolist(), positions)]
+        return [(t := self.texts[k])[key(self.seed, "caption", p) % len(t)] for k, p in zip(np.asarray(ids).tolist(), positions)]
+
+    def _prompts(self, text):
         found = self.prompts.__getitems__(self.prompts.numbers(text))
         if found["id"].tolist() != text: raise RuntimeError(f"{self.prompts.folder}: gave other texts than were asked for")
-        return {k: v for k, v in found.items() if k != "id"} | {"text": text}
+        return {k: v for k, v in found.items() if k != "id"}
 
 def _matched(cache, ids, why):
     at = cache.numbers(ids)
