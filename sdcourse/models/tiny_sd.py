@@ -70,7 +70,9 @@ def make_unet(
 def make_scheduler(): # a diffusers PNDMScheduler, as SD 1.5 has it
     "The noise of SD 1.5."
     from diffusers import PNDMScheduler
-    return PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
+    scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
+    scheduler.register_to_config(clip_sample=False) # for samplers that would clip latents as if they were pixels; SD 1.5's file says it too
+    return scheduler
 
 def make_pipeline(
     folder, # to write

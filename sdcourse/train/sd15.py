@@ -50,9 +50,9 @@ class Config(TrainConfig):
     validation_prompts: Free[tuple[str, ...]] = () # captions of the sample pictures; empty: the first held-out ones
     num_samples: Free[int] = 200 # pictures for the numbers of a validation on scenes; 0: none
     presets: ClassVar[dict] = dict(
-        tiny=dict(data="scenes", image_size=32, flip=False, max_steps=300, batch_size=32, lr=3e-4, ema_decay=0.99, log_every=20, checkpoint_every=100, guidance_scale=4., num_inference_steps=20, encode_batch=64, num_samples=0),
+        tiny=dict(data="scenes", image_size=32, flip=False, max_steps=300, batch_size=32, lr=3e-4, ema_decay=0.99, log_every=20, checkpoint_every=100, guidance_scale=2., num_inference_steps=20, encode_batch=64, num_samples=0),
         scenes=dict(model="new", train_text=True, data="scenes", image_size=32, flip=False, max_steps=7000, batch_size=32, lr=1e-3, lr_schedule="cosine", warmup_steps=200, weight_decay=0.01, ema_decay=0.999,
-                    min_snr_gamma=5., log_every=50, checkpoint_every=500, validate_every=2000, guidance_scale=4., num_inference_steps=20, encode_batch=32, num_samples=100),
+                    min_snr_gamma=5., log_every=50, checkpoint_every=500, validate_every=2000, guidance_scale=2., num_inference_steps=20, encode_batch=32, num_samples=100),
         full=dict(model="stable-diffusion-v1-5/stable-diffusion-v1-5", data="data/unsplash", latents="data/unsplash-latents", prompts="data/unsplash-prompts", max_steps=15_000, batch_size=4, micro_batch=1, lr=1e-5,
                   gradient_checkpointing=True, channels_last=True, log_every=50, checkpoint_every=1000, validate_every=1000, num_workers=4),
         onepiece=dict(model="CompVis/stable-diffusion-v1-4", data="YaYaB/onepiece-blip-captions", max_steps=15_000, batch_size=1, lr=1e-5, precision="fp16", ema_decay=0., cond_drop=0., channels_last=True, log_every=50, checkpoint_every=1000, validate_every=1000, num_workers=4))
@@ -89,7 +89,7 @@ class Denoiser(nn.Module):
         alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
         target = eps if self.prediction == "eps" else alpha * eps - sigma * x0
         x = alpha * x0 + sigma * eps
-        if self.config.channels_last: x = x.contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last if self.config.channels_last else torch.contiguous_format) # else the VAE's own layout would choose the kernels
         guess = self.unet(x, t, self.context(batch, draws)).sample
         loss = (guess.to(x0.dtype) - target).square().mean((1, 2, 3))
         if self.config.min_snr_gamma: loss = loss * min_snr_weight(snr(abar.flatten()), self.config.min_snr_gamma, prediction=self.prediction)
@@ -354,7 +354,7 @@ def quality(
     from sdcourse.tiny import load
     pipe = load(name, root=root)
     pipe.set_progress_bar_config(disable=True)
-    def draw(texts, seeds): return torch.cat([pipe(list(texts[i:i + 50]), generator=image_generators(list(seeds)[i:i + 50]), guidance_scale=4., num_inference_steps=20, output_type="pt").images * 2 - 1 for i in range(0, len(texts), 50)])
+    def draw(texts, seeds): return torch.cat([pipe(list(texts[i:i + 50]), generator=image_generators(list(seeds)[i:i + 50]), guidance_scale=2., num_inference_steps=20, output_type="pt").images * 2 - 1 for i in range(0, len(texts), 50)])
     return asked(draw, 200)
 
 @patch
