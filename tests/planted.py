@@ -848,7 +848,7 @@ PLANTED = {
     ],
     ('sdcourse/train/vae.py', 'tests/test_sd15.py'): [
         ('vae: the divergence lacks the mean', '0.5 * (d.mean.square() + d.var - 1 - d.logvar)', '0.5 * (d.var - 1 - d.logvar)', 'test_divergence_is_that_of_torch'),
-        ('vae: PSNR of the range 0 to 1', '10 * torch.log10(4 / mse)', '10 * torch.log10(1 / mse)', 'test_psnr_is_that_of_its_definition'),
+        ('vae: pictures are cut down to bytes instead of rounded', '((y.clamp(-1, 1) + 1) * 127.5).round()', '((y.clamp(-1, 1) + 1) * 127.5)', 'test_pictures_come_back_as_bytes'),
     ],
     ('sdcourse/models/tiny_sd.py', 'tests/test_sd15.py'): [
         ('tiny sd: the tokenizer does not know its limit', ', model_max_length=LENGTH)', ')', 'test_tokenizer_is_clips_own'),
@@ -856,13 +856,21 @@ PLANTED = {
     ],
     ('sdcourse/train/sd15.py', 'tests/test_sd15.py'): [
         ('sd15: v is the noise', 'eps if self.prediction == "eps" else alpha * eps - sigma * x0', 'eps', 'test_loss_is_that_of_diffusers'),
-        ('sd15: signal and noise are exchanged', 'x = alpha * x0 + sigma * eps', 'x = sigma * x0 + alpha * eps', 'test_loss_is_that_of_diffusers'),
-        ('sd15: the last steps are never trained', '(draws.uniform("time") * len(self.abar)).long()', '(draws.uniform("time") * len(self.abar) * 0.9).long()', 'test_every_step_is_trained_and_captions_are_dropped_at_their_rate'),
+        ('sd15: signal and noise are exchanged', 'return (alpha * x0 + sigma * seen)', 'return (sigma * x0 + alpha * seen)', 'test_loss_is_that_of_diffusers'),
+        ('sd15: the last steps are never trained', 'timesteps(draws.uniform("time"), self.often)', 'timesteps(draws.uniform("time") * 0.9, self.often)', 'test_every_step_is_trained_and_captions_are_dropped_at_their_rate'),
         ('sd15: captions are dropped for a whole batch', 'drop = draws.bernoulli("cond_drop", self.config.cond_drop)', 'drop = draws.bernoulli("cond_drop", self.config.cond_drop)[:1].expand(len(said))', 'test_every_step_is_trained_and_captions_are_dropped_at_their_rate'),
-        ('sd15: min-SNR weights are those of v', 'prediction=self.prediction)\n        return', 'prediction="v")\n        return', 'test_min_snr_weighs_as_diffusers_computes'),
-        ('sd15: the layout of the VAE chooses the kernels', 'x = x.contiguous(memory_format=torch.channels_last if self.config.channels_last else torch.contiguous_format)', 'pass', 'test_caches_give_the_weights_of_online_training'),
-        ('sd15: prompts of any text encoder', 'if known.get("weights") != weights_id(home/"text_encoder"):', 'if False:', 'test_prompts_of_another_text_encoder_are_refused'),
+        ('sd15: min-SNR weights are those of v', 'min_snr_weight(s, c.min_snr_gamma, prediction=self.prediction)', 'min_snr_weight(s, c.min_snr_gamma, prediction="v")', 'test_min_snr_weighs_as_diffusers_computes'),
+        ('sd15: the layout of the VAE chooses the kernels', '.contiguous(memory_format=torch.channels_last if c.channels_last else torch.contiguous_format)', '', 'test_caches_give_the_weights_of_online_training'),
         ('sd15: pictures without captions pass', 'if not out[name]:', 'if False:', 'test_pictures_without_captions_are_refused'),
         ('sd15: samples forget their prediction', 'text_encoder=text if module.text is None else module.text, tokenizer=tokenizer, unet=module.unet', 'text_encoder=text, tokenizer=tokenizer, unet=diffusers.UNet2DConditionModel.from_pretrained(self.home/"unet")', 'test_export_draws_in_plain_diffusers_what_the_task_draws'),
+    ],
+    ('sdcourse/models/sd.py', 'tests/test_sd15.py'): [
+        ('sd15: prompts of any text encoder', 'if known.get("weights") != weights_id(home/"text_encoder"):', 'if False:', 'test_prompts_of_another_text_encoder_are_refused'),
+    ],
+    ('sdcourse/lora.py', 'tests/test_lora.py'): [
+        ('lora: alpha is the rank', 'lora_alpha=alpha or rank', 'lora_alpha=rank', 'test_kohya_names'),
+        ('lora: kohya has the rank for alpha', 'kohya(t, c.lora_alpha, prefix=prefix)', 'kohya(t, c.r, prefix=prefix)', 'test_a_file_is_the_same_function'),
+        ('lora: the diffusers file does not know alpha', ' | {f"{k}_lora_adapter_metadata": c.to_dict() for k, (_, c, _) in found.items()}', '', 'test_a_file_is_the_same_function'),
+        ('lora: adapters begin with an effect', 'init_lora_weights="gaussian"', 'init_lora_weights=False', 'test_it_begins_as_the_model_and_only_adapters_learn'),
     ],
 }

@@ -231,9 +231,10 @@ def test_asked_to_stop_it_leaves_soon_and_goes_on_later(world, whole, tmp_path, 
     "R7 and R8: between two batches, on both ranks, with the code of a requeue; what was whole is kept."
     out = tmp_path / "c"
     words = [SLOW, "latents", world[0], out, *words_for(world), "--requeue-code", "75"]
-    procs = ranks.start([*words, *(["--max-seconds", "0.8"] if how == "deadline" else [])], 2, SLOW="0.25", NOTES=str(tmp_path / "n"))
+    procs = ranks.start([*words, *(["--max-seconds", "0.8"] if how == "deadline" else [])], 2, SLOW="0.4", NOTES=str(tmp_path / "n"))
     end = time.monotonic() + 40
-    while not list(out.glob("*.safetensors")) if how != "deadline" else any(p.poll() is None for p in procs):
+    working = lambda: list(out.glob("*.safetensors")) and all(Path(f"{tmp_path}/n.{r}").exists() for r in (0, 1)) # one rank may begin late
+    while not working() if how != "deadline" else any(p.poll() is None for p in procs):
         assert time.monotonic() < end and (how == "deadline" or all(p.poll() is None for p in procs)), [p.communicate() for p in procs]
         time.sleep(0.01)
     if how.startswith("SIG"):

@@ -13,6 +13,7 @@ from sdcourse.core import UserError
 from sdcourse.data.cache import main as cache
 from sdcourse.data.scenes import main as prepare_scenes
 from sdcourse.models import tiny_sd
+from sdcourse.models.sd import noise_of
 from sdcourse.train import sd15, vae
 from sdcourse.train.loop import train
 from sdcourse.train.order import Draws
@@ -64,13 +65,15 @@ def test_latents_have_deviation_one():
     assert abs(z.std().item() - 1) < 0.1
 
 
-def test_psnr_is_that_of_its_definition():
+def test_pictures_come_back_as_bytes():
     class Half(torch.nn.Module):
         device = "cpu"
         def encode(self, x): return type("O", (), dict(latent_dist=type("D", (), dict(mean=x))))
         def decode(self, z): return type("O", (), dict(sample=z * 0.5))
-    x = torch.full((2, 3, 4, 4), 255, dtype=torch.uint8)
-    assert torch.allclose(vae.psnr(Half(), x), torch.full((2,), 10 * np.log10(4 / 0.25), dtype=torch.float64))
+    x = torch.tensor([0, 100, 255], dtype=torch.uint8).view(1, 3, 1, 1)
+    assert vae.reconstructed(Half(), x).flatten().tolist() == [64, 114, 191]
+    found = vae.measured(Half(), dict(pixels=x.expand(4, 3, 12, 12), world=torch.tensor([0, 0, 1, 2])))
+    assert abs(found["psnr_scenes"]["value"] - 10 * np.log10(255**2 / ((64**2 + 14**2 + 64**2) / 3))) < 1e-6
 
 
 def test_divergence_is_that_of_torch():
@@ -114,7 +117,7 @@ def denoiser(**over):
     class Net(torch.nn.Module):
         def __init__(self): super().__init__(); self.w = torch.nn.Parameter(torch.tensor(0.5))
         def forward(self, x, t, c): self.seen = (x, t, c); return type("O", (), dict(sample=self.w * x))
-    abar = sd15.noise_of({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})[0]
+    abar = noise_of({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})[0]
     return sd15.Denoiser(Net(), cfg, abar=abar, prediction=over.get("prediction", "eps"), shift=0.1, scale=2., empty=torch.full((5, 3), 7.)), abar
 
 

@@ -48,10 +48,12 @@ def _faces(split, n, side):
 
 def _photos(split, n, side):
     "Crops of photographs: pixels and labels by question; n is the number of crops of a region."
-    from sdcourse.data.photos import PhotosOptions, crops, cut
+    from sdcourse.data.images import open_image
+    from sdcourse.data.photos import PhotosOptions, crops
     asked = questions("photos")
     found = [c for c in crops(PhotosOptions(crops=n, smallest=0.4)) if (c["split"] == "train") == (split == "train")]
-    pixels = np.stack([np.asarray(cut(c["path"], c["box"]).resize((side, side), 3)) for c in found])
+    opened = {path: open_image(path) for path in {c["path"] for c in found}}
+    pixels = np.stack([np.asarray(opened[c["path"]].crop(c["box"]).resize((side, side), 3)) for c in found])
     region = [asked["region"].index(c["id"].rsplit("-", 1)[0]) if split == "train" else -1 for c in found]
     return pixels, dict(photograph=[asked["photograph"].index(c["photograph"].name) for c in found], region=region)
 
