@@ -14,7 +14,7 @@ ifneq ("$(shell cat $(VENV)/.here 2>/dev/null)","$(CURDIR)")
 MOVED = moved
 endif
 
-.PHONY: help train test test-slurm lab check sync fresh outputs readme text nb mutants shot budgets lock clean moved
+.PHONY: help train test test-slurm lab check sync fresh outputs readme text nb mutants shot budgets ablations lock clean moved
 
 help:          ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -63,6 +63,10 @@ shot: $(VENV)/.dev    ## NB= run in a real JupyterLab, pictures of the whole pag
 
 budgets: $(VENV)/.base ## import times and sizes beside their budgets
 	$(PY) tools/budgets.py
+
+ablations: $(VENV)/.dev ## train again what the lessons show from recorded runs (an hour); done ones are kept: remove nbs/recorded/*.json first
+	$(PY) tools/record_sd15.py
+	$(PY) tools/record_costs.py
 
 lock: $(VENV)/.dev    ## write constraints.txt from this environment
 	$(PY) tools/lock.py

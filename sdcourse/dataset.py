@@ -261,6 +261,13 @@ class Pictures:
         try: return open_image(self._source.read(n))
         except BadImage as e: raise BadImage(e.kind, f"{e.detail}: {self._source.where(n)}; sdcourse scan lists such pictures, and they are left out") from None
 
+    def bytes(self,
+        i: int, # number of the item
+    ) -> bytes: # of the stored picture
+        "The picture as it is stored, not decoded; `UserError` when it cannot be read."
+        try: return self._source.read(self._number(i))
+        except BadImage as e: raise UserError(f"{self._source.where(self._number(i))}: {e.detail}") from None
+
     def path(self,
         i: int, # number of the item
     ): # Path, or None where a picture is no file of its own

@@ -21,7 +21,7 @@ LESSONS = { # lesson: (packages beyond BASE, the extra that brings them)
     "00 what diffusion is": ([], ""),
     "01 dataset": (["datasets", "webdataset"], "course"),
     "02 captions": (["datasets"], "course"),
-    "03 SD1.5 fine-tune": (["datasets"], "course"),
+    "03 SD1.5 fine-tune": (["peft", "datasets"], "course"),
     "04 SigLIP visualizer": (["datasets"], "course"),
     "05 SD3 LoRA": (["peft", "datasets"], "course"),
     "06 flow DiT": ([], ""),

@@ -18,7 +18,7 @@ from .core import UserError, human, nearest, read_json, sha256, write_json
 class Row:
     "How a shipped model is made and loaded."
     task: str # of `python -m sdcourse.train`
-    preset: str # of that task
+    preset: str # of that task; with several, each goes on from the export of the one before
     loader: str # module:class whose `from_pretrained` reads the folder
     largest: int # bytes that it may take
     quality: str # module:function of (name, root) -> what it reaches on held-out data
@@ -29,6 +29,7 @@ MODELS = {
     "tiny-digits": Row("nets", "tiny", NET[0], 250_000, NET[1], "reads handwritten digits, 8 x 8"),
     "tiny-scenes": Row("nets", "scenes", NET[0], 800_000, NET[1], "reads drawn scenes and faces, 32 x 32"),
     "tiny-photos": Row("nets", "photos", NET[0], 650_000, NET[1], "reads crops of nine photographs, 64 x 64"),
+    "tiny-sd15": Row("sd15", "places scenes", "diffusers:StableDiffusionPipeline", 12_000_000, "sdcourse.evaluation.asked:quality", "draws captioned scenes, 32 x 32"),
     "tiny-vae": Row("vae", "tiny", "diffusers:AutoencoderKL", 2_000_000, "sdcourse.train.vae:quality", "encodes scenes, faces and photographs, 32 x 32"),
 }
 LIMIT = 24_000_000 # bytes of all shipped models, now and later
@@ -88,7 +89,8 @@ def halve(
 def install(
     name: str, # a key of `MODELS`
     run, # a finished run folder of its task
-    *, root=None, # folder of all models; none: the package's
+    *, before: tuple = (), # run folders of the presets before
+    root=None, # folder of all models; none: the package's
 ) -> Path: # the model's folder
     "Store the export of a run as a shipped model: float16, with its model card and a row in the manifest."
     from sdcourse.train.record import last_row
@@ -98,8 +100,9 @@ def install(
     shutil.rmtree(new, ignore_errors=True)
     shutil.copytree(run/"export", new)
     for file in new.rglob("*.safetensors"): halve(file)
-    numbers = [json.loads(line) for line in (run/"metrics.jsonl").read_text().splitlines()]
-    steps, seconds = last_row(run)["step"], round(sum(n.get("seconds", 0) for n in numbers))
+    runs = [*map(Path, before), run]
+    numbers = [json.loads(line) for r in runs for line in (r/"metrics.jsonl").read_text().splitlines()]
+    steps, seconds = sum(last_row(r)["step"] for r in runs), round(sum(n.get("seconds", 0) for n in numbers))
     (new/"README.md").write_text((run/"README.md").read_text() + f"\n## As shipped\n\nFloat16, after {steps:,} steps in {seconds:,} s. `sdcourse tiny build {name}` makes it again; what these files reach on held-out data stands in `manifest.json`.\n")
     size = sum(p.stat().st_size for p in new.rglob("*") if p.is_file())
     if size > row.largest: raise UserError(f"{new}: takes {human(size, 'B')}, more than {human(row.largest, 'B')}; choose fewer channels")
@@ -131,12 +134,16 @@ def build(
 ) -> int: # exit code
     "Train a model and store it in the package."
     from sdcourse.train.__main__ import main as train
-    out = options[options.index("--out") + 1] if "--out" in options[:-1] else f"runs/{name}"
-    row = MODELS[name]
-    code = train([row.task, "--preset", row.preset, *options, *(["--out", out] if "--out" not in options else [])])
-    if code: return code
-    if not (Path(out)/"export").is_dir(): return 0 # stopped: the same command goes on
-    print(f"{install(name, out)}: {human(_listed(name, home())['bytes'], 'B')}")
+    out, options = f"runs/{name}", list(options)
+    if "--out" in options[:-1]: at = options.index("--out"); out, options = options[at + 1], options[:at] + options[at + 2:]
+    row, done = MODELS[name], []
+    for preset in row.preset.split():
+        place = out if preset == row.preset.split()[-1] else f"{out}-{preset}"
+        code = train([row.task, "--preset", preset, *options, *(["--model", f"{done[-1]}/export"] if done else []), "--out", place])
+        if code: return code
+        if not (Path(place)/"export").is_dir(): return 0 # stopped: the same command goes on
+        done.append(place)
+    print(f"{install(name, out, before=tuple(done[:-1]))}: {human(_listed(name, home())['bytes'], 'B')}")
     return 0
 
 def main(

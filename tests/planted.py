@@ -12,7 +12,7 @@ PLANTED = {
         ('every epoch has the same order', 'return np.argsort(_random_bits(n, seed, "order", epoch), kind="stable")', 'return np.argsort(_random_bits(n, seed, "order"), kind="stable")', 'test_an_epoch_is_a_permutation_and_epochs_differ'),
         ('sampling with replacement', 'return np.argsort(_random_bits(n, seed, "order", epoch), kind="stable")', 'return (_random_bits(n, seed, "order", epoch) % np.uint64(n)).astype(np.int64)', 'test_every_item_once_per_epoch_when_batches_straddle'),
         ('a resumed plan begins at the first batch', '        for step in range(self.start, self.stop):', '        for step in range(0, self.stop - self.start):', 'test_plan_is_the_same_stream_for_any_ranks_and_micro_batches'),
-        ('weights without the random shift', '/ 2**64', '* 0.', 'test_weighted_epochs_are_systematic'),
+        ('weights without the random shift', '"comb", epoch)[0] / 2**64', '"comb", epoch)[0] * 0.', 'test_weighted_epochs_are_systematic'),
     ],
     ('sdcourse/train/optim.py', 'tests/test_optim.py'): [
         ('the schedule ends one step late', 'max(1, cfg.max_steps - 1 - cfg.warmup_steps)', 'max(1, cfg.max_steps - cfg.warmup_steps)', 'test_lr_ends_at_the_configured_value_in_the_last_step'),
@@ -769,11 +769,12 @@ PLANTED = {
         ('variety: of a picture with itself', 'torch.triu_indices(n, n, 1)', 'torch.triu_indices(n, n, 0)', 'test_variety_compares_each_pair_once'),
     ],
     ('sdcourse/tiny.py', 'tests/test_tiny.py'): [
+        ('tiny: the second preset begins anew', '*(["--model", f"{done[-1]}/export"] if done else [])', '*(["--model", "new"] if done else [])', 'test_a_model_of_two_presets_goes_on_from_the_first'),
         ('tiny: hashes are not compared', 'if sha256(place/file) != said:', 'if not sha256(place/file):', 'test_a_file_that_is_not_as_listed_is_refused'),
         ('tiny: a file too many is no matter', 'sorted(there ^ listed.keys())', 'sorted(listed.keys() - there)', 'test_a_file_that_is_not_as_listed_is_refused'),
         ('tiny: infinite weights are stored', 'if not v.isfinite().all(): raise UserError(f"{path}: {k}', 'if False: raise UserError(f"{path}: {k}', 'test_what_does_not_fit_float16_is_refused'),
         ('tiny: weights are stored in float32', 'v.half() if v.is_floating_point() else v', 'v', 'test_a_build_that_was_stopped_ends_the_same_in_float16'),
-        ('tiny: a stopped build is stored', 'if not (Path(out)/"export").is_dir(): return 0', 'if not Path(out).is_dir(): return 0', 'test_a_build_that_was_stopped_ends_the_same_in_float16'),
+        ('tiny: a stopped build is stored', 'if not (Path(place)/"export").is_dir(): return 0', 'if not Path(out).is_dir(): return 0', 'test_a_build_that_was_stopped_ends_the_same_in_float16'),
         ('tiny: size before the model card', 'bytes=size, files', 'bytes=size - 1, files', 'test_a_build_that_was_stopped_ends_the_same_in_float16'),
     ],
     ('sdcourse/evaluation/nets.py', 'tests/test_tiny.py'): [
@@ -863,14 +864,35 @@ PLANTED = {
         ('sd15: the layout of the VAE chooses the kernels', '.contiguous(memory_format=torch.channels_last if c.channels_last else torch.contiguous_format)', '', 'test_caches_give_the_weights_of_online_training'),
         ('sd15: pictures without captions pass', 'if not out[name]:', 'if False:', 'test_pictures_without_captions_are_refused'),
         ('sd15: samples forget their prediction', 'text_encoder=text if module.text is None else module.text, tokenizer=tokenizer, unet=module.unet', 'text_encoder=text, tokenizer=tokenizer, unet=diffusers.UNet2DConditionModel.from_pretrained(self.home/"unet")', 'test_export_draws_in_plain_diffusers_what_the_task_draws'),
+        ('sd15: DREAM changes the input only', 'x, target = dream(', 'x, _ = dream(', 'test_dream_is_that_of_diffusers'),
+        ('sd15: no perturbation', 'c.input_perturbation) if c.input_perturbation else eps', 'c.input_perturbation) if False else eps', 'test_perturbation_is_in_the_input_and_offset_in_both'),
+        ('sd15: no offset', 'if c.noise_offset: eps = offset_noise(', 'if c.noise_offset: offset_noise(', 'test_perturbation_is_in_the_input_and_offset_in_both'),
+        ('sd15: all steps alike', 'self.register_buffer("often", config.often(len(abar)),', 'self.register_buffer("often", torch.ones(len(abar)).double(),', 'test_biased_timesteps_have_their_share'),
+        ('sd15: debiased is plain', 'if c.debiased else torch.ones_like(s)', 'if False else torch.ones_like(s)', 'test_debiased_weight'),
+        ('sd15: the end is no pure noise', 'return zero_terminal_snr(abar) if cfg.zero_terminal_snr else abar,', 'return abar,', 'test_zero_terminal_snr_stays_finite_and_reaches_the_sampler'),
+        ('sd15: the sampler begins before the end', 'timestep_spacing="trailing"', 'timestep_spacing="leading"', 'test_zero_terminal_snr_stays_finite_and_reaches_the_sampler'),
+        ('sd15: the rate is multiplied again', 'self.lr, self.scale_lr = self.lr * self.batch_size, False', 'self.lr, self.scale_lr = self.lr * self.batch_size, True', 'test_lr_grows_with_the_batch'),
+        ('sd15: complete captions are all of them', '"complete": (3,)', '"complete": (3, 2)', 'test_complete_captions_say_everything'),
+        ('sd15: adapters of the text encoder are forgotten', 'save_lora(folder, unet=module.unet, text=module.text)', 'save_lora(folder, unet=module.unet, text=None)', 'test_lora_of_both_networks_comes_out_as_it_was_trained'),
     ],
     ('sdcourse/models/sd.py', 'tests/test_sd15.py'): [
         ('sd15: prompts of any text encoder', 'if known.get("weights") != weights_id(home/"text_encoder"):', 'if False:', 'test_prompts_of_another_text_encoder_are_refused'),
+        ('sd: a file with holes passes', 'if lacking := [f"{k}.{n}" for k, m in parts.items() for n, p in m.named_parameters() if p.is_meta]:', 'if lacking := []:', 'test_one_file_is_taken_apart_and_trains_alike'),
     ],
     ('sdcourse/lora.py', 'tests/test_lora.py'): [
         ('lora: alpha is the rank', 'lora_alpha=alpha or rank', 'lora_alpha=rank', 'test_kohya_names'),
         ('lora: kohya has the rank for alpha', 'kohya(t, c.lora_alpha, prefix=prefix)', 'kohya(t, c.r, prefix=prefix)', 'test_a_file_is_the_same_function'),
         ('lora: the diffusers file does not know alpha', ' | {f"{k}_lora_adapter_metadata": c.to_dict() for k, (_, c, _) in found.items()}', '', 'test_a_file_is_the_same_function'),
         ('lora: adapters begin with an effect', 'init_lora_weights="gaussian"', 'init_lora_weights=False', 'test_it_begins_as_the_model_and_only_adapters_learn'),
+    ],
+    ('sdcourse/data/buckets.py', 'tests/test_buckets.py'): [
+        ('buckets: small pictures are enlarged', '<= upscale + 1e-9]', '<= upscale + 99]', 'test_the_bucket_is_the_nearest_that_does_not_enlarge'),
+        ('buckets: a picture on its side counts as stored', 'return im.size[::-1] if turned else im.size', 'return im.size', 'test_every_batch_is_of_one_bucket_and_no_item_is_lost'),
+        ('buckets: too small ones are put somewhere', 'if small := np.flatnonzero(self.groups < 0).tolist():', 'if small := []:', 'test_too_small_is_said'),
+        ('buckets: the crop is always in the corner', 'for p, n, b in zip(place, now, size))', 'for p, n, b in zip((0, 0), now, size))', 'test_a_crop_is_a_part_of_the_picture'),
+    ],
+    ('sdcourse/train/order.py', 'tests/test_buckets.py'): [
+        ('buckets: each cycle begins with the same items', 'first = (cycle * len(self.members[b]) + int(self.before[at]))', 'first = (cycle * 0 + int(self.before[at]) // 2)', 'test_every_batch_is_of_one_bucket_and_no_item_is_lost'),
+        ('buckets: turns are not spread', 'turns = np.argsort(due, kind="stable")', 'turns = np.arange(len(due))', 'test_every_batch_is_of_one_bucket_and_no_item_is_lost'),
     ],
 }

@@ -99,3 +99,13 @@ def test_kohya_names(tmp_path, home):
 
 def test_a_layer_that_is_not_there(home):
     with pytest.raises(UserError, match="--lora-modules to_qq: no layer of UNet2DConditionModel"): lora.add_lora(plain(home).unet, rank=2, modules=("to_qq",))
+
+
+def test_the_published_size():
+    "Stable Diffusion 1.5's UNet and its adapters, without memory."
+    from diffusers import UNet2DConditionModel
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
+        assert sum(p.numel() for p in unet.parameters()) == 859_520_964
+        lora.add_lora(unet, rank=4)
+    assert lora.lora_size(unet) == sum(p.numel() for p in unet.parameters() if p.requires_grad) == 797_184

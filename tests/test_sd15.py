@@ -1,5 +1,7 @@
 """Lesson 03: the tiny Stable Diffusion, its autoencoder, and the trainer."""
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +169,81 @@ def test_every_step_is_trained_and_captions_are_dropped_at_their_rate():
     assert abs(share - 0.1) < 3 * (0.09 / 10240) ** 0.5
 
 
+def losses(batch=16, **over):
+    "(loss, network input, timesteps, draws, the clean latents) of one forward pass."
+    module, abar = denoiser(cond_drop=0., **over)
+    b, draws = batch_of(batch), Draws(0, 3, range(batch))
+    loss, _ = module(b, draws)
+    z = (b["mean"][:, 0] + 0.1 * draws.normal("posterior", (4, 4, 4)) - 0.1) * 2.
+    return loss.detach(), module.unet.seen[0], module.unet.seen[1], draws, z, abar
+
+
+def test_dream_is_that_of_diffusers():
+    from diffusers import DDPMScheduler
+    from diffusers.training_utils import compute_dream_and_update_latents
+    loss, seen, t, draws, z, _ = losses(dream=True, dream_detail_preservation=2.)
+    scheduler, eps = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"), draws.normal("noise", (4, 4, 4))
+    class Net(torch.nn.Module):
+        def forward(self, x, t, c): return type("O", (), dict(sample=0.5 * x))
+    x, target = compute_dream_and_update_latents(Net(), scheduler, t, eps, scheduler.add_noise(z, eps, t), eps, None, 2.)
+    torch.testing.assert_close(seen, x, atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(loss, (0.5 * x - target).square().mean((1, 2, 3)), atol=2e-5, rtol=1e-4)
+
+
+def test_perturbation_is_in_the_input_and_offset_in_both():
+    plain, (loss, seen, t, draws, z, abar) = losses(), losses(input_perturbation=0.5)
+    alpha, sigma = abar[t].float().sqrt().view(-1, 1, 1, 1), (1 - abar[t]).float().sqrt().view(-1, 1, 1, 1)
+    eps, more = draws.normal("noise", (4, 4, 4)), draws.normal("perturbation", (4, 4, 4))
+    torch.testing.assert_close(seen, plain[1] + 0.5 * sigma * more, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss, (0.5 * seen - eps).square().mean((1, 2, 3)), atol=1e-5, rtol=1e-4)
+    loss, seen, *_ = losses(noise_offset=0.3)
+    moved = eps + 0.3 * draws.normal("offset", (4,)).view(16, 4, 1, 1)
+    torch.testing.assert_close(seen, alpha * z + sigma * moved, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loss, (0.5 * seen - moved).square().mean((1, 2, 3)), atol=1e-5, rtol=1e-4)
+
+
+def test_biased_timesteps_have_their_share():
+    t = losses(4096, timestep_bias="later", timestep_bias_multiplier=3., timestep_bias_portion=0.25)[2]
+    assert abs((t >= 750).double().mean().item() - 0.5) < 3 * (0.25 / 4096) ** 0.5
+    t = losses(4096, timestep_bias="range", timestep_bias_multiplier=0., timestep_bias_begin=100, timestep_bias_end=900)[2]
+    assert ((t < 100) | (t >= 900)).all()
+
+
+def test_debiased_weight():
+    (a, _, t, _, _, abar), (b, *_) = losses(), losses(debiased=True)
+    torch.testing.assert_close(b / a, ((1 - abar[t]) / abar[t]).clamp(1e-3, 1e3).sqrt().float(), atol=1e-3, rtol=1e-3)
+
+
+def test_zero_terminal_snr_stays_finite_and_reaches_the_sampler(model):
+    task = sd15.Task(config("", model=str(model), zero_terminal_snr=True, prediction="v"))
+    assert task.noise[0][-1] == 0
+    module = task.build().eval()
+    b = {k: v for k, v in batch_of(64).items() if k != "text_encoder.hidden"} | {"text_encoder.hidden": torch.randn(64, 32, 128)}
+    b |= {k: torch.nn.functional.pad(b[k], (0, 4, 0, 4), value=0.1) for k in ("mean", "std")}
+    module.often = torch.nn.functional.one_hot(torch.tensor(999), 1000).double()
+    loss, t = module(b, Draws(0, 0, range(64)))
+    assert loss.isfinite().all() and (t == 0.999).all()
+    pipe = task.pipeline(module)
+    assert pipe.scheduler.config.rescale_betas_zero_snr and pipe.scheduler.alphas_cumprod[-1] < 1e-7
+    pipe.scheduler.set_timesteps(5)
+    assert pipe.scheduler.timesteps[0] == 999 and task.images(module, ["a red ring"], [0]).isfinite().all()
+
+
+def test_lr_grows_with_the_batch():
+    cfg = config("", scale_lr=True, lr=1e-4, batch_size=8)
+    assert cfg.lr == pytest.approx(8e-4) and resolve(sd15.Config, overrides={k: v for k, v in cfg.__dict__.items()}).lr == cfg.lr # once
+
+
+def test_complete_captions_say_everything(model):
+    from sdcourse.data.scenes import captions, facts
+    data = sd15.Task(config("", model=str(model), scene_captions="complete")).dataset("train")
+    found = data.__getitems__([(i, 7 * i) for i in range(20)])
+    known = facts(data.ids[:20])
+    assert found["text"] == [captions(known, i)[3] for i in range(20)]
+    mixed = sd15.Task(config("", model=str(model))).dataset("train").__getitems__([(i, 7 * i) for i in range(20)])
+    assert {captions(known, i).index(t) for i, t in enumerate(mixed["text"])} == set(range(5))
+
+
 # ---- training
 
 def test_caches_give_the_weights_of_online_training(tmp_path, scenes, model):
@@ -176,6 +253,23 @@ def test_caches_give_the_weights_of_online_training(tmp_path, scenes, model):
     train(sd15.Task(config(tmp_path / "cached", **common, latents=str(scenes / "latents"), prompts=str(scenes / "prompts"))))
     a, b = weights(tmp_path / "online"), weights(tmp_path / "cached")
     assert max((a[k] - b[k]).abs().max().item() for k in a) == 0
+
+
+def test_micro_batches_and_ranks_change_nothing(tmp_path, scenes, model):
+    "O1, O2, D1: 8, 3 + 3 + 2, and two processes under torchrun see the same pairs and reach the same weights."
+    common = dict(model=str(model), data=str(scenes / "data"), latents=str(scenes / "latents"), prompts=str(scenes / "prompts"), precision="fp64", batch_size=8, max_steps=10)
+    for name, micro in (("whole", 8), ("parts", 3)): train(sd15.Task(config(tmp_path / name, **common, micro_batch=micro)))
+    options = {k: v for k, v in config(tmp_path / "ranks", **common, micro_batch=4).__dict__.items() if k in {*common, "out", "image_size", "encode_batch", "lr", "ema_decay", "checkpoint_every", "num_samples", "num_inference_steps", "micro_batch"}}
+    words = [w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", str(v))]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "sdcourse.train", "sd15", "--preset", "tiny", *words, "--no-flip", "--threads", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
+    assert done.returncode == 0, done.stderr[-3000:]
+    want = weights(tmp_path / "whole")
+    for name in ("parts", "ranks"):
+        got = weights(tmp_path / name)
+        assert got.keys() == want.keys() and max((got[k] - want[k]).abs().max().item() for k in want) <= 1e-9
+    rows = [[json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("whole", "ranks")]
+    assert [r["loss"] for r in rows[0] if "loss" in r] == pytest.approx([r["loss"] for r in rows[1] if "loss" in r], rel=1e-9)
 
 
 def test_resumed_is_uninterrupted(tmp_path, model):
@@ -221,6 +315,40 @@ def test_only_what_is_asked_trains(model):
     assert not torch.equal(fresh.unet.state_dict()[first], module.unet.state_dict()[first])
 
 
+def test_lora_of_both_networks_comes_out_as_it_was_trained(tmp_path, model):
+    pytest.importorskip("peft")
+    from diffusers import StableDiffusionPipeline
+    from sdcourse.evaluation.generate import GenerateOptions, open_pipeline
+    from sdcourse.lora import FILES
+    from sdcourse.models.dit import image_generators
+    common = dict(model=str(model), lora_rank=2, lora_alpha=8., lora_text=True, lr=1e-2, checkpoint_every=2)
+    train(sd15.Task(config(tmp_path / "run", **common)))
+    saved = weights(tmp_path / "run")
+    assert saved and all(".lora_" in k for k in saved) and {k.split(".")[0] for k in saved} == {"unet", "text"}
+    ours, _ = open_pipeline(tmp_path / "run", GenerateOptions(), "cpu") # of the checkpoint
+    draw = lambda pipe: pipe(["a red ring", "a moon"], generator=image_generators([0, 1]), guidance_scale=2., num_inference_steps=2, output_type="pt").images
+    for file in FILES:
+        plain = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+        before = draw(plain)
+        plain.load_lora_weights(str(tmp_path / "run" / "export"), weight_name=file)
+        assert (draw(plain) - draw(ours)).abs().max() < 1e-5 < (draw(plain) - before).abs().max()
+
+
+def test_eight_scenes_are_learned_by_heart(model):
+    "O13: a tenth of the first loss within 300 steps."
+    task = sd15.Task(config("", model=str(model), lr=2e-3, train_text=True, cond_drop=0.))
+    torch.manual_seed(0)
+    module = task.build().train()
+    batch = task.encode(task.dataset("train").__getitems__([(i, i) for i in range(8)]), Draws(0, 0, range(8)))
+    optimizer, seen = torch.optim.AdamW(module.parameters(), lr=2e-3), []
+    for step in range(300):
+        loss = module(batch, Draws(0, step, range(8)))[0].mean()
+        optimizer.zero_grad(); loss.backward(); optimizer.step()
+        seen.append(loss.item())
+        if step > 60 and np.mean(seen[-20:]) < 0.08 * np.mean(seen[:3]): break
+    assert np.mean(seen[-20:]) < 0.1 * np.mean(seen[:3]), seen[::20]
+
+
 # ---- bad input
 
 @pytest.mark.parametrize("over, words", [
@@ -229,6 +357,12 @@ def test_only_what_is_asked_trains(model):
     (dict(image_size=34), "no multiple of 8"),
     (dict(cond_drop=1.), "probability below 1"),
     (dict(min_snr_gamma=-1.), "0 or more"),
+    (dict(min_snr_gamma=5., debiased=True), "two weights"),
+    (dict(zero_terminal_snr=True), "give --prediction v"),
+    (dict(dream=True, prediction="v"), "prediction eps"),
+    (dict(lora_rank=2, train_text=True), "beside frozen weights"),
+    (dict(lora_text=True), "need --lora-rank"),
+    (dict(timestep_bias="range", timestep_bias_begin=900, timestep_bias_end=100), "must lie within"),
     (dict(data="scenes", flip=True), "left and right"),
     (dict(latents="/nowhere/latents"), "sdcourse cache latents .* --size 32"),
     (dict(prompts="/nowhere/prompts"), "sdcourse cache prompts"),
@@ -245,6 +379,22 @@ def test_pictures_without_captions_are_refused(tmp_path, model):
         (tmp_path / "d" / split).mkdir(parents=True)
         Image.new("RGB", (32, 32)).save(tmp_path / "d" / split / "a.png")
     with pytest.raises(UserError, match="a has no caption"): sd15.Task(config("", model=str(model), data=str(tmp_path / "d"))).check()
+
+
+def test_one_file_is_taken_apart_and_trains_alike(tmp_path, model):
+    from diffusers import StableDiffusionPipeline
+    from ldm import save_original
+    from safetensors.torch import load_file, save_file
+    path = str(save_original(StableDiffusionPipeline.from_pretrained(model, safety_checker=None), tmp_path / "one.safetensors"))
+    a, b = (sd15.Task(config("", model=m, model_config=c)) for m, c in ((path, str(model)), (str(model), "")))
+    a.check()
+    assert same(a.build().state_dict(), b.build().state_dict()) and a.vae == b.vae
+    with pytest.raises(UserError, match="give --model-config"): sd15.Task(config("", model=path)).check()
+    with pytest.raises(UserError, match="no such file"): sd15.Task(config("", model=str(tmp_path / "x.safetensors"), model_config=str(model))).check()
+    t = load_file(path)
+    for gone in ("model.diffusion_model.out.2.weight", "first_stage_model.decoder.conv_out.bias", "cond_stage_model.transformer.text_model.final_layer_norm.weight"):
+        save_file({k: v for k, v in t.items() if k != gone}, tmp_path / "less.safetensors")
+        with pytest.raises(UserError, match="less.safetensors"): sd15.Task(config("", model=str(tmp_path / "less.safetensors"), model_config=str(model))).check()
 
 
 def test_prompts_of_another_text_encoder_are_refused(tmp_path, scenes):

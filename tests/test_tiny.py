@@ -197,6 +197,19 @@ def test_a_build_that_was_stopped_ends_the_same_in_float16(tmp_path, monkeypatch
     assert said["bytes"] == sum(p.stat().st_size for p in (tmp_path / "weights/tiny-digits").iterdir())
 
 
+def test_a_model_of_two_presets_goes_on_from_the_first(root, tmp_path, monkeypatch):
+    "Through the command; the second training begins with what the first one exported."
+    monkeypatch.setattr(tiny, "home", lambda: root)
+    drawn = lambda draw, n: {"finite": dict(value=float(draw(["a red ring"], [0]).isfinite().all()), n=1)}
+    monkeypatch.setattr("sdcourse.evaluation.asked.asked", drawn)
+    words = "--max-steps 2 --batch-size 4 --validate-every 0 --num-samples 0 --num-inference-steps 2 --threads 1 --device cpu --lr 1e-30".split()
+    assert tiny.build("tiny-sd15", [*words, "--out", str(tmp_path / "run")]) == 0
+    first, last = (tmp_path / n / "export/unet/diffusion_pytorch_model.safetensors" for n in ("run-places", "run"))
+    assert first.read_bytes() == last.read_bytes() # nothing is learned at such a rate
+    said = json.loads((root / "manifest.json").read_text())["tiny-sd15"]
+    assert said["steps"] == 4 and said["metrics"]["finite"]["value"] == 1 and "# Stable Diffusion" in (root / "tiny-sd15/README.md").read_text()
+
+
 def test_wrong_words_are_one_line():
     for words, text in ((["bild"], "did you mean 'build'"), (["build", "tiny-digts"], "did you mean 'tiny-digits'"), (["build"], "give one of")):
         with pytest.raises(UserError, match=text): tiny.main(words)

@@ -53,10 +53,12 @@ def weights_id(
 
 # %% ../../nbs/data/encoders.ipynb #6a353468
 def local_folder(
-    where, # a folder, or owner/name of a model in the local hub cache
+    where, # a folder, a shipped model such as tiny-sd15, or owner/name of a model in the local hub cache
 ) -> Path: # a folder that exists
     "Where a model lies; the network is never asked."
+    import sdcourse.tiny as tiny
     if Path(where).is_dir(): return Path(where)
+    if str(where) in tiny.MODELS: return tiny.folder(str(where))
     if not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", str(where)): raise UserError(f"{where}: no such folder")
     from huggingface_hub import snapshot_download
     try: return Path(snapshot_download(str(where), local_files_only=True))

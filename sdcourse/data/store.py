@@ -203,6 +203,7 @@ class Joined:
         seed: int = 0, # of the run
     ):
         self.first, self.others, self.prompts, self.texts, self.seed, self.ids = first, others, prompts, texts, seed, first.ids
+        self.groups = getattr(first, "groups", None) # aspect buckets
         self._at = [_matched(c, self.ids, f"the first data set has {len(first)} items") for c in others]
         if prompts is not None: _matched(prompts, [t for k in np.asarray(self.ids).tolist() for t in texts[k]], "these captions are asked for")
 

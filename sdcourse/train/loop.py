@@ -23,7 +23,7 @@ from ..dist import Ranks, job
 from .checkpoint import checkpoint_bytes, latest_checkpoint, load_checkpoint, save_checkpoint
 from .meter import Meter
 from .optim import EMA, build_optimizer, check_master_weights, clip_gradients, guarded_step, lr_at, resolve_precision
-from .order import Draws, Order, Plan, key, micro_rows, rank_rows
+from .order import Draws, Plan, key, micro_rows, order_of, rank_rows
 from .preflight import peak_memory, preflight
 from .record import Recorder, Result, finish, last_row, picture_path, prepare_folder
 from .stop import STOP_FILE
@@ -95,7 +95,7 @@ class Run:
             self.module, device_ids=[self.device] if self.device.type == "cuda" else None, gradient_as_bucket_view=True)
         self.data = task.dataset("train")
         self.micros = tuple(micro_rows(rank_rows(cfg.batch_size, ranks.rank, ranks.world), cfg.micro_batch))
-        self.order = Order(len(self.data), cfg.seed, getattr(self.data, "weights", None))
+        self.order = order_of(self.data, cfg.batch_size, cfg.seed)
         self.batches = iter(self.loader(self.data, Plan(self.order, cfg.batch_size, self.micros, self.step, cfg.max_steps, getattr(self.data, "by_position", False))))
 
     @property

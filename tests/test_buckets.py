@@ -1,0 +1,109 @@
+"""D11: every batch has one shape, no item is lost, nothing is enlarged beyond the limit."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from sdcourse.core import UserError
+from sdcourse.data.buckets import Bucketed, bucket_of, bucket_sizes, fitted
+from sdcourse.dataset import pictures
+from sdcourse.train.order import BucketOrder, Order, Plan, micro_rows, order_of, rank_rows
+
+SHAPES = [(64, 64), (96, 64), (128, 64), (64, 100), (70, 140), (64, 64), (200, 100), (65, 64), (100, 70), (64, 128), (90, 90)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    "Eleven pictures of many shapes, with captions."
+    home = tmp_path_factory.mktemp("d") / "data"
+    (home / "train").mkdir(parents=True)
+    rows = []
+    for i, size in enumerate(SHAPES):
+        image = Image.fromarray(np.random.default_rng(i).integers(0, 256, (*size[::-1], 3)).astype(np.uint8))
+        exif = Image.Exif()
+        if i == 4: exif[0x0112], image = 6, image.transpose(Image.Transpose.ROTATE_90) # stored lying on its side
+        image.save(home / f"train/{i:02}.jpg", quality=95, exif=exif)
+        rows.append(json.dumps(dict(file_name=f"{i:02}.jpg", text=f"picture {i}")))
+    (home / "train/metadata.jsonl").write_text("\n".join(rows) + "\n")
+    return home
+
+
+def test_sizes_have_the_area_and_the_ratio():
+    for side, step, ratio in ((512, 64, 2.), (64, 16, 2.5), (1024, 64, 3.)):
+        sizes = bucket_sizes(side, step=step, ratio=ratio)
+        assert (side, side) in sizes and len(set(sizes)) == len(sizes) > 2
+        for w, h in sizes: assert w % step == h % step == 0 and w * h <= side * side and max(w, h) <= ratio * min(w, h) and (h, w) in sizes
+        assert min(w * h for w, h in sizes) > 0.75 * side * side
+
+
+def test_the_bucket_is_the_nearest_that_does_not_enlarge():
+    sizes = bucket_sizes(64, step=16)
+    for w, h in [(int(a), int(b)) for a, b in np.random.default_rng(0).integers(30, 300, (400, 2))]:
+        for limit in (1., 1.5):
+            k = bucket_of((w, h), sizes, upscale=limit)
+            ok = [j for j, (a, b) in enumerate(sizes) if max(a / w, b / h) <= limit]
+            if not ok: assert k == -1
+            else: assert k in ok and abs(np.log(w / h * sizes[k][1] / sizes[k][0])) <= min(abs(np.log(w / h * sizes[j][1] / sizes[j][0])) for j in ok) + 1e-12
+
+
+def test_every_batch_is_of_one_bucket_and_no_item_is_lost(data):
+    found = Bucketed(pictures(data), bucket_sizes(64, step=16, ratio=4.))
+    assert len(set(found.groups.tolist())) >= 3 and found.sizes[found.groups[4]] == found.sizes[found.groups[9]] # the turned one is upright
+    order, n, batch = order_of(found, 4, seed=3), len(found), 4
+    assert isinstance(order, BucketOrder)
+    for cycle in range(2):
+        seen = [order.items(s * batch, s * batch + batch) for s in range(cycle * n, cycle * n + n)]
+        assert all(len(set(found.groups[i].tolist())) == 1 for i in seen)
+        assert np.bincount(np.concatenate(seen), minlength=n).tolist() == [batch] * n
+    early = np.bincount(found.groups[np.concatenate([order.items(s * batch, s * batch + batch) for s in range(n // 2 + 1)])], minlength=len(found.sizes))
+    share = np.bincount(found.groups, minlength=len(found.sizes)) / n * batch * (n // 2 + 1)
+    assert (np.abs(early - share) <= batch).all() # never more than one batch ahead or behind
+
+
+def test_ranks_and_micro_batches_share_a_batch():
+    order = BucketOrder([0] * 5 + [1] * 4, 6, seed=0)
+    def all_of(world, micro, start=0):
+        plans = [list(Plan(order, 6, tuple(micro_rows(rank_rows(6, r, world), micro)), start, 20, positions=True)) for r in range(world)]
+        per = len(plans[0]) // (20 - start)
+        return [[x for p in plans for m in p[s * per:(s + 1) * per] for x in m] for s in range(20 - start)]
+    assert all_of(1, 0) == all_of(2, 0) == all_of(3, 1) and all_of(1, 0)[7:] == all_of(2, 0, start=7)
+    assert isinstance(order_of(range(5), 2, 0), Order)
+    with pytest.raises(ValueError, match="two steps"): order.items(4, 8)
+
+
+def test_pictures_have_the_shape_of_their_bucket(data):
+    found = Bucketed(pictures(data), bucket_sizes(64, step=16, ratio=4.), crop="random", seed=1)
+    for g in set(found.groups.tolist()):
+        rows = np.flatnonzero(found.groups == g).tolist()
+        batch = found.__getitems__([(i, 7 + i) for i in rows])
+        w, h = found.sizes[g]
+        assert batch["image"].shape == (len(rows), 3, h, w) and batch["id"] == [found.ids[i] for i in rows]
+    wide = next(i for i, s in enumerate(SHAPES) if s == (100, 70))
+    a, b, *more = (found.__getitems__([(wide, p)])["image"] for p in (0, 0, *range(1, 9)))
+    assert torch.equal(a, b) and not all(torch.equal(a, c) for c in more)
+
+
+def test_a_crop_is_a_part_of_the_picture():
+    x = np.random.default_rng(0).integers(0, 256, (64, 96, 3)).astype(np.uint8)
+    got = fitted(Image.fromarray(x), (80, 64), (0.5, 0.))
+    assert np.array_equal(got.permute(1, 2, 0).numpy(), x[:, 8:88])
+
+
+def test_too_small_is_said(data):
+    with pytest.raises(UserError, match="00 and 10 more pictures: 64 x 64 pixels are too small for every bucket"): Bucketed(pictures(data), bucket_sizes(256))
+    assert len(Bucketed(pictures(data), bucket_sizes(128, step=32), upscale=3.)) == 11
+
+
+def test_it_trains(tmp_path, data):
+    from sdcourse.config import resolve
+    from sdcourse.models import tiny_sd
+    from sdcourse.train import sd15
+    from sdcourse.train.loop import train
+    model = tiny_sd.make_pipeline(tmp_path / "sd")
+    over = dict(model=str(model), data=str(data), image_size=64, buckets=True, bucket_step=16, crop="random", max_steps=6, batch_size=4, micro_batch=3, encode_batch=4, checkpoint_every=0, num_samples=0, num_inference_steps=2, validation_prompts=("x",))
+    task = sd15.Task(resolve(sd15.Config, preset="tiny", overrides=over | dict(out=str(tmp_path / "run"))))
+    assert train(task).step == 6
+    with pytest.raises(UserError, match="no multiple of 8"): sd15.Task(resolve(sd15.Config, overrides=over | dict(bucket_step=4))).check()
+    with pytest.raises(UserError, match="many shapes"): sd15.Task(resolve(sd15.Config, overrides=over | dict(latents="x"))).check()
