@@ -112,6 +112,21 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path, model):
     with pytest.raises(UserError, match="not empty"): tiny_sd.make_pipeline(tmp_path / "a")
 
 
+def test_the_shipped_model_draws_what_is_asked():
+    "Through plain diffusers, from the float16 files; each fact in nine of ten objects, pairs of shape and colour that were never trained included."
+    from diffusers import StableDiffusionPipeline
+    from sdcourse.core import read_json
+    from sdcourse.evaluation.asked import asked
+    from sdcourse.models.dit import image_generators
+    pipe = StableDiffusionPipeline.from_pretrained(tiny.folder("tiny-sd15"))
+    pipe.set_progress_bar_config(disable=True)
+    assert {p.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters()} == {torch.float32} and pipe.scheduler.config.prediction_type == "epsilon"
+    def draw(texts, seeds): return pipe(list(texts), generator=image_generators(list(seeds)), guidance_scale=2., num_inference_steps=12, output_type="pt").images * 2 - 1
+    found = asked(draw, 30)
+    assert len(found) == 12 and all(n["value"] >= 0.9 for n in found.values()), found
+    assert all(n["low"] >= 0.9 and n["n"] >= 200 for n in read_json(tiny.home() / "manifest.json")["tiny-sd15"]["metrics"].values())
+
+
 # ---- the loss
 
 def denoiser(**over):
@@ -407,3 +422,25 @@ def test_a_pipeline_with_a_part_missing(tmp_path, model):
     shutil.copytree(model, tmp_path / "sd")
     shutil.rmtree(tmp_path / "sd" / "vae")
     with pytest.raises(UserError, match="has no vae/"): sd15.Task(config("", model=str(tmp_path / "sd"))).check()
+
+
+def test_the_smoke_run_in_a_fresh_process(tmp_path):
+    "U2: a picture, metrics, a checkpoint, a card, a pipeline; the shipped model is where it begins."
+    done = subprocess.run([sys.executable, "-m", "sdcourse.train", "sd15", "--preset", "tiny", "--max-steps", "30", "--out", str(tmp_path / "run")], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-3000:]
+    run = tmp_path / "run"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["step"] == 30 and next((run / "samples").glob("*.png")) and (run / "checkpoints/step-00000030").is_dir()
+    assert "StableDiffusionPipeline" in (run / "README.md").read_text() and (run / "export/unet/diffusion_pytorch_model.safetensors").is_file()
+    first = [r["loss"] for r in rows if "loss" in r][0]
+    assert first < 0.2 # an untrained one begins at 1
+
+
+@pytest.mark.parametrize("preset", ["full", "onepiece", "8gb", "24gb"])
+def test_absent_weights_are_said_before_anything_is_imported(tmp_path, preset):
+    "U5: one line with the remedy, and diffusers was not needed to say it."
+    code = "import sys\nfrom sdcourse.train.__main__ import main\ncode = main(sys.argv[1:])\nassert 'diffusers' not in sys.modules and 'transformers' not in sys.modules\nsys.exit(code)"
+    done = subprocess.run([sys.executable, "-c", code, "sd15", "--preset", preset, "--out", str(tmp_path / "run")], capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    said = done.stderr.strip().splitlines()
+    assert done.returncode == 2 and len(said) == 1 and ("stable-diffusion-v1-" in said[0]) and "Traceback" not in said[0], done.stderr
+    assert not (tmp_path / "run").exists()

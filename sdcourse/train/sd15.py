@@ -83,7 +83,7 @@ class Config(TrainConfig):
     validation_prompts: Free[tuple[str, ...]] = () # captions of the sample pictures; empty: the first held-out ones
     num_samples: Free[int] = 200 # pictures for the numbers of a validation on scenes; 0: none
     presets: ClassVar[dict] = dict(
-        tiny=dict(model="tiny-sd15", **SCENES, max_steps=300, batch_size=32, lr=3e-4, ema_decay=0.99, log_every=20, checkpoint_every=100, encode_batch=64, num_samples=0),
+        tiny=dict(model="tiny-sd15", **SCENES, max_steps=120, batch_size=32, lr=5e-4, ema_decay=0.99, log_every=10, checkpoint_every=60, encode_batch=64, num_samples=0),
         places=dict(model="new", **SCENES, **NEW, max_steps=1200, ema_decay=0., scene_captions="complete", timestep_bias="range", timestep_bias_begin=700, timestep_bias_multiplier=1e6, num_samples=0),
         scenes=dict(model="runs/tiny-sd15-places/export", **SCENES, **NEW, max_steps=6500, lr_schedule="cosine", ema_decay=0.999, validate_every=2000, num_samples=100),
         full=dict(model="stable-diffusion-v1-5/stable-diffusion-v1-5", data="data/unsplash", latents="data/unsplash-latents", prompts="data/unsplash-prompts", max_steps=15_000, batch_size=4, micro_batch=1, lr=1e-5,
