@@ -1,4 +1,4 @@
-"""Our Stable Diffusion trainer beside the loop that everybody starts from, in one run, in turn:   python tools/bench_sd15.py [--batch 16] [--steps 20] [--rounds 3]
+"""Our Stable Diffusion trainer beside the loop that everybody starts from, in one run, step by step in turn:   python tools/bench_sd15.py [--batch 16] [--steps 60]
 
 The other side is a plain re-statement of diffusers' text-to-image script: pictures decoded and tokenised in a torch DataLoader, VAE and text encoder in
 every step, torch's AdamW, the script's `EMAModel`, one `.item()` per step. Both train the same tiny pipeline on the same pictures in float32. The last
@@ -71,10 +71,10 @@ class Script:
         self.ema.step(self.unet.parameters())
 
 
-def ours(root, data, model, args, cached):
+def ours(root, data, model, args, cached, **more):
     "One of our trainings, ready to make steps."
     caches = dict(latents=str(root / "latents"), prompts=str(root / "prompts")) if cached else {}
-    cfg = resolve(sd15.Config, preset="tiny", overrides=dict(model=str(model), data=str(data), batch_size=args.batch, max_steps=100_000, flip=True, ema_decay=0.9999, weight_decay=1e-2, lr=1e-4, cond_drop=0., out=str(root / "run"), **caches))
+    cfg = resolve(sd15.Config, preset="tiny", overrides=dict(model=str(model), data=str(data), batch_size=args.batch, max_steps=100_000, flip=True, ema_decay=0.9999, weight_decay=1e-2, lr=1e-4, cond_drop=0., out=str(root / "run"), **caches, **more))
     task = sd15.Task(cfg)
     task.check()
     return loop.Run(task, Ranks())
@@ -106,24 +106,26 @@ def parts(run, steps):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=60)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         data, model = prepare(root)
-        script, cached, online = Script(data, model, args.batch), ours(root, data, model, args, True), ours(root, data, model, args, False)
-        sides = {"diffusers' loop": script.step, "ours, caches": lambda: loop.step(cached), "ours, online": lambda: loop.step(online)}
-        for f in sides.values(): f(), f()
-        for k in range(args.rounds):
-            took = {}
+        script, runs = Script(data, model, args.batch), {"caches": ours(root, data, model, args, True), "online": ours(root, data, model, args, False),
+            "caches, --channels-last --compile": ours(root, data, model, args, True, channels_last=True, compile=True)}
+        sides = {"diffusers' loop": script.step} | {f"ours, {name}": lambda run=run: loop.step(run) for name, run in runs.items()}
+        for f in sides.values(): f(), f(), f()
+        took = {name: [] for name in sides}
+        for _ in range(args.steps):
             for name, f in sides.items():
                 start = time.perf_counter()
-                for _ in range(args.steps): f()
-                took[name] = (time.perf_counter() - start) / args.steps
-            first = took["diffusers' loop"]
-            print(f"round {k + 1}: " + ", ".join(f"{name} {1000 * t:.0f} ms ({first / t:.2f})" for name, t in took.items()), flush=True)
-        for name, run in (("caches", cached), ("online", online)): print(f"{name}: " + ", ".join(f"{k} {1000 * t:.1f} ms" for k, t in parts(run, args.steps).items()))
+                f()
+                took[name].append(time.perf_counter() - start)
+        first = torch.tensor(took["diffusers' loop"])
+        for name, t in took.items():
+            ratio = first / torch.tensor(t)
+            print(f"{name}: median {1000 * torch.tensor(t).median():.0f} ms, {ratio.median():.2f} times as fast (quartiles {ratio.quantile(0.25):.2f}, {ratio.quantile(0.75):.2f})")
+        for name, run in runs.items(): print(f"{name}: " + ", ".join(f"{k} {1000 * t:.1f} ms" for k, t in parts(run, args.steps).items()))
 
 
 if __name__ == "__main__": main()
