@@ -121,7 +121,7 @@ def test_the_shipped_model_draws_what_is_asked():
     pipe = StableDiffusionPipeline.from_pretrained(tiny.folder("tiny-sd15"))
     pipe.set_progress_bar_config(disable=True)
     assert {p.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters()} == {torch.float32} and pipe.scheduler.config.prediction_type == "epsilon"
-    def draw(texts, seeds): return pipe(list(texts), generator=image_generators(list(seeds)), guidance_scale=2., num_inference_steps=12, output_type="pt").images * 2 - 1
+    def draw(texts, seeds): return pipe(list(texts), generator=image_generators(list(seeds)), guidance_scale=2., num_inference_steps=20, output_type="pt").images * 2 - 1
     found = asked(draw, 30)
     assert len(found) == 12 and all(n["value"] >= 0.9 for n in found.values()), found
     assert all(n["low"] >= 0.9 and n["n"] >= 200 for n in read_json(tiny.home() / "manifest.json")["tiny-sd15"]["metrics"].values())
@@ -274,7 +274,7 @@ def test_micro_batches_and_ranks_change_nothing(tmp_path, scenes, model):
     "O1, O2, D1: 8, 3 + 3 + 2, and two processes under torchrun see the same pairs and reach the same weights."
     common = dict(model=str(model), data=str(scenes / "data"), latents=str(scenes / "latents"), prompts=str(scenes / "prompts"), precision="fp64", batch_size=8, max_steps=10)
     for name, micro in (("whole", 8), ("parts", 3)): train(sd15.Task(config(tmp_path / name, **common, micro_batch=micro)))
-    options = {k: v for k, v in config(tmp_path / "ranks", **common, micro_batch=4).__dict__.items() if k in {*common, "out", "image_size", "encode_batch", "lr", "ema_decay", "checkpoint_every", "num_samples", "num_inference_steps", "micro_batch"}}
+    options = {k: v for k, v in config(tmp_path / "ranks", **common, micro_batch=4).__dict__.items() if k in {*common, "out", "image_size", "encode_batch", "lr", "ema_decay", "checkpoint_every", "num_samples", "num_inference_steps", "micro_batch", "log_every"}}
     words = [w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", str(v))]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "sdcourse.train", "sd15", "--preset", "tiny", *words, "--no-flip", "--threads", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=90)

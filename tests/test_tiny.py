@@ -205,7 +205,8 @@ def test_a_model_of_two_presets_goes_on_from_the_first(root, tmp_path, monkeypat
     words = "--max-steps 2 --batch-size 4 --validate-every 0 --num-samples 0 --num-inference-steps 2 --threads 1 --device cpu --lr 1e-30".split()
     assert tiny.build("tiny-sd15", [*words, "--out", str(tmp_path / "run")]) == 0
     first, last = (tmp_path / n / "export/unet/diffusion_pytorch_model.safetensors" for n in ("run-places", "run"))
-    assert first.read_bytes() == last.read_bytes() # nothing is learned at such a rate
+    a, b = load_file(first), load_file(last)
+    assert a.keys() == b.keys() and max((a[k] - b[k]).abs().max().item() for k in a) < 1e-6 # nothing is learned at such a rate
     said = json.loads((root / "manifest.json").read_text())["tiny-sd15"]
     assert said["steps"] == 4 and said["metrics"]["finite"]["value"] == 1 and "# Stable Diffusion" in (root / "tiny-sd15/README.md").read_text()
 
