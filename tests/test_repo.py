@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-import budgets, check, outputs, readme
+import budgets, check, lock, outputs, readme
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = outputs.notebooks()
@@ -386,3 +386,14 @@ def test_patches_fit_exactly_once():
     with pytest.raises(SyntaxError): mutants.patched("a = 1\n", "1", "(", "x.py")
     for _, file, old, new, _ in mutants.MUTANTS: mutants.patched((ROOT / file).read_text(encoding="utf-8"), old, new, file)
     assert len({m[0] for m in mutants.MUTANTS}) == len(mutants.MUTANTS)
+
+
+def test_every_pin_is_for_the_oldest_python():
+    "A pin that wants a newer patch of Python stops the whole installation there; pip says only that versions conflict."
+    pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    from importlib.metadata import PackageNotFoundError, version
+    def here(name):
+        try: return version(name).split("+")[0] == pins[name]
+        except PackageNotFoundError: return False
+    same = [n for n in pins if here(n)]
+    assert len(same) > 40 and lock.too_new(same) == []

@@ -8,8 +8,10 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 
 ROOT = Path(__file__).resolve().parent.parent
+OLDEST = "3.11.2" # of the Pythons that every pin must admit: Debian 12 has it
 HEAD = """\
 # The versions that the tests ran with (Python {python}). pip takes it as `-c constraints.txt`: it installs nothing by itself.
 # Written by tools/lock.py. No hashes and no index: a CPU or a CUDA build of torch has the same version number.
@@ -44,8 +46,15 @@ def closure(texts):
     return found
 
 
+def too_new(pins):
+    "Pinned packages, as installed here, that the oldest Python cannot have."
+    def admits(name): return OLDEST in SpecifierSet(distribution(name).metadata["Requires-Python"] or "")
+    return [n for n in pins if not admits(n)]
+
+
 if __name__ == "__main__":
     pins = closure(wanted())
+    if odd := too_new(pins): sys.exit(f"{', '.join(odd)}: not for Python {OLDEST}; install an older version, then lock again")
     text = HEAD.format(python="%d.%d" % sys.version_info[:2]) + "".join(f"{n}=={v}\n" for n, v in sorted(pins.items()))
     (ROOT / "constraints.txt").write_text(text, encoding="utf-8")
     print(f"{len(pins)} packages")
