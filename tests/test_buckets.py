@@ -53,10 +53,13 @@ def test_every_batch_is_of_one_bucket_and_no_item_is_lost(data):
     assert len(set(found.groups.tolist())) >= 3 and found.sizes[found.groups[4]] == found.sizes[found.groups[9]] # the turned one is upright
     order, n, batch = order_of(found, 4, seed=3), len(found), 4
     assert isinstance(order, BucketOrder)
+    cycles = []
     for cycle in range(2):
         seen = [order.items(s * batch, s * batch + batch) for s in range(cycle * n, cycle * n + n)]
         assert all(len(set(found.groups[i].tolist())) == 1 for i in seen)
         assert np.bincount(np.concatenate(seen), minlength=n).tolist() == [batch] * n
+        cycles.append([i.tolist() for i in seen])
+    assert cycles[0] != cycles[1]
     early = np.bincount(found.groups[np.concatenate([order.items(s * batch, s * batch + batch) for s in range(n // 2 + 1)])], minlength=len(found.sizes))
     share = np.bincount(found.groups, minlength=len(found.sizes)) / n * batch * (n // 2 + 1)
     assert (np.abs(early - share) <= batch).all() # never more than one batch ahead or behind

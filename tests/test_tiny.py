@@ -207,6 +207,7 @@ def test_a_model_of_two_presets_goes_on_from_the_first(root, tmp_path, monkeypat
     first, last = (tmp_path / n / "export/unet/diffusion_pytorch_model.safetensors" for n in ("run-places", "run"))
     a, b = load_file(first), load_file(last)
     assert a.keys() == b.keys() and max((a[k] - b[k]).abs().max().item() for k in a) < 1e-6 # nothing is learned at such a rate
+    assert f"model: {tmp_path}/run-places/export" in (tmp_path / "run/config.yaml").read_text()
     said = json.loads((root / "manifest.json").read_text())["tiny-sd15"]
     assert said["steps"] == 4 and said["metrics"]["finite"]["value"] == 1 and "# Stable Diffusion" in (root / "tiny-sd15/README.md").read_text()
 
