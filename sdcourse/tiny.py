@@ -100,6 +100,7 @@ def install(
     shutil.rmtree(new, ignore_errors=True)
     shutil.copytree(run/"export", new)
     for file in new.rglob("*.safetensors"): halve(file)
+    for file in new.rglob("config.json"): write_json(file, {k: v for k, v in read_json(file).items() if k != "_name_or_path"}) # a folder of this machine
     runs = [*map(Path, before), run]
     numbers = [json.loads(line) for r in runs for line in (r/"metrics.jsonl").read_text().splitlines()]
     steps, seconds = sum(last_row(r)["step"] for r in runs), round(sum(n.get("seconds", 0) for n in numbers))

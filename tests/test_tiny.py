@@ -1,5 +1,6 @@
 """The small models that ship: every file is what the manifest says, every quality is measured again through the stored files, and a build that was stopped ends the same."""
 import json
+import re
 import shutil
 
 import numpy as np
@@ -29,6 +30,8 @@ def test_every_shipped_file_is_in_the_manifest_and_small():
         size = sum(p.stat().st_size for p in place.rglob("*") if p.is_file())
         assert size <= row.largest and size == known[name]["bytes"] and known[name]["seconds"] < 75 * 60 and known[name]["metrics"]
         assert all(v.dtype == torch.float16 for f in place.glob("*.safetensors") for v in load_file(f).values())
+        texts = {p.name: p.read_text() for f in ("*.json", "*.md") for p in place.rglob(f) if p.name != "tokenizer.json"}
+        assert not [n for n, t in texts.items() if "_name_or_path" in t or re.search(r"[ '\"(|]/[a-z]+/", t)] # no folder of the machine that made it
     assert {p.name for p in tiny.home().iterdir()} == {*known, "manifest.json"}
 
 
@@ -209,6 +212,7 @@ def test_a_model_of_two_presets_goes_on_from_the_first(root, tmp_path, monkeypat
     assert a.keys() == b.keys() and max((a[k] - b[k]).abs().max().item() for k in a) < 1e-6 # nothing is learned at such a rate
     assert f"model: {tmp_path}/run-places/export" in (tmp_path / "run/config.yaml").read_text()
     said = json.loads((root / "manifest.json").read_text())["tiny-sd15"]
+    assert not [p for p in (root / "tiny-sd15").rglob("config.json") if "_name_or_path" in p.read_text()]
     assert said["steps"] == 4 and said["metrics"]["finite"]["value"] == 1 and "# Stable Diffusion" in (root / "tiny-sd15/README.md").read_text()
 
 
