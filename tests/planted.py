@@ -769,6 +769,7 @@ PLANTED = {
         ('variety: of a picture with itself', 'torch.triu_indices(n, n, 1)', 'torch.triu_indices(n, n, 0)', 'test_variety_compares_each_pair_once'),
     ],
     ('sdcourse/tiny.py', 'tests/test_tiny.py'): [
+        ('tiny: configs name a folder of this machine', 'if k != "_name_or_path"}', 'if k}', 'test_a_model_of_two_presets_goes_on_from_the_first'),
         ('tiny: the second preset begins anew', '*(["--model", f"{done[-1]}/export"] if done else [])', '*(["--model", "new"] if done else [])', 'test_a_model_of_two_presets_goes_on_from_the_first'),
         ('tiny: hashes are not compared', 'if sha256(place/file) != said:', 'if not sha256(place/file):', 'test_a_file_that_is_not_as_listed_is_refused'),
         ('tiny: a file too many is no matter', 'sorted(there ^ listed.keys())', 'sorted(listed.keys() - there)', 'test_a_file_that_is_not_as_listed_is_refused'),
