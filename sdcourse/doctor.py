@@ -28,7 +28,7 @@ LESSONS = { # lesson: (packages beyond BASE, the extra that brings them)
     "07 evaluation": (["pytorch-fid", "lpips"], "course"),
     "08 attention and NCUT": (["ncut-pytorch"], "course"),
     "09 on a cluster": ([], ""),
-    "reading in JupyterLab": (["jupyterlab", "ipywidgets", "ipykernel"], "lab"),
+    "reading in JupyterLab": (["jupyterlab", "ipywidgets", "ipykernel", "scikit-image"], "lab"),
     "trackers (--tracker)": (["tensorboard", "wandb"], "track"),
     "make test": (["nbdev", "pytest", "pytest-timeout", "ruff", "jupytext"], "dev"),
 }

@@ -23,7 +23,12 @@ PLANTED = {
         ('weight decay on biases', 'weight_decay=0.)]', 'weight_decay=cfg.weight_decay)]', 'test_weight_decay_spares_vectors'),
         ('bf16 master weights pass', 'if p.requires_grad and p.dtype != dtype:', 'if p.requires_grad and not p.is_floating_point():', 'test_low_precision_master_weights_are_refused'),
     ],
+    ('sdcourse/core.py', 'tests/test_loop.py'): [
+        ('freed memory goes back to the system', '(M_TRIM_THRESHOLD, 2**31 - 1)): libc.mallopt(setting, size)', '(M_TRIM_THRESHOLD, 2**31 - 1)): pass', 'test_freed_memory_stays_where_the_cpu_computes'),
+        ('the host of a GPU keeps what it held once', 'if device == "cpu" and hasattr(', 'if hasattr(', 'test_freed_memory_stays_where_the_cpu_computes'),
+    ],
     ('sdcourse/train/loop.py', 'tests/test_loop.py'): [
+        ('the processor is left as it is', 'use_cpu(cfg.threads, self.device.type)', 'pass', 'test_a_run_sets_up_the_processor'),
         ('loss not divided under accumulation', 'loss.sum() * (run.ranks.world / cfg.batch_size)', 'loss.mean()', 'test_accumulation_equals_one_batch'),
         ('mean of means under uneven accumulation', 'loss.sum() * (run.ranks.world / cfg.batch_size)', 'loss.mean() * (run.ranks.world / len(run.micros))', 'test_accumulation_equals_one_batch'),
         ('micro-batches draw the same noise', 'draws = Draws(cfg.seed, s, rows, device', 'draws = Draws(cfg.seed, s, range(len(rows)), device', 'test_accumulation_equals_one_batch'),

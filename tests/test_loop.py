@@ -355,3 +355,34 @@ def test_a_branch_needs_its_own_folder(tmp_path):
         run(tmp_path / "a", checkpoint_every=4, keep=9, resume=old)
     branch = run(tmp_path / "b", resume=old)
     assert branch.step == 12 and distance(weights(tmp_path / "a"), weights(tmp_path / "b")) == 0
+
+
+PAGES = """
+import ctypes, resource, sys, torch
+from sdcourse.core import use_cpu
+def pages(rounds=20): # new ones per round of 40 MB asked for and given back
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(rounds): torch.ones(10_000_000)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / rounds
+out = [pages()]
+for device in ("cuda", "cpu"):
+    use_cpu(1, device)
+    pages()
+    out.append(pages())
+print(*out, torch.get_num_threads(), hasattr(ctypes.CDLL(None), "mallopt"))
+"""
+
+
+def test_freed_memory_stays_where_the_cpu_computes():
+    "Beside a GPU the host gives back what it held once."
+    done = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, timeout=60)
+    first, cuda, cpu, threads, glibc = done.stdout.split()
+    if glibc != "True": pytest.skip("another C library than glibc")
+    assert float(cpu) < float(first) / 10 and float(cuda) > float(first) / 2 and threads == "1", done.stdout
+
+
+def test_a_run_sets_up_the_processor(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(loop, "use_cpu", lambda *a: seen.append(a))
+    Run(ToyTask(config(tmp_path, threads=1)))
+    assert seen == [(1, "cpu")]

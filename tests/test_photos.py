@@ -1,6 +1,5 @@
 "Photographs from installed packages: regions that share no pixel, a table in Unsplash's form, licences with every row."
 import csv, shutil
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -29,7 +28,6 @@ def test_three_photographs_come_with_the_base_install():
 
 
 def test_all_nine_with_scikit_image():
-    if not find_spec("skimage"): pytest.skip("scikit-image is not installed (extra course)")
     assert all(map(installed, PHOTOGRAPHS))
     found = crops(PhotosOptions(crops=2))
     assert {c["photograph"].name for c in found} == {p.name for p in PHOTOGRAPHS} and len(found) == 2 * sum(len(p.regions) for p in PHOTOGRAPHS)

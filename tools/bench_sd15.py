@@ -1,19 +1,19 @@
-"""Our Stable Diffusion trainer beside the loop that everybody starts from, in one run, step by step in turn:   python tools/bench_sd15.py [--batch 16] [--steps 60]
+"""Our Stable Diffusion trainer beside the loop that everybody starts from, in one run, in turn:   python tools/bench_sd15.py
 
 The other side is a plain re-statement of diffusers' text-to-image script: pictures decoded and tokenised in a torch DataLoader, VAE and text encoder in
-every step, torch's AdamW, the script's `EMAModel`, one `.item()` per step. Both train the same tiny pipeline on the same pictures in float32. The last
-table says where our time goes.
+every step, torch's AdamW, the script's `EMAModel`, one `.item()` per step. Both train the same tiny pipeline on the same pictures, 16 a step, in
+float32, each side in a process of its own, and the processes take turns. The last table says where our time goes.
 """
-import argparse, tempfile, time
+import argparse, io, json, subprocess, sys, tempfile, time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
-import io
 
 import torch
 import torch.nn.functional as F
 
 import sdcourse # noqa: F401  (guards torchvision)
 from sdcourse.config import resolve
+from sdcourse.core import use_cpu
 from sdcourse.data.cache import main as cache
 from sdcourse.data.photos import main as prepare_photos
 from sdcourse.data.unsplash import main as prepare_unsplash
@@ -31,7 +31,6 @@ def prepare(root):
         prepare_unsplash([str(root / "raw"), str(data), "--size", "64"])
         cache(["latents", str(data), str(root / "latents"), "--size", "32", "--model", str(model)])
         cache(["prompts", str(data), str(root / "prompts"), "--model", str(model)])
-    return data, model
 
 
 class Script:
@@ -71,10 +70,10 @@ class Script:
         self.ema.step(self.unet.parameters())
 
 
-def ours(root, data, model, args, cached, **more):
+def ours(root, data, model, batch, cached, **more):
     "One of our trainings, ready to make steps."
     caches = dict(latents=str(root / "latents"), prompts=str(root / "prompts")) if cached else {}
-    cfg = resolve(sd15.Config, preset="tiny", overrides=dict(model=str(model), data=str(data), batch_size=args.batch, max_steps=100_000, flip=True, ema_decay=0.9999, weight_decay=1e-2, lr=1e-4, cond_drop=0., out=str(root / "run"), **caches, **more))
+    cfg = resolve(sd15.Config, preset="tiny", overrides=dict(model=str(model), data=str(data), batch_size=batch, max_steps=100_000, flip=True, ema_decay=0.9999, weight_decay=1e-2, lr=1e-4, cond_drop=0., out=str(root / "run"), **caches, **more))
     task = sd15.Task(cfg)
     task.check()
     return loop.Run(task, Ranks())
@@ -103,29 +102,59 @@ def parts(run, steps):
     return spent
 
 
+def sides(root):
+    "name -> what makes one step of it, or our run."
+    data, model, batch = root / "data", root / "model", 16
+    return {
+        "diffusers' loop": lambda: Script(data, model, batch).step,
+        "diffusers' loop, freed memory kept": lambda: (use_cpu(), Script(data, model, batch).step)[1],
+        "ours, online": lambda: ours(root, data, model, batch, False),
+        "ours, caches": lambda: ours(root, data, model, batch, True),
+        "ours, caches, --channels-last --compile": lambda: ours(root, data, model, batch, True, channels_last=True, compile=True),
+    }
+
+
+def serve(root, name):
+    "One side in its own process: for each number that comes in, so many steps, and their seconds back; 0 asks for the parts."
+    it = sides(root)[name]()
+    step = it if callable(it) else lambda: loop.step(it)
+    for line in sys.stdin:
+        took = []
+        for _ in range(int(line)):
+            start = time.perf_counter()
+            step()
+            took.append(time.perf_counter() - start)
+        print(json.dumps(took or ({} if callable(it) else parts(it, 40))), flush=True)
+
+
+class Side:
+    "A process that makes steps when asked."
+    def __init__(self, root, name): self.process = subprocess.Popen([sys.executable, __file__, "--serve", str(root), name], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    def __call__(self, steps):
+        print(steps, file=self.process.stdin, flush=True)
+        return json.loads(self.process.stdout.readline())
+
+
 def main():
+    if sys.argv[1:2] == ["--serve"]: return serve(Path(sys.argv[2]), sys.argv[3])
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rounds", type=int, default=12, help="of --steps of each side")
+    parser.add_argument("--steps", type=int, default=6)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        data, model = prepare(root)
-        script, runs = Script(data, model, args.batch), {"caches": ours(root, data, model, args, True), "online": ours(root, data, model, args, False),
-            "caches, --channels-last --compile": ours(root, data, model, args, True, channels_last=True, compile=True)}
-        sides = {"diffusers' loop": script.step} | {f"ours, {name}": lambda run=run: loop.step(run) for name, run in runs.items()}
-        for f in sides.values(): f(), f(), f()
-        took = {name: [] for name in sides}
-        for _ in range(args.steps):
-            for name, f in sides.items():
-                start = time.perf_counter()
-                f()
-                took[name].append(time.perf_counter() - start)
-        first = torch.tensor(took["diffusers' loop"])
+        prepare(Path(folder))
+        running = {name: Side(folder, name) for name in sides(Path(folder))}
+        for side in running.values(): side(4)
+        took = {name: [] for name in running}
+        for _ in range(args.rounds):
+            for name, side in running.items(): took[name].append(torch.tensor(side(args.steps)).median())
+        first = torch.stack(took["diffusers' loop"])
         for name, t in took.items():
-            ratio = first / torch.tensor(t)
-            print(f"{name}: median {1000 * torch.tensor(t).median():.0f} ms, {ratio.median():.2f} times as fast (quartiles {ratio.quantile(0.25):.2f}, {ratio.quantile(0.75):.2f})")
-        for name, run in runs.items(): print(f"{name}: " + ", ".join(f"{k} {1000 * t:.1f} ms" for k, t in parts(run, args.steps).items()))
+            ratio = first / torch.stack(t)
+            print(f"{name}: median {1000 * torch.stack(t).median():.0f} ms, {ratio.median():.2f} times as fast (quartiles {ratio.quantile(0.25):.2f}, {ratio.quantile(0.75):.2f})")
+        for name, side in running.items():
+            if where := side(0): print(f"{name}: " + ", ".join(f"{k} {1000 * t:.1f} ms" for k, t in where.items()))
+            side.process.kill()
 
 
 if __name__ == "__main__": main()

@@ -2,7 +2,7 @@
 
 Each command is the real one in its own process, and is timed. At the end a training from the cache is compared with one that encodes in each step:
 the VAE has random weights (the published one is not here), so this is a test of equality and a measure of time, not of pictures.
-Sets: photos (needs scikit-image), faces, scenes, digits. --small: fewer pictures, for the tests.
+Sets: photos, faces, scenes, digits. --small: fewer pictures, for the tests.
 """
 import argparse, hashlib, json, os, subprocess, sys, tempfile, time
 from pathlib import Path

@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 
 from ..config import Free
-from ..core import UserError, nearest, progress
+from ..core import UserError, nearest, progress, use_cpu
 from .encoders import DTYPES, finite, fits, open_encoder
 from .store import FORMAT, alone, check_key, extend_plan, missing, read_index, row_bytes, shard_plan, write_shard
 
@@ -236,7 +236,7 @@ def cache(
     from sdcourse.dist import job as begin
     cfg.check()
     with begin(out, device=cfg.device, max_seconds=cfg.max_seconds, margin=cfg.stop_before, hang_seconds=cfg.hang_seconds) as j, ExitStack() as held:
-        if cfg.threads: torch.set_num_threads(cfg.threads)
+        use_cpu(cfg.threads, j.ranks.device.type)
         todo = added = None
         with j.ranks.together():
             work = KINDS[kind](data, cfg, j.ranks.device)

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from ..config import Free, from_dict, load_config, parse_args
-from ..core import UserError, atomic_path, nearest, progress, read_json, write_json, write_text
+from ..core import UserError, atomic_path, nearest, progress, read_json, use_cpu, write_json, write_text
 from ..train.order import key
 
 # %% ../../nbs/evaluation/generate.ipynb #250dc17b
@@ -227,7 +227,7 @@ def generate(
     cfg.check()
     home = Path(out)/cfg.split
     with begin(out, device=cfg.device, max_seconds=cfg.max_seconds, margin=cfg.stop_before, hang_seconds=cfg.hang_seconds) as j, ExitStack() as held:
-        if cfg.threads: torch.set_num_threads(cfg.threads)
+        use_cpu(cfg.threads, j.ranks.device.type)
         with j.ranks.together():
             pipe, facts = open_pipeline(source, cfg, j.ranks.device)
             rows = plan(cfg, classes_of(pipe))

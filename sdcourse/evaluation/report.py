@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ..config import Free, load_config
-from ..core import UserError, progress, read_json, write_json, write_text
+from ..core import UserError, progress, read_json, use_cpu, write_json, write_text
 from .distances import Number, paired, spread
 from .metrics import METRICS, Case, extractor_of, features_over, measure, open_set, pixels_of, set_id
 from .stats import Moments, Stats, frechet, save_stats
@@ -262,7 +262,7 @@ def evaluate(
     from sdcourse.dist import job as begin
     cfg.check()
     with begin(None, device=cfg.device, hang_seconds=cfg.hang_seconds) as j:
-        if cfg.threads: torch.set_num_threads(cfg.threads)
+        use_cpu(cfg.threads, j.ranks.device.type)
         with j.ranks.together():
             sets = _models(sources, cfg.split)
             names, at = list(sets), _options(dict(zip(sets, sources)), cfg)

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..config import check_run_folder, run_diff
-from ..core import UserError, git_commit, human, progress, versions
+from ..core import UserError, git_commit, human, progress, use_cpu, versions
 from ..dist import Ranks, job
 from .checkpoint import checkpoint_bytes, latest_checkpoint, load_checkpoint, save_checkpoint
 from .meter import Meter
@@ -76,7 +76,7 @@ class Run:
     def __init__(self, task, ranks=Ranks(), checkpoint=None, beat=lambda doing: None):
         cfg, self.task, self.ranks, self.device = task.config, task, ranks, ranks.device
         self.cfg, self.step, self.waited, self.beat = cfg, 0, 0., beat
-        if cfg.threads: torch.set_num_threads(cfg.threads)
+        use_cpu(cfg.threads, self.device.type)
         self.autocast_dtype, self.dtype = resolve_precision(cfg.precision, self.device)
         if self.device.type == "cuda" and self.autocast_dtype: torch.set_float32_matmul_precision("high")
         torch.manual_seed(key(cfg.seed, "init"))
