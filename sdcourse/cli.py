@@ -22,6 +22,7 @@ VERBS = { # verb: (what to call, what it does)
     "shards": ("sdcourse.data.shards:main", "pack a data folder into tars with an index, or index tars: sdcourse shards IN OUT"),
     "cache": ("sdcourse.data.cache:main", "compute latents, prompts or features once: sdcourse cache KIND DATA OUT --model FOLDER"),
     "generate": ("sdcourse.evaluation.generate:main", "draw pictures for prompts or classes, one seed each: sdcourse generate MODEL OUT"),
+    "export": ("sdcourse.train.export:main", "turn any checkpoint into a model that others load, or one part of it: sdcourse export CHECKPOINT OUT"),
     "evaluate": ("sdcourse.evaluation.report:main", "measure folders of pictures against a data set: sdcourse evaluate A B --reference DATA --out OUT"),
     "import-flow-dit": ("sdcourse.models.published:main", "turn the published weights of system 003 into a pipeline: sdcourse import-flow-dit FOLDER OUT"),
     "copy-images": ("sdcourse.evaluation.generate:copy_main", "lay the pictures of a data set out as generated ones lie: sdcourse copy-images DATA OUT"),

@@ -797,6 +797,16 @@ PLANTED = {
     ('sdcourse/data/labelled.py', 'tests/test_tiny.py'): [
         ('people are on both sides', '>= 8) == (split == "test")', '>= 8) == (split == "test") or True', 'test_training_and_test_people_do_not_meet'),
     ],
+    ('sdcourse/train/export.py', 'tests/test_generate.py'): [
+        ('export: raw weights for averaged ones', 'found["ema" if weights == "ema" and "ema" in found else "model"]', 'found["model"]', 'test_a_checkpoint_draws_with_averaged_weights_what_the_export_draws'),
+        ('export: averaged weights for raw ones', 'found["ema" if weights == "ema" and "ema" in found else "model"]', 'found["ema"]', 'test_an_exported_checkpoint_is_that_checkpoint'),
+        ('export: half a model stays after a refusal', 'finally: shutil.rmtree(new, ignore_errors=True)', 'finally: new.mkdir(exist_ok=True) if not out.exists() else None', 'test_exports_refuse_in_one_line_and_leave_nothing'),
+        ('export: writes into what is there', 'if out.exists(): raise UserError(f"{out}: is there already', 'if False: raise UserError(f"{out}: is there already', 'test_exports_refuse_in_one_line_and_leave_nothing'),
+    ],
+    ('sdcourse/train/export.py', 'tests/test_sd15.py'): [
+        ('export: a part is everything', 'if cfg.part: _part(task, model, cfg.part).save_pretrained(new)', 'if False: pass', 'test_export_draws_in_plain_diffusers_what_the_task_draws'),
+        ('export: adapters are taken for a part', 'if getattr(task.config, "lora_rank", 0): raise', 'if False: raise', 'test_lora_of_both_networks_comes_out_as_it_was_trained'),
+    ],
     ('sdcourse/evaluation/generate.py', 'tests/test_generate.py'): [
         ('generate: the seed is the place in the list', 'seed=key(cfg.seed, "picture", r["id"]) % 2**32) for r, n in zip(rows, names)]', 'seed=key(cfg.seed, "picture", i) % 2**32) for i, (r, n) in enumerate(zip(rows, names))]', 'test_a_picture_depends_on_its_id_and_not_on_the_others'),
         ('generate: one seed for each batch', 'image_generators([r["seed"] for r in rows])', 'image_generators([rows[0]["seed"]] * len(rows))', 'test_stable_diffusion_is_its_own_pipeline'),
@@ -804,7 +814,6 @@ PLANTED = {
         ('generate: guidance is ignored', 'if cfg.guidance_scale >= 0:', 'if False:', 'test_options_reach_the_pipeline'),
         ('generate: the sampler of a flow DiT is ignored', 'if cfg.sampler: options["sampler"] = cfg.sampler', 'if False: pass', 'test_options_reach_the_pipeline'),
         ('generate: negative prompts are ignored', 'if cfg.negative_prompt:', 'if False:', 'test_stable_diffusion_is_its_own_pipeline'),
-        ('generate: raw weights for averaged ones', 'name = "ema" if cfg.weights == "ema" and "ema" in found else "model"', 'name = "model"', 'test_a_checkpoint_draws_with_averaged_weights_what_the_export_draws'),
         ('generate: ranks share pictures and not batches', 'j.ranks.mine(todo)]', 'todo]', 'test_two_ranks_draw_the_same_bytes_and_share_the_work'),
         ('generate: pictures are written in place', 'with atomic_path(home/row["file_name"], sync=False) as tmp: image.save(tmp, "PNG")', '(home/row["file_name"]).write_bytes(b""); __import__("time").sleep(0.05); image.save(home/row["file_name"], "PNG")', 'test_killed_it_goes_on_and_ends_with_the_same_bytes'),
         ('generate: the table is there before the pictures', 'if not left: write_text(', 'write_text(', 'test_asked_to_stop_it_leaves_between_batches_and_goes_on_later[SIGTERM]'),
@@ -862,6 +871,9 @@ PLANTED = {
         ('tiny sd: weights do not depend on the seed', 'torch.manual_seed(seed)', 'torch.manual_seed(0)', 'test_the_same_seed_gives_the_same_bytes'),
     ],
     ('sdcourse/train/sd15.py', 'tests/test_sd15.py'): [
+        ('sd15: what is to be guessed was never in the picture', 'draws, alpha=alpha, sigma=sigma), eps if', 'draws, alpha=alpha, sigma=sigma), eps.roll(1, 0) if', 'test_eight_scenes_are_learned_by_heart'),
+        ('sd15: heavy imports come before the first check', 'import torch\nfrom fastcore.basics import patch', 'import torch, diffusers\nfrom fastcore.basics import patch', 'test_absent_weights_are_said_before_anything_is_imported'),
+        ('sd15: every model predicts the noise', 'prediction if self.config.prediction == "auto" else', '"eps" if self.config.prediction == "auto" else', 'test_export_draws_in_plain_diffusers_what_the_task_draws'),
         ('sd15: v is the noise', 'eps if self.prediction == "eps" else alpha * eps - sigma * x0', 'eps', 'test_loss_is_that_of_diffusers'),
         ('sd15: signal and noise are exchanged', 'return (alpha * x0 + sigma * seen)', 'return (sigma * x0 + alpha * seen)', 'test_loss_is_that_of_diffusers'),
         ('sd15: the last steps are never trained', 'timesteps(draws.uniform("time"), self.often)', 'timesteps(draws.uniform("time") * 0.9, self.often)', 'test_every_step_is_trained_and_captions_are_dropped_at_their_rate'),
@@ -886,6 +898,8 @@ PLANTED = {
         ('sd: a file with holes passes', 'if lacking := [f"{k}.{n}" for k, m in parts.items() for n, p in m.named_parameters() if p.is_meta]:', 'if lacking := []:', 'test_one_file_is_taken_apart_and_trains_alike'),
     ],
     ('sdcourse/lora.py', 'tests/test_lora.py'): [
+        ('lora: only the first kind of layer', 'target_modules=list(modules))', 'target_modules=list(modules)[:1])', 'test_the_published_size'),
+        ('lora: the size is that of one side', 'total += r * (base.weight.shape[1] * k + base.weight.shape[0])', 'total += 2 * r * base.weight.shape[0]', 'test_the_published_size'),
         ('lora: alpha is the rank', 'lora_alpha=alpha or rank', 'lora_alpha=rank', 'test_kohya_names'),
         ('lora: kohya has the rank for alpha', 'kohya(t, c.lora_alpha, prefix=prefix)', 'kohya(t, c.r, prefix=prefix)', 'test_a_file_is_the_same_function'),
         ('lora: the diffusers file does not know alpha', ' | {f"{k}_lora_adapter_metadata": c.to_dict() for k, (_, c, _) in found.items()}', '', 'test_a_file_is_the_same_function'),

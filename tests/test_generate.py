@@ -12,13 +12,16 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import ranks
 import tiny_models
+from sdcourse.cli import main
 from sdcourse.config import resolve
 from sdcourse.core import UserError
 from sdcourse.dataset import pictures
 from sdcourse.evaluation.generate import CopyOptions, GenerateOptions, copy_images, generate, open_pipeline, plan
+from sdcourse.train.checkpoint import load_checkpoint
 from sdcourse.train.flow_dit import Config, Task
 from sdcourse.train.loop import train
 
@@ -82,6 +85,36 @@ def test_options_reach_the_pipeline(run, whole, tmp_path):
 def test_a_checkpoint_draws_with_averaged_weights_what_the_export_draws(run, whole, tmp_path):
     assert generate(max((run / "checkpoints").iterdir()), tmp_path / "o", options()) == 0
     assert drawn(tmp_path / "o") == drawn(whole)
+
+
+# ---- a model out of a checkpoint
+
+def test_an_exported_checkpoint_is_that_checkpoint(run, whole, tmp_path):
+    "Averaged and raw; the one of a run is its newest, which is what the run exported."
+    last = max((run / "checkpoints").iterdir())
+    for name, source, more in (("run", run, []), ("ema", last, []), ("raw", last, ["--weights", "raw"])): assert main(["export", str(source), str(tmp_path / name), *more]) == 0
+    a, b, c, d = (load_file(f / "transformer/diffusion_pytorch_model.safetensors") for f in (run / "export", tmp_path / "run", tmp_path / "ema", tmp_path / "raw"))
+    held = load_checkpoint(last)["tensors"]
+    assert all(torch.equal(a[k], b[k]) and torch.equal(a[k], c[k]) for k in a) and any(not torch.equal(a[k], d[k]) for k in a)
+    assert all(torch.equal(d[k], held["model"][f"dit.{k}" if f"dit.{k}" in held["model"] else k]) for k in d)
+    assert main(["generate", str(tmp_path / "ema"), str(tmp_path / "o"), *words()]) == 0 and drawn(tmp_path / "o") == drawn(whole)
+
+
+def test_exports_refuse_in_one_line_and_leave_nothing(run, tmp_path, capsys):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/config.yaml").write_text((run / "config.yaml").read_text())
+    for asked, said in (
+        ([str(run), str(tmp_path / "there")], "is there already"),
+        ([str(run), str(tmp_path / "o"), "--part", "unet"], "this model has transformer"),
+        ([str(tmp_path / "nowhere"), str(tmp_path / "o")], "no such folder"),
+        ([str(tmp_path / "empty"), str(tmp_path / "o")], "without checkpoints"),
+        ([str(run / "export"), str(tmp_path / "o")], "config.yaml"),
+        ([str(run), str(tmp_path / "o"), "--weights", "average"], "ema, raw")):
+        assert main(["export", *asked]) == 2
+        error = capsys.readouterr().err.strip()
+        assert said in error and "\n" not in error, error
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "there"]
 
 
 def test_stable_diffusion_is_its_own_pipeline(sd15, tmp_path):

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import sdcourse.tiny as tiny
+from sdcourse.cli import main
 from sdcourse.config import resolve
 from sdcourse.core import UserError
 from sdcourse.data.cache import main as cache
@@ -25,6 +26,20 @@ pytestmark = pytest.mark.timeout(120)
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory): return tiny_sd.make_pipeline(tmp_path_factory.mktemp("models") / "sd")
+
+
+@pytest.fixture(scope="module")
+def model2(tmp_path_factory, model):
+    "What Stable Diffusion 2.1 has and 1.5 has not: a prediction of v, linear projections, heads of one width, DDIM; autoencoder and text encoder are those of `model`."
+    import shutil
+    from diffusers import DDIMScheduler, UNet2DConditionModel
+    folder = shutil.copytree(model, tmp_path_factory.mktemp("models") / "sd2")
+    unet = UNet2DConditionModel.load_config(folder / "unet")
+    UNet2DConditionModel.from_config(unet | dict(use_linear_projection=True, attention_head_dim=[2 * (i + 1) for i in range(len(unet["block_out_channels"]))])).save_pretrained(folder / "unet")
+    DDIMScheduler.from_pretrained(folder / "scheduler", prediction_type="v_prediction", clip_sample=False).save_pretrained(folder / "scheduler")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | dict(scheduler=["diffusers", "DDIMScheduler"])))
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -302,19 +317,23 @@ def test_resumed_is_uninterrupted(tmp_path, scenes, model, cached):
     assert same(a, b) and any(k.startswith("text.") for k in a) != cached
 
 
-def test_export_draws_in_plain_diffusers_what_the_task_draws(tmp_path, scenes, model):
+@pytest.mark.parametrize("name, prediction", [("model", "eps"), ("model2", "v")])
+def test_export_draws_in_plain_diffusers_what_the_task_draws(tmp_path, scenes, request, name, prediction):
     from diffusers import StableDiffusionPipeline
     from sdcourse.models.dit import image_generators
-    task = sd15.Task(config(tmp_path / "run", model=str(model), data=str(scenes / "data"), latents=str(scenes / "latents"), prompts=str(scenes / "prompts"), lr=1e-3))
+    task = sd15.Task(config(tmp_path / "run", model=str(request.getfixturevalue(name)), data=str(scenes / "data"), latents=str(scenes / "latents"), prompts=str(scenes / "prompts"), lr=1e-3))
     train(task)
     run = tmp_path / "run"
     pipe = StableDiffusionPipeline.from_pretrained(run / "export", safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     module = task.build()
+    assert module.prediction == prediction and pipe.scheduler.config.prediction_type == {"eps": "epsilon", "v": "v_prediction"}[prediction]
     from sdcourse.train.checkpoint import latest_checkpoint, load_checkpoint
     ema = load_checkpoint(latest_checkpoint(run / "checkpoints")[0])["tensors"]["ema"]
     module.load_state_dict(ema, strict=False)
     assert same({f"unet.{k}": v for k, v in pipe.unet.state_dict().items()}, ema)
+    assert main(["export", str(run), str(tmp_path / "unet"), "--part", "unet"]) == 0 # the newest checkpoint is the last step
+    assert same(pipe.unet.state_dict(), type(pipe.unet).from_pretrained(tmp_path / "unet").state_dict())
     texts = ["a red ring", "a green moon"]
     theirs = pipe(texts, generator=image_generators([0, 1]), guidance_scale=2., num_inference_steps=2, output_type="pt").images * 2 - 1
     assert (task.images(module.eval(), texts, [0, 1]) - theirs).abs().max() < 1e-5
@@ -337,12 +356,17 @@ def test_lora_of_both_networks_comes_out_as_it_was_trained(tmp_path, model):
     pytest.importorskip("peft")
     from diffusers import StableDiffusionPipeline
     from sdcourse.evaluation.generate import GenerateOptions, open_pipeline
+    from safetensors.torch import load_file
     from sdcourse.lora import FILES
     from sdcourse.models.dit import image_generators
+    from sdcourse.train.export import ExportOptions, export
     common = dict(model=str(model), lora_rank=2, lora_alpha=8., lora_text=True, lr=1e-2, checkpoint_every=2)
     train(sd15.Task(config(tmp_path / "run", **common)))
     saved = weights(tmp_path / "run")
     assert saved and all(".lora_" in k for k in saved) and {k.split(".")[0] for k in saved} == {"unet", "text"}
+    with pytest.raises(UserError, match="adapters, which are files of their own"): export(tmp_path / "run", tmp_path / "unet", ExportOptions(part="unet"))
+    assert export(tmp_path / "run", tmp_path / "again", ExportOptions()) == 0
+    for file in FILES: assert same(load_file(tmp_path / "again" / file), load_file(tmp_path / "run/export" / file))
     ours, _ = open_pipeline(tmp_path / "run", GenerateOptions(), "cpu") # of the checkpoint
     draw = lambda pipe: pipe(["a red ring", "a moon"], generator=image_generators([0, 1]), guidance_scale=2., num_inference_steps=2, output_type="pt").images
     for file in FILES:

@@ -91,7 +91,7 @@ def test_webdataset_reads_them(packed):
         assert sample["__key__"] == sh.key_of(r["id"]) and sample[suffix] == (folder / "train" / r["file_name"]).read_bytes() and json.loads(sample["json"])["text"] == r["text"]
 
 def test_plain_tar_reads_them(packed, tmp_path):
-    with tarfile.open(next(packed[1].glob("train-00000.tar"))) as tar: tar.extractall(tmp_path, filter="data")
+    subprocess.run(["tar", "-xf", str(next(packed[1].glob("train-00000.tar"))), "-C", str(tmp_path)], check=True, timeout=60)
     assert (tmp_path / "-aB_0.jpg").read_bytes() == (packed[0] / "train/x0.jpg").read_bytes()
 
 def test_a_sample_larger_than_a_tar_is_refused_before_anything_is_written(tmp_path):

@@ -15,8 +15,9 @@ from typing import Literal
 
 import torch
 
-from ..config import Free, from_dict, load_config, parse_args
+from ..config import Free, parse_args
 from ..core import UserError, atomic_path, nearest, progress, read_json, use_cpu, write_json, write_text
+from ..train.export import newest, restored
 from ..train.order import key
 
 # %% ../../nbs/evaluation/generate.ipynb #250dc17b
@@ -117,28 +118,9 @@ def _label(value, classes): # a name or a number -> the number
 # %% ../../nbs/evaluation/generate.ipynb #1f94e4c5
 def _checkpoint(path, cfg, device):
     "The pipeline of a checkpoint, by its task."
-    import importlib
-    from sdcourse.train.__main__ import TASKS
-    from sdcourse.train.checkpoint import load_checkpoint
-    run = load_config(path.parent.parent/"config.yaml")
-    if run.get("task") not in TASKS: raise UserError(f"{path.parent.parent/'config.yaml'}: names no task of this package ({run.get('task')}); give an exported pipeline")
-    module = importlib.import_module(TASKS[run["task"]])
-    task = module.Task(from_dict(module.Config, run["config"]))
-    if not hasattr(task, "pipeline"): raise UserError(f"{path}: task {run['task']} draws no pictures")
-    found = load_checkpoint(path)["tensors"]
-    name = "ema" if cfg.weights == "ema" and "ema" in found else "model"
-    model = task.build()
-    model.load_state_dict(found[name], strict=False)
-    if lacking := {k for k, p in model.named_parameters() if p.requires_grad} ^ found[name].keys(): raise UserError(f"{path}: does not fit its task, e.g. {sorted(lacking)[0]}")
-    return task.pipeline(model.to(device).eval())
-
-def _newest(path):
-    "The export of a run, or its newest checkpoint."
-    from sdcourse.train.checkpoint import latest_checkpoint
-    if (path/"export"/"model_index.json").is_file(): return path/"export"
-    found, _ = latest_checkpoint(path/"checkpoints")
-    if not found: raise UserError(f"{path}: a run without export and without checkpoints; train it first")
-    return found
+    task, model = restored(path, cfg.weights)
+    if not hasattr(task, "pipeline"): raise UserError(f"{path}: task {task.name} draws no pictures")
+    return task.pipeline(model.to(device))
 
 def open_pipeline(
     source, # folder of a pipeline, run or checkpoint, or a hub name
@@ -150,7 +132,7 @@ def open_pipeline(
     from sdcourse.models.dit import FlowDiTPipeline
     import diffusers
     path = local_folder(source)
-    if not (path/"model_index.json").is_file() and (path/"config.yaml").is_file(): path = _newest(path)
+    if not (path/"model_index.json").is_file() and (path/"config.yaml").is_file(): path = path/"export" if (path/"export"/"model_index.json").is_file() else newest(path)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.precision]
     files = sorted(p for p in path.rglob("*") if p.suffix in (".safetensors", ".json") and p.is_file())
     if not any(p.suffix == ".safetensors" for p in files): raise UserError(f"{path}: holds no .safetensors weights; give the folder of a pipeline, a run or a checkpoint")
