@@ -6,7 +6,7 @@ A mutant is (name, file, old, new, test): `old` occurs exactly once in `file`. T
 test runs there, on the copy's own package. Caught means that pytest ran the test and the *test* failed: an import error, a
 syntax error, a fixture that breaks or a test that is not there do not count. Every named test is first seen green without a patch.
 --seconds S begins no mutant after S seconds and says how many that leaves out; their order then depends on the commit, so that it is not always
-the same ones.
+the same ones, and their tests are seen green some at a time, so that the time goes to mutants.
 """
 import argparse, json, os, random, shutil, subprocess, sys, tempfile, threading, time
 import xml.etree.ElementTree as xml
@@ -20,6 +20,7 @@ from planted import PLANTED
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("sdcourse", "tests", "tools", "nbs", "settings.ini", "setup.py", "pyproject.toml", "constraints.txt", "Makefile", "README.md", "LOG.md", "LICENSE", "slurm", "data_manifests", ".ci")
 LIMIT = 300 # seconds for one test
+SOME = 60 # mutants whose tests are seen green together when time is short
 
 MUTANTS = [(name, file, old, new, f"{tests}::{test}") for (file, tests), rows in PLANTED.items() for name, old, new, test in rows]
 
@@ -86,6 +87,20 @@ def told(mutant, verdict, tail):
     return f"caught   {mutant[0]}  ({mutant[4]})" if verdict == "failed" else f"SURVIVED {mutant[0]}  ({mutant[4]}): {verdict}\n{tail}"
 
 
+def skipped_without_patch(mutants, pool):
+    "Run the tests of some mutants without a patch; the mutants whose tests are skipped here. One that is red ends everything."
+    tests = sorted({m[4] for m in mutants})
+    groups = [g for g in ([t for t in tests if "test_slurm" in t], [t for t in tests if "test_slurm" not in t]) if g] # beside each other: one waits, one computes
+    cases = {}
+    for verdict, tail, found in list(pool.map(lambda g: attempt(*g), groups)):
+        red = [c for c, how in found.items() if how in ("failure", "error")]
+        if red: verdict, tail, again = attempt(*red); found |= again # once more and alone
+        if verdict not in ("passed", "skipped"): raise SystemExit(f"not green without a patch: {verdict}\n{tail}")
+        cases |= found
+    skipped_of = lambda test: [how == "skipped" for c, how in cases.items() if c == test or c.startswith(test + "[")]
+    return [m for m in mutants if all(skipped_of(m[4]) or [False])]
+
+
 def main(argv=None):
     ask = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     ask.add_argument("words", nargs="*"); ask.add_argument("-j", type=int, default=2); ask.add_argument("--list", action="store_true"); ask.add_argument("--seconds", type=float, default=float("inf"))
@@ -103,34 +118,29 @@ def main(argv=None):
         head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
         random.Random(head).shuffle(chosen)
     keep(0, len(chosen))
+    caught, ran, alive, idle = 0, 0, [], []
+    in_time = lambda m: attempt(m[4], mutant=m)[:2] if time.time() - start < args.seconds else ("not begun", "")
     with ThreadPoolExecutor(args.j) as pool:
-        tests = sorted({m[4] for m in chosen})
-        print(f"{len(tests)} tests without a patch, {len(chosen)} mutants, {args.j} at a time", flush=True)
-        groups = [g for g in ([t for t in tests if "test_slurm" in t], [t for t in tests if "test_slurm" not in t]) if g] # beside each other: one waits, one computes
-        cases = {}
-        for group, (verdict, tail, found) in zip(groups, list(pool.map(lambda g: attempt(*g), groups))):
-            red = [c for c, how in found.items() if how in ("failure", "error")]
-            if red: verdict, tail, again = attempt(*red); found |= again # once more and alone
-            if verdict not in ("passed", "skipped"): raise SystemExit(f"not green without a patch: {verdict}\n{tail}")
-            cases |= found
-        skipped_of = lambda test: [how == "skipped" for c, how in cases.items() if c == test or c.startswith(test + "[")]
-        idle = [m for m in chosen if all(skipped_of(m[4]) or [False])]
-        if idle: print(f"!!!! {len(idle)} mutants are left out: their tests are skipped here ({', '.join(sorted({m[4] for m in idle}))})", flush=True)
-        chosen = [m for m in chosen if m not in idle]
-        caught, ran, alive = 0, 0, []
-        in_time = lambda m: attempt(m[4], mutant=m)[:2] if time.time() - start < args.seconds else ("not begun", "")
-        for mutant, (verdict, tail) in zip(chosen, pool.map(in_time, chosen)):
-            if verdict == "not begun": continue
-            caught, ran = caught + (verdict == "failed"), ran + 1
-            if verdict != "failed": alive.append(mutant)
-            keep(caught, ran)
-            print(told(mutant, verdict, tail), flush=True)
+        print(f"{len(chosen)} mutants, {args.j} at a time", flush=True)
+        size = SOME if args.seconds < float("inf") else len(chosen)
+        for some in (chosen[i : i + size] for i in range(0, len(chosen), size)):
+            if time.time() - start >= args.seconds: break
+            skipped = skipped_without_patch(some, pool)
+            idle += skipped
+            some = [m for m in some if m not in skipped]
+            for mutant, (verdict, tail) in zip(some, pool.map(in_time, some)):
+                if verdict == "not begun": continue
+                caught, ran = caught + (verdict == "failed"), ran + 1
+                if verdict != "failed": alive.append(mutant)
+                keep(caught, ran)
+                print(told(mutant, verdict, tail), flush=True)
+    if idle: print(f"!!!! {len(idle)} mutants are left out: their tests are skipped here ({', '.join(sorted({m[4] for m in idle}))})", flush=True)
     for mutant in alive: # once more and alone: a bug that needs bad luck, or a cluster that did not come up beside another one
         verdict, tail, _ = attempt(mutant[4], mutant=mutant)
         caught += verdict == "failed"
         keep(caught, ran)
         print("second try: " + told(mutant, verdict, tail), flush=True)
-    if ran < len(chosen): print(f"!!!! {len(chosen) - ran} of {len(chosen)} mutants were not begun within {args.seconds:.0f} s: `make mutants` runs all")
+    if ran < len(chosen) - len(idle): print(f"!!!! {len(chosen) - len(idle) - ran} of {len(chosen)} mutants were not begun within {args.seconds:.0f} s: `make mutants` runs all")
     print(f"{caught}/{ran} mutants caught in {time.time() - start:.0f} s")
     return int(caught < ran or not ran)
 

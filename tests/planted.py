@@ -874,6 +874,7 @@ PLANTED = {
         ('sd15: what is to be guessed was never in the picture', 'draws, alpha=alpha, sigma=sigma), eps if', 'draws, alpha=alpha, sigma=sigma), eps.roll(1, 0) if', 'test_eight_scenes_are_learned_by_heart'),
         ('sd15: heavy imports come before the first check', 'import torch\nfrom fastcore.basics import patch', 'import torch, diffusers\nfrom fastcore.basics import patch', 'test_absent_weights_are_said_before_anything_is_imported'),
         ('sd15: every model predicts the noise', 'prediction if self.config.prediction == "auto" else', '"eps" if self.config.prediction == "auto" else', 'test_export_draws_in_plain_diffusers_what_the_task_draws'),
+        ('sd15: DREAM with a model of v', 'if cfg.dream and self.noise[1] == "v":', 'if False:', 'test_dream_is_refused_for_a_model_of_v'),
         ('sd15: v is the noise', 'eps if self.prediction == "eps" else alpha * eps - sigma * x0', 'eps', 'test_loss_is_that_of_diffusers'),
         ('sd15: signal and noise are exchanged', 'return (alpha * x0 + sigma * seen)', 'return (sigma * x0 + alpha * seen)', 'test_loss_is_that_of_diffusers'),
         ('sd15: the last steps are never trained', 'timesteps(draws.uniform("time"), self.often)', 'timesteps(draws.uniform("time") * 0.9, self.often)', 'test_every_step_is_trained_and_captions_are_dropped_at_their_rate'),

@@ -415,6 +415,10 @@ def test_refused_in_one_line(over, words, scenes, model):
     assert "\n" not in str(e.value)
 
 
+def test_dream_is_refused_for_a_model_of_v(scenes, model2):
+    with pytest.raises(UserError, match="predict eps, and .* predicts v"): sd15.Task(config("", model=str(model2), data=str(scenes / "data"), dream=True)).check()
+
+
 def test_pictures_without_captions_are_refused(tmp_path, model):
     from PIL import Image
     for split in ("train", "val"):

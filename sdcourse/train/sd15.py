@@ -232,7 +232,8 @@ def check(self: Task):
         if wrong(cfg): raise UserError(text.format(c=cfg))
     if cfg.data == "scenes" and (cfg.flip or cfg.latents or cfg.prompts): raise UserError("--data scenes: has left and right in its captions and is drawn in each step; leave --flip, --latents and --prompts out")
     if cfg.model == "new": return
-    cfg.often(len(noise_of(read_json(self.home/"scheduler"/"scheduler_config.json"))[0]))
+    cfg.often(len(self.noise[0]))
+    if cfg.dream and self.noise[1] == "v": raise UserError(f"--dream: is defined for networks that predict eps, and {cfg.model} predicts v; leave it out")
     down = self.vae["down"] * 2 ** (len(read_json(self.home/"unet"/"config.json")["block_out_channels"]) - 1)
     if cfg.image_size % down: raise UserError(f"--image-size {cfg.image_size}: is no multiple of {down}, the pixels of one place in the smallest map of the UNet")
     if cfg.buckets and cfg.bucket_step % down: raise UserError(f"--bucket-step {cfg.bucket_step}: is no multiple of {down}, the pixels of one place in the smallest map of the UNet")
