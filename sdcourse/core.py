@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PACKAGES', 'M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'UserError', 'nearest', 'fsync_path', 'atomic_path', 'write_text',
-           'write_json', 'read_json', 'sha256', 'versions', 'git_commit', 'use_cpu', 'watched', 'progress', 'human']
+           'write_json', 'read_json', 'sha256', 'versions', 'git_commit', 'use_cpu', 'code_id', 'lesson_folder',
+           'watched', 'progress', 'human']
 
 # %% ../nbs/engine/core.ipynb #4578abf7
-import ctypes, difflib, hashlib, json, os, subprocess, sys
+import ctypes, difflib, hashlib, json, os, shutil, subprocess, sys, tempfile
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -115,6 +116,36 @@ def use_cpu(
     if threads: torch.set_num_threads(threads)
     if device == "cpu" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for setting, size in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1)): libc.mallopt(setting, size)
+
+# %% ../nbs/engine/core.ipynb #1501b488
+def _content(path):
+    "The bytes of a file on which results depend; of a notebook its code."
+    if path.suffix != ".ipynb": return path.read_bytes()
+    cells = json.loads(path.read_bytes())["cells"]
+    return json.dumps([c["source"] for c in cells if c["cell_type"] == "code"]).encode()
+
+def code_id(
+    paths, # files
+) -> str: # 16 hexadecimal digits
+    "A hash of files, of notebooks without text and outputs, and of the installed versions."
+    digest = hashlib.sha256(json.dumps(versions()).encode())
+    for path in sorted(paths): digest.update(hashlib.sha256(_content(path)).digest())
+    return digest.hexdigest()[:16]
+
+def lesson_folder(
+    lesson: str, # name of a notebook in the current folder, without suffix
+) -> Path: # an absolute path; the folder exists
+    "A temporary folder for a lesson's files; where `SDCOURSE_KEEP` is set, one that is found again while package, lesson and versions are the same."
+    if not (root := os.environ.get("SDCOURSE_KEEP")):
+        _temporary.append(tempfile.TemporaryDirectory(prefix=lesson))
+        return Path(_temporary[-1].name).resolve()
+    package = [p for p in Path(__file__).parent.rglob("*") if p.is_file() and p.suffix != ".pyc"]
+    folder = Path(root).resolve()/f"{lesson}-{code_id([*package, Path(f'{lesson}.ipynb')])}"
+    for old in set(folder.parent.glob(f"{lesson}-*")) - {folder}: shutil.rmtree(old)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+_temporary = [] # folders that go away with this process
 
 # %% ../nbs/engine/core.ipynb #9d5865ff
 def watched() -> bool: # whether a person sees the output as it comes

@@ -28,7 +28,7 @@ PLANTED = {
         ('the host of a GPU keeps what it held once', 'if device == "cpu" and hasattr(', 'if hasattr(', 'test_freed_memory_stays_where_the_cpu_computes'),
     ],
     ('sdcourse/train/loop.py', 'tests/test_loop.py'): [
-        ('the processor is left as it is', 'use_cpu(cfg.threads, self.device.type)', 'pass', 'test_a_run_sets_up_the_processor'),
+        ('the processor is left as it is', 'use_cpu(cfg.threads or before.get("threads", 0), self.device.type)', 'pass', 'test_a_run_sets_up_the_processor'),
         ('loss not divided under accumulation', 'loss.sum() * (run.ranks.world / cfg.batch_size)', 'loss.mean()', 'test_accumulation_equals_one_batch'),
         ('mean of means under uneven accumulation', 'loss.sum() * (run.ranks.world / cfg.batch_size)', 'loss.mean() * (run.ranks.world / len(run.micros))', 'test_accumulation_equals_one_batch'),
         ('micro-batches draw the same noise', 'draws = Draws(cfg.seed, s, rows, device', 'draws = Draws(cfg.seed, s, range(len(rows)), device', 'test_accumulation_equals_one_batch'),
@@ -49,6 +49,7 @@ PLANTED = {
     ('sdcourse/train/loop.py', 'tests/test_resume.py'): [
         ('a stop by a person is requeued', '0 if asked else run.cfg.requeue_code)', 'run.cfg.requeue_code)', 'test_every_way_to_stop'),
         ('a stopped run looks finished to the scheduler', '0 if asked else run.cfg.requeue_code)', '0)', 'test_every_way_to_stop'),
+        ('a resume takes the threads that it finds', 'cfg.threads or before.get("threads", 0)', 'cfg.threads', 'test_a_resume_keeps_the_number_of_threads'),
         ('dropout is not seeded', '        torch.manual_seed(key(cfg.seed, "dropout", s, i, run.ranks.rank))\n', '', 'test_resumed_equals_uninterrupted'),
         ('EMA is not restored', '        for name, tensors in self.tensors().items():', '        for name, tensors in list(self.tensors().items())[:1]:', 'test_resumed_equals_uninterrupted'),
         ('optimizer is not restored', '        self.optimizer.load_state_dict(checkpoint["objects"]["optimizer"])\n', '', 'test_resumed_equals_uninterrupted'),

@@ -72,6 +72,17 @@ def test_resumed_equals_uninterrupted(tmp_path, stop, over):
         assert same(a, b), f"{what} differ"
 
 
+@pytest.mark.parametrize("threads,then", [(0, 2), (1, 1)])
+def test_a_resume_keeps_the_number_of_threads(tmp_path, threads, then):
+    "Whatever the machine or the scheduler offers at the next start; `--threads N` says otherwise."
+    torch.set_num_threads(2)
+    with watched(3):
+        run(tmp_path)
+    torch.set_num_threads(1)
+    run(tmp_path, threads=threads)
+    assert torch.get_num_threads() == then
+
+
 def test_dropout_is_really_on(tmp_path):
     "Otherwise the test above would say nothing about it."
     run(tmp_path / "a", dropout=0.2)

@@ -1,50 +1,95 @@
 """Everything that `make test` does.   python tools/test.py [pytest options]        python tools/test.py slurm        python tools/test.py sum
 
-check      tools/check.py: what is generated is in step with its source
-notebooks  nbdev_test of every notebook, one worker, two threads; it must name each notebook as completed and print `Success.`
-tests      pytest without those that need a SLURM, with every skipped test named
-slurm      by itself (make test-slurm, .ci/run): the tests on a real two-node SLURM; they say so when there can be none
+Two lanes of one thread each run beside each other, for half of the tests wait most of the time:
+  notebooks  tools/check.py (what is generated is in step with its source), then nbdev_test of every notebook
+  tests      pytest, without the tests that read a clock or need a SLURM
+and then, with nothing beside them:
+  alone      the tests that read a clock
+By itself (make test-slurm, .ci/run): the tests on a real SLURM of two nodes; they say so when there can be none.
 
+nbdev_test is believed only where it names each notebook as completed and prints `Success.`. Lessons keep what they trained in build/lessons, under a
+hash of package and lesson (`sdcourse.core.lesson_folder`), so that a second `make test` does not train again; CI and `make fresh` do.
+
+A stage may take as long as the machine needs. What hangs is ended: a test by its own limit (pyproject.toml), a notebook after half an hour of silence.
 Each stage leaves its counts in build/results, and the last line is `N passed, N failed`: notebooks and tests that really ran. A check that
 fails, a surviving mutant and a stage without a result count as failed. `sum` prints that line again, with the mutants when they ran.
 Nothing here reaches the network: tests/offline blocks it in every process that is started.
 """
-import json, os, re, signal, subprocess, sys, time
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
 import xml.etree.ElementTree as xml
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "build" / "results"
-STAGES = ("check", "notebooks", "tests")
-LIMITS = {"notebooks": 25 * 60, "tests": 25 * 60, "slurm": 15 * 60} # seconds; a hang is a failure, not a wait
-ENV = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", "WANDB_MODE": "offline", "PYTHONUNBUFFERED": "1", "MPLCONFIGDIR": str(ROOT / "build" / "mpl")}
+STAGES = ("check", "notebooks", "tests", "alone")
+SILENCE = 30 * 60  # seconds without a line: something hangs
+ENV = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "WANDB_MODE": "offline",
+    "PYTHONUNBUFFERED": "1",
+    "MPLCONFIGDIR": str(ROOT / "build" / "mpl"),
+}
+KEPT = {} if os.environ.get("CI") else {"SDCOURSE_KEEP": str(ROOT / "build" / "lessons")}
+running = set()
 
 
-def say(text): print(f"\n==== {text}", flush=True)
+def say(text):
+    print(f"\n==== {text}", flush=True)
 
 
 def keep(stage, passed, failed, **more):
     "Leave the counts of a stage."
     RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{stage}.json").write_text(json.dumps({"passed": passed, "failed": failed, **more}), encoding="utf-8")
+    found = {"passed": passed, "failed": failed, **more}
+    (RESULTS / f"{stage}.json").write_text(json.dumps(found), encoding="utf-8")
     return failed
 
 
-def stream(argv, limit, **env):
-    "Run a command, show its lines as they come; (exit code, all lines). Everything that it started ends with it."
-    child = subprocess.Popen(argv, cwd=ROOT, env=os.environ | ENV | env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True)
-    def end(*_): os.killpg(child.pid, signal.SIGKILL)
-    lines = []
-    signal.signal(signal.SIGALRM, end)
-    signal.alarm(limit)
+def end(child):
+    "End a command and everything that it started."
     try:
+        os.killpg(child.pid, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def stream(argv, tag, **env):
+    "Run a command and show its lines as they come, behind a tag; (exit code, all lines). Everything that it started ends with it."
+    child = subprocess.Popen(
+        argv, cwd=ROOT, env=os.environ | ENV | env, text=True, errors="replace", start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )
+    running.add(child)
+    lines = []
+    try:
+        timer = _silence(child)
         for line in child.stdout:
-            print(line, end="", flush=True)
+            timer.cancel()
+            print(f"{tag}| {line}", end="", flush=True)
             lines.append(line.rstrip("\n"))
+            timer = _silence(child)
+        timer.cancel()
         return child.wait(), lines
     finally:
-        signal.alarm(0)
-        if child.poll() is None: end()
+        end(child)
+        running.discard(child)
+
+
+def _silence(child):
+    "A timer that ends a command which says nothing any more."
+    timer = threading.Timer(SILENCE, end, [child])
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 def expected():
@@ -57,72 +102,101 @@ def judge(code, lines, wanted):
     "(passed, problems) of a run of nbdev_test: what it says is believed only where it names the notebook."
     completed = {m[1] for l in lines if (m := re.fullmatch(r"- Completed (.*\.ipynb)", l))}
     where = next((i for i, l in enumerate(lines) if l.startswith("nbdev Tests Failed On")), None)
-    failed = [l.strip() for l in lines[where + 2:] if l.startswith("\t")] if where is not None else []
+    failed = [l.strip() for l in lines[where + 2 :] if l.startswith("\t")] if where is not None else []
     missing = [f"{p}: not run" for p in wanted if str(p) not in completed]
     problems = [f"{name}: failed" for name in failed] + missing
-    if not problems and (code or "Success." not in lines): problems = [f"nbdev_test: exit code {code}, {'no ' * ('Success.' not in lines)}success line"]
+    if not problems and (code or "Success." not in lines):
+        problems = [f"nbdev_test: exit code {code}, {'no ' * ('Success.' not in lines)}success line"]
     return len(wanted) - len(failed) - len(missing), problems
 
 
 def notebooks():
-    say("notebooks: nbdev_test --n_workers 1")
+    "The lane of the notebooks."
+    import check
+
+    keep("check", 0, check.main())
     command = [sys.executable, str(Path(sys.executable).with_name("nbdev_test")), "--n_workers", "1", "--do_print", "--timing"]
-    code, lines = stream(command, LIMITS["notebooks"], PYTHONPATH=str(ROOT / "tests" / "offline"))
+    code, lines = stream(command, "nb", PYTHONPATH=str(ROOT / "tests" / "offline"), **KEPT)
     wanted = expected()
     passed, problems = judge(code, lines, wanted)
     print(f"{passed} of {len(wanted)} notebooks ran and passed", *problems, sep="\n", flush=True)
     return keep("notebooks", passed, len(problems))
 
 
-def tests(options, stage="tests", mark="not slurm"):
-    say(f"{stage}: pytest")
+def tests(options, stage="tests", mark="not slurm and not alone"):
+    "pytest on what `mark` chooses; its counts under the name of the stage."
     report = RESULTS / f"pytest-{stage}.xml"
     report.unlink(missing_ok=True)
-    code, _ = stream([sys.executable, "-m", "pytest", "-m", mark, "--durations=8", f"--junitxml={report}", *options], LIMITS[stage])
-    if not report.exists(): return keep(stage, 0, 1)
+    command = [sys.executable, "-m", "pytest", "-m", mark, "--durations=12", f"--junitxml={report}", *options]
+    code, _ = stream(command, "py")
+    if not report.exists():
+        return keep(stage, 0, 1)
     suite = xml.parse(report).getroot().find("testsuite")
     count = {k: int(suite.get(k)) for k in ("tests", "failures", "errors", "skipped")}
     failed = count["failures"] + count["errors"]
-    return keep(stage, count["tests"] - failed - count["skipped"], failed or int(code != 0), skipped=count["skipped"])
+    nothing = code == 5 and not count["tests"]  # no test has this mark, or the options leave none
+    passed = count["tests"] - failed - count["skipped"]
+    return keep(stage, passed, failed or int(code != 0 and not nothing), skipped=count["skipped"])
 
 
 def slurm(options):
     "On a real SLURM, or a loud word that there is none."
     failed = tests(["tests/test_slurm.py", *options], "slurm", "slurm")
-    if json.loads((RESULTS / "slurm.json").read_text(encoding="utf-8")).get("skipped"): print("!!!! NO SLURM: the tests on a real SLURM were skipped; they need root, Linux, and Debian's slurm-wlm and munge", flush=True)
+    if json.loads((RESULTS / "slurm.json").read_text(encoding="utf-8")).get("skipped"):
+        print("!!!! NO SLURM: the tests on a real SLURM were skipped; they need root, Linux, and Debian's slurm-wlm and munge", flush=True)
     return int(failed > 0)
 
 
-def checks():
-    say("check: generated files")
-    import check
-    return keep("check", 0, check.main())
+def told(stage, found):
+    "A line on what a stage left."
+    if stage == "check":
+        return f"check: {found['failed']} failed"
+    if stage == "mutants":
+        kept = f", {found['kept']} caught before" if found.get("kept") else ""
+        return f"mutants: {found['caught']} of {found['total']} caught{kept}"
+    skipped = f", {found['skipped']} skipped" if found.get("skipped") else ""
+    return f"{stage}: {found['passed']} passed, {found['failed']} failed{skipped}"
 
 
 def total():
     "The last line, from what the stages left."
-    bad = good = 0
+    good = bad = 0
     for stage in (*STAGES, "slurm", "mutants"):
         path = RESULTS / f"{stage}.json"
-        if not path.exists():
-            if stage not in STAGES: continue
+        if path.exists():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            print(told(stage, found))
+            good += found["passed"]
+            bad += found["failed"]
+        elif stage in STAGES:
             print(f"{stage}: no result")
             bad += 1
-            continue
-        found = json.loads(path.read_text(encoding="utf-8"))
-        more = f", {found['skipped']} skipped" if found.get("skipped") else ""
-        print(f"{stage}: " + (f"{found['failed']} failed" if stage == "check" else f"{found['caught']} of {found['total']} caught" if stage == "mutants" else f"{found['passed']} passed, {found['failed']} failed{more}"))
-        good, bad = good + found["passed"], bad + found["failed"]
     print(f"{good} passed, {bad} failed", flush=True)
     return int(bad > 0 or good == 0)
 
 
+def leave(*_):
+    "What was started ends with this process."
+    for child in list(running):
+        end(child)
+    os._exit(143)
+
+
 def main(options):
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) # so that what was started ends too
-    for old in RESULTS.glob("*"): old.unlink()
+    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(s, leave)
     RESULTS.mkdir(parents=True, exist_ok=True)
+    for old in RESULTS.glob("*"):
+        old.unlink()
     start = time.time()
-    checks(); notebooks(); tests(options)
+    say("two lanes, one thread each: nb| notebooks, py| tests")
+    lane = threading.Thread(target=notebooks)
+    lane.start()
+    tests(options)
+    say(f"{time.time() - start:.0f} s: pytest is through")
+    lane.join()
+    say(f"{time.time() - start:.0f} s: both lanes are through; tests that read a clock")
+    tests(options, "alone", "alone")
     say("start-up times and sizes (printed, not tested)")
     subprocess.run([sys.executable, "tools/budgets.py"], cwd=ROOT)
     say(f"{time.time() - start:.0f} s in all")
@@ -130,4 +204,9 @@ def main(options):
 
 
 if __name__ == "__main__":
-    raise SystemExit(total() if sys.argv[1:] == ["sum"] else slurm(sys.argv[2:]) if sys.argv[1:2] == ["slurm"] else main(sys.argv[1:]))
+    mode, rest = sys.argv[1:2], sys.argv[2:]
+    if mode == ["sum"]:
+        raise SystemExit(total())
+    if mode == ["slurm"]:
+        raise SystemExit(slurm(rest))
+    raise SystemExit(main(sys.argv[1:]))

@@ -76,7 +76,8 @@ class Run:
     def __init__(self, task, ranks=Ranks(), checkpoint=None, beat=lambda doing: None):
         cfg, self.task, self.ranks, self.device = task.config, task, ranks, ranks.device
         self.cfg, self.step, self.waited, self.beat = cfg, 0, 0., beat
-        use_cpu(cfg.threads, self.device.type)
+        before = checkpoint["state"] if checkpoint else {}
+        use_cpu(cfg.threads or before.get("threads", 0), self.device.type) # a resume keeps the number, so that it keeps the bits
         self.autocast_dtype, self.dtype = resolve_precision(cfg.precision, self.device)
         if self.device.type == "cuda" and self.autocast_dtype: torch.set_float32_matmul_precision("high")
         torch.manual_seed(key(cfg.seed, "init"))
@@ -148,8 +149,8 @@ class Run:
 
     def state(self):
         "What a checkpoint keeps as JSON. All ranks must call it together."
-        return dict(step=self.step, samples=self.step * self.cfg.batch_size, meter=self.meter.state(self.ranks.total),
-                    scaler=self.scaler.state_dict(), config=asdict(self.cfg), commit=git_commit(), versions=versions())
+        return dict(step=self.step, samples=self.step * self.cfg.batch_size, meter=self.meter.state(self.ranks.total), scaler=self.scaler.state_dict(),
+                    config=asdict(self.cfg), threads=torch.get_num_threads(), commit=git_commit(), versions=versions())
 
     def load(self, checkpoint):
         "Take weights, average, optimizer, scaler, meter and step from a checkpoint; anything missing is an error."
