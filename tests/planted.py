@@ -27,6 +27,9 @@ PLANTED = {
         ('freed memory goes back to the system', '(M_TRIM_THRESHOLD, 2**31 - 1)): libc.mallopt(setting, size)', '(M_TRIM_THRESHOLD, 2**31 - 1)): pass', 'test_freed_memory_stays_where_the_cpu_computes'),
         ('the host of a GPU keeps what it held once', 'if device == "cpu" and hasattr(', 'if hasattr(', 'test_freed_memory_stays_where_the_cpu_computes'),
     ],
+    ('sdcourse/__init__.py', 'tests/test_loop.py'): [
+        ('threads that wait keep their core', 'os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")', 'os.environ', 'test_threads_that_wait_leave_their_core'),
+    ],
     ('sdcourse/train/loop.py', 'tests/test_loop.py'): [
         ('the processor is left as it is', 'use_cpu(cfg.threads or before.get("threads", 0), self.device.type)', 'pass', 'test_a_run_sets_up_the_processor'),
         ('loss not divided under accumulation', 'loss.sum() * (run.ranks.world / cfg.batch_size)', 'loss.mean()', 'test_accumulation_equals_one_batch'),

@@ -89,7 +89,7 @@ def run_here(path):
 
 def run(path):
     "The notebook at `path` after a run in a fresh process, clean; None when a cell failed."
-    env = {"OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", "MPLCONFIGDIR": str(ROOT / "build" / "mpl"), **os.environ}
+    env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MPLCONFIGDIR": str(ROOT / "build" / "mpl"), **os.environ}
     out = ROOT / "build" / f"outputs-{os.getpid()}.json"
     out.parent.mkdir(exist_ok=True)
     try:
