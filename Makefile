@@ -14,7 +14,7 @@ ifneq ("$(shell cat $(VENV)/.here 2>/dev/null)","$(CURDIR)")
 MOVED = moved
 endif
 
-.PHONY: help train test test-slurm lab check sync fresh outputs readme text nb mutants shot budgets ablations lock clean moved
+.PHONY: help train test test-slurm lab check sync fresh outputs readme text nb mutants shot budgets ablations log lock clean moved
 
 help:          ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -67,6 +67,9 @@ budgets: $(VENV)/.base ## import times and sizes beside their budgets
 ablations: $(VENV)/.dev ## train again what the lessons show from recorded runs (an hour); done ones are kept: remove nbs/recorded/*.json first
 	$(PY) tools/record_sd15.py
 	$(PY) tools/record_costs.py
+
+log:           ## the findings, newest first (headings of log/); WORD=cache: only those with that word
+	@sed -n 's/^## //p' $$(ls -r log/*.md) | grep -i -e "$(WORD)" || true
 
 lock: $(VENV)/.dev    ## write constraints.txt from this environment
 	$(PY) tools/lock.py

@@ -287,6 +287,15 @@ PLANTED = {
     ('tools/outputs.py', 'tests/test_repo.py'): [
         ('stale outputs pass', 'if c["cell_type"] == "code"]\n    return hashlib', 'if c["cell_type"] == "raw"]\n    return hashlib', 'test_stale_outputs_are_found'),
     ],
+    ('log/2026-11.md', 'tests/test_repo.py'): [
+        ('log: an entry of another month', '## 2026-11-21 · Nothing here was', '## 2026-10-21 · Nothing here was', 'test_entries_of_the_log'),
+        ('log: a verdict in other words', 'textbook loop\'s speed: the products take all the time (negative)', 'textbook loop\'s speed (negative result)', 'test_entries_of_the_log'),
+        ('log: a heading without text', '\n940 bytes per job, measured on 200,000 jobs.\n', '', 'test_entries_of_the_log'),
+        ('log: the oldest day first', '## 2026-11-29 · CI looked', '## 2026-11-20 · CI looked', 'test_headings_of_the_log_tell_its_story'),
+    ],
+    ('Makefile', 'tests/test_repo.py'): [
+        ('make log: some headings only', 'grep -i -e "$(WORD)"', 'grep -i -e "the $(WORD)"', 'test_headings_of_the_log_tell_its_story'),
+    ],
     ('tools/check.py', 'tests/test_repo.py'): [
         ('a stale module passes', 'for p in sorted(have - want)]', 'for p in sorted(have - have)]', 'test_export_in_step'),
     ],

@@ -201,6 +201,38 @@ def test_old_python_is_refused_in_one_line(tmp_path):
     assert not (tmp_path / "a b").exists()
 
 
+# ---- the log
+def entries():
+    "(file, heading, body) of every entry of log/, the newest file first."
+    for path in sorted((ROOT / "log").glob("*.md"), reverse=True):
+        for entry in re.split(r"(?m)^## ", path.read_text(encoding="utf-8"))[1:]:
+            heading, _, body = entry.partition("\n")
+            yield path, heading, body
+
+
+def test_entries_of_the_log():
+    for path, heading, body in entries():
+        date, _, finding = heading.partition(" · ")
+        assert re.fullmatch(path.stem + r"-\d\d", date), heading
+        assert 10 <= len(finding) <= 110, heading
+        told = finding.removesuffix(" (negative)").removesuffix(" (status)")
+        assert not re.search(r"\((negative|status)|[\s.:]$", told, re.IGNORECASE), heading
+        assert len(body.split()) > 5, heading
+        assert max(map(len, body.splitlines())) <= 200, heading
+
+
+def test_headings_of_the_log_tell_its_story():
+    "Newest first, none twice; `make log` prints them, and LOG.md names every file."
+    headings = [heading for _, heading, _ in entries()]
+    findings = {heading.partition(" · ")[2] for heading in headings}
+    dates = [heading[:10] for heading in headings]
+    assert len(findings) == len(headings) > 100
+    assert dates == sorted(dates, reverse=True)
+    assert make("log").stdout.splitlines() == headings
+    text = (ROOT / "LOG.md").read_text(encoding="utf-8")
+    assert all(f"(log/{path.name})" in text for path, _, _ in entries())
+
+
 # ---- budgets (U6, DESIGN 8); tools/budgets.py says what a code line is and what the engine is
 def lines(name): return len(budgets.code_lines(MODULES[name].read_text(encoding="utf-8")))
 
@@ -263,7 +295,7 @@ def test_nothing_unsafe(path):
 
 
 def test_no_absolute_paths_elsewhere():
-    files = [p for d in ("tests", "tools", ".ci", "slurm", "data_manifests") for p in (ROOT / d).rglob("*") if p.is_file() and p.suffix != ".pyc" and p != Path(__file__).resolve()]
+    files = [p for d in ("tests", "tools", ".ci", "slurm", "data_manifests", "log") for p in (ROOT / d).rglob("*") if p.is_file() and p.suffix != ".pyc" and p != Path(__file__).resolve()]
     files += [ROOT / f for f in ("README.md", "LOG.md", "Makefile", "settings.ini", "setup.py", "constraints.txt")]
     assert not {str(p): m.group(0) for p in files if (m := re.search(ABSOLUTE, p.read_text(encoding="utf-8", errors="replace").replace("/home/me", "")))} # a test may speak of an invented home
 
