@@ -34,7 +34,11 @@ LEFT_OUT = shutil.ignore_patterns(".ipynb_checkpoints", "runs", "*.gif")
 LIMIT = 300 # seconds for one test
 LATE = 124 # exit code of an attempt that was ended; `timeout` has the same
 STARTED_WITH = dict(os.environ)
-WARM = ("numpy", "torch", "yaml", "PIL.Image", "safetensors.torch")
+SLOW = ("numpy", "torch", "PIL.Image", "yaml", "safetensors.torch", "scipy.stats", "scipy.ndimage", "scipy.optimize",
+    "matplotlib.pyplot", "sklearn.datasets", "sklearn.model_selection", "transformers.models.clip.modeling_clip",
+    "transformers.models.t5.modeling_t5", "diffusers.models.autoencoders.autoencoder_kl",
+    "diffusers.models.unets.unet_2d_condition", "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "torch.utils.tensorboard", "wandb") # imports that pay when the first child has needed them
 
 # patch: (file, old, new)
 Attempt = namedtuple("Attempt", "tests patch limit bug", defaults=(None, LIMIT, None))
@@ -144,7 +148,8 @@ def run_tests(work, tests):
     if len(tests) == 1: options.append("-x")
     sys.argv = ["pytest", *options, *tests]
     code = int(pytest.main([*options, *tests], plugins=[said]))
-    words = {"parts": said.parts, "strangers": strangers(folder)}
+    slow = [name for name in SLOW if name in sys.modules]
+    words = {"parts": said.parts, "strangers": strangers(folder), "slow": slow}
     (work / "said.json").write_text(json.dumps(words), encoding="utf-8")
     return code
 
@@ -219,35 +224,45 @@ def guarded(work, *args):
 
 
 # ---- here
-def warm(names=WARM):
-    "Import pytest's plugins and `names`, but nothing of the checkout; why nothing can be forked from here, or \"\"."
+def warm():
+    "Import pytest and its plugins, but nothing of the checkout; why nothing can be forked from here, or \"\"."
     if sys.platform != "linux": return "not on Linux"
     os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "IN_TEST": "1", "MPLBACKEND": "agg",
         "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"} # as in conftest.py: an import reads them
+    import pytest
+    quiet = ("--collect-only", "--noconftest", "-p", "no:cacheprovider", "-c", os.devnull)
+    with tempfile.TemporaryDirectory() as empty, redirect_stdout(io.StringIO()):
+        pytest.main([*quiet, f"--rootdir={empty}", empty])
+    return preload(())
+
+
+def preload(names):
+    "Import what is slow to import, as sdcourse would: torchvision comes after its guard; see `warm`."
     spec = importlib.util.spec_from_file_location("guard_of_the_parent", ROOT / "sdcourse" / "guard.py")
     guard = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(guard)
     finder = guard.Finder()
     sys.meta_path.insert(0, finder)
-    import pytest
-    quiet = ("--collect-only", "--noconftest", "-p", "no:cacheprovider", "-c", os.devnull)
-    with tempfile.TemporaryDirectory() as empty, redirect_stdout(io.StringIO()):
-        pytest.main([*quiet, f"--rootdir={empty}", empty])
     for name in names:
         with suppress(ImportError): importlib.import_module(name)
     sys.meta_path.remove(finder)
     gc.collect()
     gc.freeze()
     threads = len(os.listdir("/proc/self/task"))
-    return "" if threads == 1 else f"{threads} threads after the imports"
+    return "" if threads == 1 else f"{threads} threads after {', '.join(names)}"
 
 
-def judge(work, code, limit):
+def read_said(work):
+    "What pytest's child has left, or {}."
+    path = work / "said.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def judge(work, said, code, limit):
     "(verdict, last lines, cases): passed, failed, or what went wrong."
     tail = "\n".join((work / "out").read_text(encoding="utf-8", errors="replace").splitlines()[-12:])
     if code == LATE: return f"no end within {limit} s", tail, {}
-    if not (work / "said.json").exists(): return f"pytest exit code {code}", tail, {}
-    said = json.loads((work / "said.json").read_text(encoding="utf-8"))
+    if not said: return f"pytest exit code {code}", tail, {}
     if said["strangers"]: return "the copy is not what is imported", f"{said['strangers'][:5]}\n{tail}", {}
     cases = {}
     for test, when, outcome in said["parts"]:
@@ -266,6 +281,7 @@ class Lanes:
     def __init__(self, n, fork, root=ROOT):
         self.n = n
         self.fork = fork
+        self.slow = set() # what children have imported
         self.root = root
         self.begun = 0
         self.running = {} # pid: (attempt, folder)
@@ -294,6 +310,7 @@ class Lanes:
 
     def begin(self, attempt):
         self.begun += 1
+        if missing := [n for n in SLOW if self.fork and n in self.slow and n not in sys.modules]: self.preload(missing)
         work = self.folder / str(self.begun)
         shutil.copytree(self.master, work / "copy", copy_function=os.link)
         if attempt.patch: plant(work / "copy", *attempt.patch)
@@ -302,11 +319,19 @@ class Lanes:
         if not pid: guarded(watch, work, attempt, self.fork)
         self.running[pid] = (attempt, work)
 
+    def preload(self, names):
+        self.slow -= {*names} # those that cannot be imported are not tried again
+        if why := preload(names):
+            print(f"each test starts a Python from here on: {why}", flush=True)
+            self.fork = False
+
     def end(self):
         "(attempt, outcome) of the one that ends first."
         pid, status, used = self.wait()
         attempt, work = self.running.pop(pid)
-        found = judge(work, os.waitstatus_to_exitcode(status), attempt.limit)
+        said = read_said(work)
+        found = judge(work, said, os.waitstatus_to_exitcode(status), attempt.limit)
+        self.slow.update(said.get("slow", ()))
         shutil.rmtree(work, ignore_errors=True)
         self.mend()
         if pid not in self.doubtful: return attempt, Outcome(*found, used.ru_utime + used.ru_stime)

@@ -45,7 +45,7 @@ JUDGED = """
 import json, os, sys
 import attempt
 root, fork = attempt.Path(sys.argv[1]), sys.argv[2] == "fork"
-if fork: attempt.warm(names=())
+if fork: attempt.warm()
 attempt.adopt()
 found = {}
 def end():
@@ -171,7 +171,7 @@ mutants.ROOT = attempt.Path(sys.argv[1])
 mutants.TABLE = mutants.ROOT / "verdicts.txt"
 mutants.BUGS = [mutants.Bug(*row) for row in {[tuple(b) for b in BUGS]}]
 mutants.note(mutants.BUGS[1], "0123456789abcdef")
-attempt.warm(names=())
+attempt.warm()
 with mutants.Lanes(2, True, mutants.ROOT) as lanes:
     run = mutants.Run(mutants.BUGS, lanes, 99, 5)
     run.all()
