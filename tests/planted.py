@@ -305,6 +305,18 @@ PLANTED = {
     ('tests/conftest.py', 'tests/test_offline.py'): [
         ('the network is open in child processes', '"PYTHONPATH": first(OFFLINE, ROOT)', '"PYTHONPATH": first(ROOT)', 'test_connections_are_refused_in_child_processes'),
     ],
+    ('tests/attempt.py', 'tests/test_mutants.py'): [
+        ('mutants: a fixture that breaks counts as caught', 'if code == 1 and "failed" in ends and not errors:', 'if code == 1:', 'test_caught_means_that_the_test_failed'),
+        ('mutants: another package may be tested', 'if said["strangers"]:', 'if False:', 'test_only_the_copy_is_tested'),
+        ('mutants: what leaves its process group goes on', 'while left := children():', 'while left := []:', 'test_nothing_outlives_a_bug'),
+        ('mutants: the patch goes through the hard link', '    fresh.replace(path)', '    path.write_bytes(fresh.read_bytes())', 'test_a_hard_link_changes_no_original'),
+        ('mutants: what a test wrote stays in the snapshot', 'if self.stamps[p] != stamp]', 'if False]', 'test_a_hard_link_changes_no_original'),
+    ],
+    ('tests/mutants.py', 'tests/test_mutants.py'): [
+        ('mutants: a verdict outlives the helper of its test', '*used_by(root / file_of(bug.test))]', 'root / file_of(bug.test)]', 'test_a_key_falls_with_what_the_verdict_depends_on'),
+        ('mutants: a survivor keeps its verdict', 'for bug in self.alive: note(bug, None)', 'pass', 'test_what_survives_is_said_and_struck_off'),
+        ('mutants: CI writes into the checkout', 'if os.environ.get("CI", "").lower() in ("1", "true"): return', 'pass', 'test_nothing_is_written_in_ci'),
+    ],
     ('sdcourse/data/imagefolder.py', 'tests/test_imagefolder.py'): [
         ('image folder: bad pictures stay in the metadata', 'if j.row and j.name not in bad: rows', 'if j.row: rows', 'test_too_many_bad_ones_stop_the_work'),
         ('image folder: any share of bad pictures passes', 'if len(bad) > max_bad * len(jobs) or not job.row:', 'if not job.row:', 'test_too_many_bad_ones_stop_the_work'),
