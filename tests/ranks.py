@@ -33,6 +33,6 @@ def finish(ranks, seconds=warm.LIMIT):
     return [(p.returncode, *end) for p, end in zip(ranks, ends)]
 
 
-def toy(out, world=2, **over):
+def toy(out, world=2, *, first=warm.LOOP, **over):
     "Start the toy training on `world` ranks."
-    return start([SCRIPT, out, *(f"{k}={v!r}" for k, v in over.items())], world)
+    return start([SCRIPT, out, *(f"{k}={v!r}" for k, v in over.items())], world, first=first)

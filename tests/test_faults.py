@@ -43,7 +43,7 @@ SummaryWriter.add_scalar = down
 
 def test_validation_tracker_and_hub_may_fail_on_one_rank(tmp_path):
     "R17: each fault warns, training goes on to the end on both ranks, and nobody waits for the rank that raised."
-    ends = ranks.finish(ranks.toy(tmp_path / "run", hook=RAISES, validate_every=4, tracker="tensorboard", push_to_hub="x/y"))
+    ends = ranks.finish(ranks.toy(tmp_path / "run", hook=RAISES, first=warm.LOOP + "import huggingface_hub, torch.utils.tensorboard", validate_every=4, tracker="tensorboard", push_to_hub="x/y"))
     assert [c for c, _, _ in ends] == [0, 0], ends
     assert ends[1][2].count("failed on rank 1 (OSError: held-out set gone)") == 3 and "held-out" not in ends[0][2]
     for words in ("failed on rank 0 (RuntimeError: no ink)", "tracker down", "not pushed to x/y"): assert words in ends[0][2], words

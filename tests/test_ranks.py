@@ -1,4 +1,4 @@
-"""Two real processes, some of them under torchrun: the same samples, the same weights, one decision."""
+"""Two real processes with a launcher's variables, and once under torchrun: the same samples, the same weights, one decision."""
 import json
 import signal
 import subprocess
@@ -17,16 +17,11 @@ from sdcourse.train.track import read_metrics
 SCRIPT = Path(__file__).parent / "ranks_train.py"
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-
-
-def launch(out, ranks, torchrun=False, **over):
+def launch(out, ranks, **over):
     "Train with `ranks` processes; returns the checkpoint and what each rank reported."
     argv = [str(SCRIPT), str(out), *(f"{k}={v!r}" for k, v in over.items())]
-    if torchrun: done = [subprocess.run([*TORCHRUN, *argv], capture_output=True, text=True)]
-    elif ranks > 1: done = [subprocess.CompletedProcess(argv, *end) for end in processes.finish(processes.start(argv, ranks))]
-    else: done = [warm.run(argv)]
-    for one in done: assert one.returncode == 0, one.stderr[-3000:]
+    alone = warm.start(argv) if ranks == 1 else None
+    for code, _, err in processes.finish([alone] if alone else processes.start(argv, ranks)): assert code == 0, err[-3000:]
     path, _ = latest_checkpoint(out / "checkpoints")
     return load_checkpoint(path), [json.loads(Path(f"{out}.rank{r}.json").read_text()) for r in range(ranks)]
 
@@ -47,13 +42,6 @@ def test_two_ranks_equal_one(tmp_path, over, limit):
             assert (k in x) == (k in y) and (k not in x or abs(x[k] - y[k]) <= max(limit, 1e-6 * abs(x[k])) * 10)
 
 
-def test_torchrun_starts_what_is_started_by_hand(tmp_path):
-    "The other tests here give the ranks a launcher's variables themselves."
-    a, by_hand = launch(tmp_path / "hand", 2)
-    b, both = launch(tmp_path / "torchrun", 2, torchrun=True)
-    assert both == by_hand and all(torch.equal(v, b["tensors"]["model"][k]) for k, v in a["tensors"]["model"].items())
-
-
 def test_a_flag_on_one_rank_stops_both_at_the_same_step(tmp_path):
     "R8: raised in step 5 on rank 1 only, acted on by both two steps later, and the run goes on afterwards."
     stopped, both = launch(tmp_path / "run", 2, precision="fp64", stop_rank=1, stop_step=5)
@@ -68,7 +56,7 @@ def test_a_flag_on_one_rank_stops_both_at_the_same_step(tmp_path):
 def test_torchrun_passes_sigterm_on(tmp_path):
     "R7 under torchrun: its agent ends with an error of its own, but the ranks have saved the step they were in."
     out = tmp_path / "run"
-    agent = subprocess.Popen([*TORCHRUN, str(SCRIPT), str(out), "max_steps=1000000", "log_every=1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    agent = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT), str(out), "max_steps=1000000", "log_every=1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         end = time.monotonic() + warm.LIMIT
         while not ((out / "metrics.jsonl").exists() and len(read_metrics(out)) > 5):
@@ -107,6 +95,5 @@ def test_a_bad_loss_on_one_rank_skips_the_step_on_both(tmp_path):
 
 
 def test_a_refusal_reaches_every_rank(tmp_path):
-    options = [f"{k}={v!r}" for k, v in dict(batch_size=1).items()]
-    done = subprocess.run([*TORCHRUN, str(SCRIPT), str(tmp_path / "x"), *options], capture_output=True, text=True)
-    assert done.returncode != 0 and done.stderr.count("batch-size 1: fewer images than the 2 ranks") >= 2
+    ends = processes.finish(processes.toy(tmp_path / "x", batch_size=1))
+    assert [c for c, _, _ in ends] == [2, 2] and all("batch-size 1: fewer images than the 2 ranks" in e for _, _, e in ends), ends
