@@ -1,4 +1,4 @@
-"""Every test runs offline, on two threads, on the package that lies beside this folder."""
+"""Every test runs offline, on one thread, on the package that lies beside this folder."""
 import os, sys
 from pathlib import Path
 
@@ -9,7 +9,7 @@ OFFLINE = ROOT / "tests" / "offline"
 def first(path, *rest): return os.pathsep.join(dict.fromkeys([*map(str, (path, *rest)), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
 
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "IN_TEST": "1", "OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2", "MPLBACKEND": "agg", "WANDB_MODE": "offline",
+os.environ |= {"HF_HUB_OFFLINE": "1", "IN_TEST": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MPLBACKEND": "agg", "WANDB_MODE": "offline",
     "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": first(OFFLINE, ROOT)} # child processes: the same package, the same block
 for key in ("HF_TOKEN", "WANDB_API_KEY", "HUGGING_FACE_HUB_TOKEN"): os.environ.pop(key, None)
 for folder in (OFFLINE, ROOT / "tools", ROOT): # the last one comes first
@@ -30,8 +30,24 @@ def root(): return ROOT
 
 
 @pytest.fixture(autouse=True)
-def two_threads():
+def one_thread():
     "A test that changes the number of threads does not change it for the next one."
     yield
     torch = sys.modules.get("torch")
-    if torch and torch.get_num_threads() != 2: torch.set_num_threads(2)
+    if torch and torch.get_num_threads() != 1: torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    "`built(make, **options)`: the folder that `make(folder, **options)` fills, made once per session. Who changes one, changes a copy."
+    home, states = tmp_path_factory.mktemp("built"), {}
+    def state(folder): return {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*")}
+    def of(make, **options):
+        folder = home / "-".join([make.__name__, *(f"{k}={v}" for k, v in options.items())])
+        if folder not in states:
+            make(folder, **options)
+            states[folder] = state(folder)
+        return folder
+    yield of
+    changed = [folder.name for folder, before in states.items() if state(folder) != before]
+    assert not changed, f"a test changed what others read: {changed}"

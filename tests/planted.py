@@ -317,6 +317,12 @@ PLANTED = {
         ('mutants: a survivor keeps its verdict', 'for bug in self.alive: note(bug, None)', 'pass', 'test_what_survives_is_said_and_struck_off'),
         ('mutants: CI writes into the checkout', 'if os.environ.get("CI", "").lower() in ("1", "true"): return', 'pass', 'test_nothing_is_written_in_ci'),
     ],
+    ('tests/warm.py', 'tests/test_warm.py'): [
+        ('warm: every end is a good one', 'os._exit(code & 0xFF)', 'os._exit(0)', 'test_it_ends_as_a_started_process_does'),
+        ('warm: what a start sets is set for the next', '    os.environ.clear()\n', '', 'test_it_is_what_a_started_process_is'),
+        ('warm: children outlive the session', 'for pid, _ in alive.values(): os.kill(pid, signal.SIGKILL)', 'pass', 'test_the_parent_ends_with_who_started_it'),
+        ('warm: a signal goes to the parent', 'if self.poll() is None: os.kill(self.pid, number)', 'if self.poll() is None: os.kill(_parent().process.pid, number)', 'test_signals_and_kills_reach_it'),
+    ],
     ('sdcourse/data/imagefolder.py', 'tests/test_imagefolder.py'): [
         ('image folder: bad pictures stay in the metadata', 'if j.row and j.name not in bad: rows', 'if j.row: rows', 'test_too_many_bad_ones_stop_the_work'),
         ('image folder: any share of bad pictures passes', 'if len(bad) > max_bad * len(jobs) or not job.row:', 'if not job.row:', 'test_too_many_bad_ones_stop_the_work'),

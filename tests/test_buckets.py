@@ -99,12 +99,12 @@ def test_too_small_is_said(data):
     assert len(Bucketed(pictures(data), bucket_sizes(128, step=32), upscale=3.)) == 11
 
 
-def test_it_trains(tmp_path, data):
+def test_it_trains(tmp_path, data, built):
     from sdcourse.config import resolve
     from sdcourse.models import tiny_sd
     from sdcourse.train import sd15
     from sdcourse.train.loop import train
-    model = tiny_sd.make_pipeline(tmp_path / "sd")
+    model = built(tiny_sd.make_pipeline)
     over = dict(model=str(model), data=str(data), image_size=64, buckets=True, bucket_step=16, crop="random", max_steps=6, batch_size=4, micro_batch=3, encode_batch=4, checkpoint_every=0, num_samples=0, num_inference_steps=2, validation_prompts=("x",))
     task = sd15.Task(resolve(sd15.Config, preset="tiny", overrides=over | dict(out=str(tmp_path / "run"))))
     assert train(task).step == 6

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from PIL import Image
 
 import ranks
 import tiny_models
+import warm
 from sdcourse.core import UserError
 from sdcourse.data import cache as module
 from sdcourse.data.cache import FeatureOptions, LatentOptions, PromptOptions, cache
@@ -39,10 +39,10 @@ def pictures(folder, n=24, val=6, size=16, width=16):
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory):
+def world(tmp_path_factory, built):
     "(pictures, a pipeline, a vision model)"
     root = tmp_path_factory.mktemp("world")
-    return pictures(root / "data"), tiny_models.tiny_sd15(root / "sd15"), tiny_models.tiny_dino(root / "dino")
+    return pictures(root / "data"), built(tiny_models.tiny_sd15), built(tiny_models.tiny_dino)
 
 
 def options(model, cls=LatentOptions, **over):
@@ -203,7 +203,7 @@ def words_for(world): return f"--model {world[1]} --device cpu --encode-batch 4 
 def test_killed_five_times_it_ends_with_the_same_bytes(world, tmp_path):
     "D8"
     code = KILL.format(path=[str(SLOW.parent), str(SLOW.parent.parent)], out=str(tmp_path / "c"), data=str(world[0]), words=words_for(world))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=55, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = warm.run(["-c", code], first=warm.MODELS)
     assert done.returncode == 0, done.stderr[-2000:]
     counts = [int(l.split()[2]) for l in done.stdout.splitlines() if l.startswith("killed")]
     assert len(counts) == 5 and max(counts) < 8, counts # each kill came before the end
@@ -217,7 +217,7 @@ def notes(path): return [l for r in (0, 1) if (p := Path(f"{path}.{r}")).exists(
 
 
 def test_two_ranks_share_whole_shards_and_make_the_same_bytes(world, whole, tmp_path):
-    ends = ranks.finish(ranks.start([SLOW, "latents", world[0], tmp_path / "c", *words_for(world)], 2, NOTES=str(tmp_path / "n")))
+    ends = ranks.finish(ranks.start([SLOW, "latents", world[0], tmp_path / "c", *words_for(world)], 2, first=warm.MODELS, NOTES=str(tmp_path / "n")))
     assert [c for c, _, _ in ends] == [0, 0], ends
     assert content(tmp_path / "c") == content(whole)
     mine = [set(Path(f"{tmp_path}/n.{r}").read_text().split()) for r in (0, 1)]
@@ -231,8 +231,8 @@ def test_asked_to_stop_it_leaves_soon_and_goes_on_later(world, whole, tmp_path, 
     "R7 and R8: between two batches, on both ranks, with the code of a requeue; what was whole is kept."
     out = tmp_path / "c"
     words = [SLOW, "latents", world[0], out, *words_for(world), "--requeue-code", "75"]
-    procs = ranks.start([*words, *(["--max-seconds", "0.8"] if how == "deadline" else [])], 2, SLOW="0.4", NOTES=str(tmp_path / "n"))
-    end = time.monotonic() + 40
+    procs = ranks.start([*words, *(["--max-seconds", "0.8"] if how == "deadline" else [])], 2, first=warm.MODELS, SLOW="0.4", NOTES=str(tmp_path / "n"))
+    end = time.monotonic() + warm.LIMIT
     working = lambda: list(out.glob("*.safetensors")) and all(Path(f"{tmp_path}/n.{r}").exists() for r in (0, 1)) # one rank may begin late
     while not working() if how != "deadline" else any(p.poll() is None for p in procs):
         assert time.monotonic() < end and (how == "deadline" or all(p.poll() is None for p in procs)), [p.communicate() for p in procs]
@@ -254,7 +254,7 @@ def test_asked_to_stop_it_leaves_soon_and_goes_on_later(world, whole, tmp_path, 
 
 def test_a_rank_that_is_refused_ends_all_with_its_words(world, whole, tmp_path):
     hook = "import torch\nreal = cache.finite\ndef broken(e, b, names):\n    if rank == 1: raise cache.UserError(f'{names[0]}: the latents are not finite')\n    time.sleep(0.3)\n    return real(e, b, names)\ncache.finite = broken"
-    ends = ranks.finish(ranks.start([SLOW, "latents", world[0], tmp_path / "c", *words_for(world)], 2, HOOK=hook))
+    ends = ranks.finish(ranks.start([SLOW, "latents", world[0], tmp_path / "c", *words_for(world)], 2, first=warm.MODELS, HOOK=hook))
     assert [c for c, _, _ in ends] == [2, 2] and all("the latents are not finite (rank 1)" in e and "Traceback" not in e for _, _, e in ends), ends
     assert len(list((tmp_path / "c").glob("*.safetensors"))) < 4 # the others did not go on to the end
     assert cache("latents", world[0], tmp_path / "c", options(world[1])) == 0 and content(tmp_path / "c") == content(whole)

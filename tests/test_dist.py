@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import ranks
+import warm
 from sdcourse.core import UserError
 from sdcourse.dist import Launch, Ranks, _own_gpus, first_host, free_port, gpu_of, join, launched
 from sdcourse.train.order import Order, Plan, micro_rows, rank_rows
@@ -125,7 +126,7 @@ def test_real_launchers(tmp_path, head):
     (tmp_path / "say.py").write_text(SAY)
     env = os.environ | dict(OMP_NUM_THREADS="1", HF_HOME=str(tmp_path))
     if "accelerate" in head[1]: head = [*head[:-1], str(ranks.free_port())]
-    done = subprocess.run([sys.executable, *head, str(tmp_path / "say.py")], capture_output=True, text=True, timeout=58, env=env)
+    done = subprocess.run([sys.executable, *head, str(tmp_path / "say.py")], capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     line = next(l for l in done.stdout.splitlines() if "FACTS" in l)
     assert json.loads(line.split("FACTS")[1]) == ["torchrun", [[0, 0, [0, 2, 4]], [1, 1, [1, 3]]]]
@@ -135,7 +136,7 @@ def test_accelerate_on_a_cpu_alone_is_refused(tmp_path):
     "`accelerate launch --cpu --num_processes 2` starts one process and says nothing; we do."
     (tmp_path / "say.py").write_text(SAY)
     done = subprocess.run([sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", str(tmp_path / "say.py")],
-                          capture_output=True, text=True, timeout=58, env=os.environ | dict(HF_HOME=str(tmp_path)))
+                          capture_output=True, text=True, env=os.environ | dict(HF_HOME=str(tmp_path)))
     assert done.returncode != 0 and "MASTER_PORT is set but RANK is not" in done.stderr
 
 
@@ -143,12 +144,12 @@ def test_ranks_that_do_not_come_and_a_port_that_is_taken(tmp_path):
     import socket
     code = "from sdcourse.dist import join\nfrom sdcourse.core import UserError\nimport sys\ntry: join('cpu', meet=3)\nexcept UserError as e: print(e); sys.exit(e.code)"
     env = os.environ | dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(ranks.free_port()))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, env=env)
+    done = warm.run(["-c", code], env=env)
     assert done.returncode == 69 and "rank 0 of 2 met not all others at 127.0.0.1:" in done.stdout, done
     with socket.socket() as s:
         s.bind(("0.0.0.0", 0)); s.listen()
         port = str(s.getsockname()[1])
-        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50, env=env | dict(MASTER_PORT=port))
+        done = warm.run(["-c", code], env=env | dict(MASTER_PORT=port))
     assert done.returncode == 69 and f"port {port} of 127.0.0.1 is taken" in done.stdout, done
 
 

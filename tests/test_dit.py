@@ -9,7 +9,6 @@ from sdcourse.core import UserError
 from sdcourse.models.dit import (DiT, DiTBlock, MLP_RATIO, POSITIONS, SIZES, Attention, dit_config, grid_angles, modulate, patchify, rotate, sincos,
                                  time_code, train_flops, unpatchify)
 
-torch.set_num_threads(2)
 SMALL = dict(input_size=8, patch_size=2, in_channels=3, dim=48, depth=2, heads=3, num_classes=5)
 
 

@@ -10,6 +10,7 @@ from PIL import Image
 
 import ranks
 import tiny_models
+import warm
 from sdcourse import cli
 from sdcourse.core import UserError, read_json
 from sdcourse.evaluation.distances import kid, prdc
@@ -106,7 +107,7 @@ def test_groups_widen_the_interval(tmp_path):
 
 def test_any_batch_and_number_of_ranks_give_the_same_numbers(world, report, tmp_path):
     words = ["evaluate", str(world / "a"), str(world / "b"), *"--reference digits --train digits --extractor tiny-digits --draws 20 --pictures 2 --device cpu --threads 1".split()]
-    ends = ranks.finish(ranks.start(["-m", "sdcourse.cli", *words, "--out", str(tmp_path / "two")], 2))
+    ends = ranks.finish(ranks.start(["-m", "sdcourse.cli", *words, "--out", str(tmp_path / "two")], 2, first=warm.MODELS))
     assert [c for c, _, _ in ends] == [0, 0], ends
     evaluate([str(world / "a"), str(world / "b")], options(tmp_path, out=str(tmp_path / "seven"), batch=7))
     want = read_json(report[1] / "evaluation.json")["numbers"]

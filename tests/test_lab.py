@@ -7,7 +7,7 @@ import pytest
 import lab_shot
 
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = [pytest.mark.lab, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.lab, pytest.mark.timeout(600)]
 BAR = [["from sdcourse.core import progress\n", "import time\n", "for _ in progress(range(60), desc='sixty'): time.sleep(0.05)"], ["6 * 7"]]
 
 
@@ -26,7 +26,7 @@ def lab(tmp_path_factory):
     with lab_shot.jupyter_lab(work, home) as url, lab_shot.browser_page() as page: yield url, page
 
 
-def run_all(lab, path, seconds=200):
+def run_all(lab, path, seconds=500):
     url, page = lab
     lab_shot.open_notebook(page, url, path)
     lab_shot.start_all(page)
@@ -41,9 +41,9 @@ def test_progress_is_a_widget(lab):
     url, page = lab
     lab_shot.open_notebook(page, url, "bar.ipynb")
     lab_shot.start_all(page)
-    page.wait_for_selector(".jupyter-widgets .progress-bar, .widget-hprogress", timeout=30_000)
+    page.wait_for_selector(".jupyter-widgets .progress-bar, .widget-hprogress", timeout=120_000)
     assert "sixty" in page.locator(".widget-hbox").first.inner_text()
-    said = lab_shot.finish(page, 30)
+    said = lab_shot.finish(page, 120)
     assert not lab_shot.errors(said) and all(o["kind"] != "stream" for cell in said for o in cell)
 
 

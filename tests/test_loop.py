@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file
+import warm
 from toy import ToyTask, config, run
 
 import sdcourse.train.loop as loop
@@ -342,7 +343,7 @@ loop.step = one
 loop.train(Task(resolve(Config, overrides=dict(out=sys.argv[1], size="tiny/8", batch_size=16, max_steps=500, validate_every=25, checkpoint_every=50, log_every=10, num_samples=0, num_inference_steps=2, device="cpu"))))
 print(json.dumps([seen[50], seen[500]]))
 """
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "run")], capture_output=True, text=True, timeout=58, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    done = warm.run(["-c", code, tmp_path / "run"], first=warm.MODELS)
     assert done.returncode == 0, done.stderr[-2000:]
     before, after = json.loads(done.stdout.splitlines()[-1])
     assert after - before <= max(0.02 * before, 16e6), (before, after)
@@ -376,7 +377,7 @@ print(*out, torch.get_num_threads(), hasattr(ctypes.CDLL(None), "mallopt"))
 
 def test_freed_memory_stays_where_the_cpu_computes():
     "Beside a GPU the host gives back what it held once."
-    done = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True)
     first, cuda, cpu, threads, glibc = done.stdout.split()
     if glibc != "True": pytest.skip("another C library than glibc")
     assert float(cpu) < float(first) / 10 and float(cuda) > float(first) / 2 and threads == "1", done.stdout

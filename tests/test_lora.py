@@ -16,11 +16,8 @@ from sdcourse import lora
 from sdcourse.models import tiny_sd
 from sdcourse.models.dit import image_generators
 
-pytestmark = pytest.mark.timeout(120)
-
-
 @pytest.fixture(scope="module")
-def home(tmp_path_factory): return tiny_sd.make_pipeline(tmp_path_factory.mktemp("models") / "sd")
+def home(built): return built(tiny_sd.make_pipeline)
 
 
 def plain(home):

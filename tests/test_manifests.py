@@ -101,7 +101,6 @@ def test_manifests_are_found_by_name_or_path(tmp_path):
     (tmp_path / "z.json").write_text("{")
     with pytest.raises(UserError, match="not valid JSON"): m.load_manifest(tmp_path / "z.json")
 
-@pytest.mark.timeout(120)
 def test_an_installed_package_carries_the_manifests(tmp_path):
     pytest.importorskip("setuptools")
     for name in ("setup.py", "settings.ini", "README.md", "pyproject.toml"): shutil.copy(ROOT / name, tmp_path)

@@ -1,4 +1,4 @@
-"""Two real processes under torchrun: the same samples, the same weights, one decision."""
+"""Two real processes with a launcher's variables, and once under torchrun: the same samples, the same weights, one decision."""
 import json
 import signal
 import subprocess
@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import ranks as processes
+import warm
 from sdcourse.train.checkpoint import latest_checkpoint, load_checkpoint
 from sdcourse.train.track import read_metrics
 
@@ -17,10 +19,9 @@ SCRIPT = Path(__file__).parent / "ranks_train.py"
 
 def launch(out, ranks, **over):
     "Train with `ranks` processes; returns the checkpoint and what each rank reported."
-    options = [f"{k}={v!r}" for k, v in over.items()]
-    head = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--master_port", "0", "--standalone"] if ranks > 1 else [sys.executable]
-    done = subprocess.run([*head, str(SCRIPT), str(out), *options], capture_output=True, text=True, timeout=55)
-    assert done.returncode == 0, done.stderr[-3000:]
+    argv = [str(SCRIPT), str(out), *(f"{k}={v!r}" for k, v in over.items())]
+    alone = warm.start(argv) if ranks == 1 else None
+    for code, _, err in processes.finish([alone] if alone else processes.start(argv, ranks)): assert code == 0, err[-3000:]
     path, _ = latest_checkpoint(out / "checkpoints")
     return load_checkpoint(path), [json.loads(Path(f"{out}.rank{r}.json").read_text()) for r in range(ranks)]
 
@@ -57,12 +58,12 @@ def test_torchrun_passes_sigterm_on(tmp_path):
     out = tmp_path / "run"
     agent = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT), str(out), "max_steps=1000000", "log_every=1"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        end = time.monotonic() + 40
+        end = time.monotonic() + warm.LIMIT
         while not ((out / "metrics.jsonl").exists() and len(read_metrics(out)) > 5):
             assert time.monotonic() < end
             time.sleep(0.05)
         agent.send_signal(signal.SIGTERM)
-        agent.wait(15)
+        agent.wait(warm.LIMIT)
     finally: agent.kill()
     path, skipped = latest_checkpoint(out / "checkpoints")
     assert not skipped and load_checkpoint(path)["state"]["step"] == read_metrics(out)[-1]["step"] > 5
@@ -94,6 +95,5 @@ def test_a_bad_loss_on_one_rank_skips_the_step_on_both(tmp_path):
 
 
 def test_a_refusal_reaches_every_rank(tmp_path):
-    options = [f"{k}={v!r}" for k, v in dict(batch_size=1).items()]
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(SCRIPT), str(tmp_path / "x"), *options], capture_output=True, text=True, timeout=55)
-    assert done.returncode != 0 and done.stderr.count("batch-size 1: fewer images than the 2 ranks") >= 2
+    ends = processes.finish(processes.toy(tmp_path / "x", batch_size=1))
+    assert [c for c, _, _ in ends] == [2, 2] and all("batch-size 1: fewer images than the 2 ranks" in e for _, _, e in ends), ends

@@ -1,14 +1,13 @@
 """R1: a run that was stopped and resumed equals one that was not, bit for bit."""
 import os
 import signal
-import subprocess
-import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from toy import ToyTask, run
 
 import sdcourse.train.loop as loop
@@ -208,5 +207,5 @@ r = run({str(tmp_path)!r} + '/NAME', num_workers=2, requeue_code=75)
 print(r.step, r.stopped, r.exit_code)
 """
     for name in ("SIGUSR1", "SIGTERM"):
-        done = subprocess.run([sys.executable, "-c", code.replace("NAME", name)], capture_output=True, text=True, timeout=50, start_new_session=True)
+        done = warm.run(["-c", code.replace("NAME", name)]) # in a session of its own
         assert done.returncode == 0 and done.stdout.strip() == f"5 {name} 75", done.stdout + done.stderr[-1500:]

@@ -7,6 +7,7 @@ __all__ = ['PEAK', 'state_bytes', 'free_memory', 'peak_memory', 'peak_flops', 'p
 
 # %% ../../nbs/engine/preflight.ipynb #dbd45784
 import shutil, time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -41,6 +42,18 @@ def peak_memory(
 # %% ../../nbs/engine/preflight.ipynb #6be2d133
 PEAK = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12}
 
+@cache
+def _measured(device, dtype, threads):
+    "The best of five matrix products, FLOP/s."
+    a = torch.randn(768, 768, dtype=dtype, device=device, generator=torch.Generator(device).manual_seed(0))
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(4): b = a @ a
+        b.sum().item()
+        best = min(best, time.perf_counter() - start)
+    return 4 * 2 * 768**3 / best
+
 def peak_flops(
     device: torch.device, # where the run computes
     dtype=torch.float32, # of the matrix products, used where the peak is measured
@@ -50,13 +63,7 @@ def peak_flops(
         name = torch.cuda.get_device_name(device)
         for known, peak in PEAK.items():
             if known in name: return peak
-    a, best = torch.randn(768, 768, dtype=dtype, device=device, generator=torch.Generator(device).manual_seed(0)), float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(4): b = a @ a
-        b.sum().item()
-        best = min(best, time.perf_counter() - start)
-    return 4 * 2 * 768**3 / best
+    return _measured(device, dtype, torch.get_num_threads())
 
 # %% ../../nbs/engine/preflight.ipynb #edaaf18a
 def preflight(
