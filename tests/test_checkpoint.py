@@ -13,6 +13,11 @@ from sdcourse.train.checkpoint import checkpoint_bytes, latest_checkpoint, load_
 
 FILES = "manifest.json model.safetensors optimizer.pt state.json".split()
 
+@pytest.fixture(autouse=True)
+def no_waiting(monkeypatch):
+    "SIGKILL takes nothing from the system that it has: to force it to disk would only take time here. The other files of tests do."
+    monkeypatch.setattr(os, "fsync", lambda fd: None)
+
 def content(step, n=8):
     "What a run at `step` holds: every number in it is the step."
     t = torch.full((n,), float(step))
@@ -178,10 +183,10 @@ def test_every_flipped_byte_is_seen(tmp_path, name):
     path = save(tmp_path, 12)/name
     good = path.read_bytes()
     for at in range(len(good)) if len(good) < 1000 else random.Random(0).sample(range(len(good)), 250):
-        for mask in (1, 42):  # 42 makes a newline of a space, which is the same to JSON
-            flip(path, at, mask)
+        for mask in (1, 42) if path.suffix == ".json" else (1,):  # 42 makes a newline of a space, which is the same to JSON
+            path.write_bytes(good[:at] + bytes([good[at] ^ mask]) + good[at + 1:])
             with pytest.raises(UserError): verify_checkpoint(path.parent)
-            path.write_bytes(good)
+    path.write_bytes(good)
     verify_checkpoint(path.parent)
 
 @pytest.mark.parametrize("name", FILES)
@@ -473,18 +478,19 @@ def test_order_of_a_save(tmp_path):  # R6
     assert len(taken) >= 6 and min(taken) > verified and trace[min(taken)][0] == "os.rename"
     assert names(tmp_path) == [new]
 
-@pytest.mark.parametrize("scene", ["keep=1", "keep=2", "replace a broken one", "leftovers"])
-def test_death_before_every_call(tmp_path, scene):  # R4, every instant that can matter
-    "Killed at its n-th file operation, for all n, a save leaves a whole checkpoint that is not older, and no half one."
-    keep = 2 if scene == "keep=2" else 1
+@pytest.mark.parametrize("keep,mess", [(1, False), (2, True)])
+def test_death_before_every_call(tmp_path, keep, mess):  # R4, every instant that can matter
+    """Killed at its n-th file operation, for all n, a save leaves a whole checkpoint that is not older, and no half one.
+
+    The mess: a broken checkpoint of this step, to be replaced, and what dead processes left. Reading changes nothing, so no death comes before it.
+    """
     def start(root):
         for step in (1, 2): save(root, step, keep=2)
-        if scene == "replace a broken one":
-            save(root, 3, keep=3)
-            flip(root/"step-00000003"/"model.safetensors", -1)
-        if scene == "leftovers":
-            shutil.copytree(root/"step-00000002", root/".step-00000003.999999999.tmp")
-            shutil.copytree(root/"step-00000002", root/".step-00000001.old.999999999.tmp")
+        if not mess: return
+        save(root, 3, keep=3)
+        flip(root/"step-00000003"/"model.safetensors", -1)
+        shutil.copytree(root/"step-00000002", root/".step-00000003.999999999.tmp")
+        shutil.copytree(root/"step-00000002", root/".step-00000001.old.999999999.tmp")
     start(tmp_path/"start")
     best, n, status = [], 0, -1
     while status != 0:
@@ -494,7 +500,7 @@ def test_death_before_every_call(tmp_path, scene):  # R4, every instant that can
         def child():
             count = iter(range(1, 10**6))
             def seen(event, path, *write):
-                if next(count) == n: die()
+                if event != "read" and next(count) == n: die()
                 if event == "bytes" and next(count) == n:  # once more, with half of them written
                     size, part = write
                     part(size // 2)
@@ -504,7 +510,7 @@ def test_death_before_every_call(tmp_path, scene):  # R4, every instant that can
         status = in_child(child)
         assert status in (0, signal.SIGKILL)
         folder, skipped = latest_checkpoint(root)
-        assert skipped == [] or scene.startswith("replace"), f"a half checkpoint stands after operation {n}: {skipped}"
+        assert len(skipped) <= mess and all("step-00000003/model.safetensors: altered" in s for s in skipped), f"a half checkpoint stands after operation {n}: {skipped}"
         assert int(folder.name[5:]) >= 2
         check_whole(folder)
         best.append(folder.name)
