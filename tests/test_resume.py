@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 import warm
-from toy import ToyTask, run
+from bench_checkpoint import counted
+from toy import ToyTask, config, run
 
 import sdcourse.train.loop as loop
-from sdcourse.train.checkpoint import latest_checkpoint, load_checkpoint
+from sdcourse.train.checkpoint import latest_checkpoint, load_checkpoint, verify_checkpoint
 from sdcourse.train.stop import StopFlag, end_of_job
 from sdcourse.train.track import read_metrics
 
@@ -125,6 +126,14 @@ def test_killed_between_checkpoints_truncates_the_log(tmp_path):
     run(tmp_path / "whole", checkpoint_every=4)
     assert [r["step"] for r in read_metrics(tmp_path / "parts")] == [3, 6, 9, 12]
     assert same(outcome(tmp_path / "whole"), outcome(tmp_path / "parts"))
+
+
+def test_a_resume_hashes_each_byte_once(tmp_path):
+    "To find the newest checkpoint and to load it needs one proof."
+    run(tmp_path, max_steps=4)
+    with counted() as proof: verify_checkpoint(latest_checkpoint(tmp_path / "checkpoints")[0])
+    with counted() as found: assert loop.find_start(config(tmp_path, max_steps=4))["state"]["step"] == 4
+    assert 2 * found["hashed"] == proof["hashed"] > 0
 
 
 @pytest.mark.parametrize("when", ["training", "validation", "sampling", "saving"])

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..config import check_run_folder, run_diff
 from ..core import UserError, git_commit, human, progress, use_cpu, versions
 from ..dist import Ranks, job
-from .checkpoint import checkpoint_bytes, latest_checkpoint, load_checkpoint, save_checkpoint
+from .checkpoint import checkpoint_bytes, load_checkpoint, load_latest, save_checkpoint
 from .meter import Meter
 from .optim import EMA, build_optimizer, check_master_weights, clip_gradients, guarded_step, lr_at, resolve_precision
 from .order import Draws, Plan, key, micro_rows, order_of, rank_rows
@@ -270,10 +270,13 @@ def find_start(
     "The checkpoint to continue from, after checking that it belongs to these settings."
     root = Path(cfg.out) / "checkpoints"
     if cfg.resume == "never": return None
-    path, skipped = (Path(cfg.resume), []) if cfg.resume != "auto" else latest_checkpoint(root)
+    need = ["model", "optimizer"] + (["ema"] if cfg.ema_decay else [])
+    if cfg.resume == "auto": path, checkpoint, skipped = load_latest(root, need=need)
+    else:
+        path, skipped = Path(cfg.resume), []
+        checkpoint = load_checkpoint(path, need=need)
     for reason in skipped: log.warning("skipped a checkpoint: %s", reason)
     if path is None: return None
-    checkpoint = load_checkpoint(path, need=("model", "optimizer", "ema")[:3 if cfg.ema_decay else 2])
     if newer := [p.name for p in root.glob("step-*") if int(p.name[5:]) > checkpoint["state"]["step"] and p.name not in str(skipped)]:
         raise UserError(f"--resume {cfg.resume}: {root} already holds the later {max(newer)}; a branch of a run needs its own --out")
     old = checkpoint["state"]
