@@ -32,6 +32,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         path, _, query = self.path.partition("?")
         self.server.asked[path] += 1
         self.server.queries[path] = query
+        self.server.cookies.append(self.headers.get("Cookie"))
         what, n = path.split("/")[1], self.server.asked[path]
         try: getattr(self, f"on_{what}", self.reply)(**({"n": n} if hasattr(self, f"on_{what}") else {}))
         except OSError: pass # the client has left
@@ -59,6 +60,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def on_circle(self, n): self.reply(302, b"", Location="/circle")
     def on_tofile(self, n): self.reply(302, b"", Location=f"file://{self.server.secret}")
     def on_toftp(self, n): self.reply(302, b"", Location="ftp://127.0.0.1/x")
+    def on_tosocket(self, n): self.reply(302, b"", Location=f"ws://127.0.0.1:{self.server.server_port}/good/socket")
     def on_html(self, n): self.reply(body=b"<!DOCTYPE html><html>please log in</html>", Content_Type="text/html")
     def on_empty(self, n): self.reply(body=b"")
     def on_bomb(self, n): self.reply(body=self.server.bomb)
@@ -73,18 +75,31 @@ class Handler(http.server.BaseHTTPRequestHandler):
     def on_cutpng(self, n): self.reply(body=picture(format="PNG")[:-3000])
     def on_slow(self, n):
         self.server.release.wait(0.3); self.reply()
+    def on_cookie(self, n): self.reply(Set_Cookie=f"who={n}; Path=/")
+    def on_endlessmove(self, n):
+        self.send_response(302); self.send_header("Location", "/good/far"); self.end_headers()
+        while not self.server.release.is_set(): self.wfile.write(bytes(1 << 16))
+
+
+class Patient(Handler):
+    "Answers on one connection until the other side has no more questions."
+    protocol_version = "HTTP/1.1"
 
 
 class Server(http.server.ThreadingHTTPServer):
     daemon_threads = True
+    connections = 0
     def handle_error(self, *_): pass
+    def get_request(self):
+        self.connections += 1
+        return super().get_request()
 
 
 @contextmanager
-def hostile_server(secret="", bomb=b""):
-    "The server's address in .url; what was asked in .asked."
-    server = Server(("127.0.0.1", 0), Handler)
-    server.asked, server.queries, server.release, server.secret, server.bomb = Counter(), {}, threading.Event(), secret, bomb
+def hostile_server(secret="", bomb=b"", handler=Handler):
+    "The server's address in .url; what was asked in .asked, with which cookies, on how many connections."
+    server = Server(("127.0.0.1", 0), handler)
+    server.asked, server.queries, server.cookies, server.release, server.secret, server.bomb = Counter(), {}, [], threading.Event(), secret, bomb
     server.url = f"http://127.0.0.1:{server.server_port}"
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()

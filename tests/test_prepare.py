@@ -1,5 +1,5 @@
 """A data folder is absent or whole, whatever interrupts its making; jobs run in parallel until told to stop."""
-import contextlib, io, json, os, shutil, subprocess, sys, threading
+import contextlib, io, os, shutil, subprocess, sys, threading
 
 import pytest
 import torch
@@ -7,7 +7,6 @@ import torch
 from nobody import OpenFolder, as_nobody
 from sdcourse import cli
 from sdcourse.core import UserError
-from sdcourse.data import bench
 from sdcourse.data.manifests import described, load_manifest, manifest_folder, origin, verify
 from sdcourse.data.prepare import SETS, Failed, Prepare, Stopped, Work, command, differences, save
 
@@ -183,7 +182,7 @@ def worlds(tmp_path_factory):
     finally: os.chdir(here)
     return home
 
-def test_every_set_of_the_table_is_tried(): assert set(TINY) == set(SETS) - {"bench"}
+def test_every_set_of_the_table_is_tried(): assert set(TINY) == set(SETS)
 
 @pytest.mark.parametrize("name", TINY)
 def test_every_set_carries_a_manifest_and_every_change_is_found(worlds, tmp_path, name):
@@ -259,28 +258,6 @@ def test_sources_and_places_that_may_not_be_used(worlds):
 def test_what_the_system_refuses_is_one_line(tmp_path):
     def closed(*_, **__): raise PermissionError(13, "Permission denied", "source/x.jpg")
     with pytest.raises(UserError, match="^source/x.jpg: Permission denied; see to it and run the command again"): command([str(tmp_path / "o")], "toy", "OUT", Prepare, closed)
-
-# ---- the benchmark
-@pytest.mark.parametrize("source", ["imagenet", "unsplash"])
-def test_bench_prepares_the_same_pictures_in_turn(source, capsys, monkeypatch):
-    calls, real = [], bench.timed
-    def timed(src, out, options, workers):
-        calls.append((workers, len(list(src.rglob("*.jpg")))))
-        real(src, out, options, workers)
-        assert not out.exists()
-        return 3.0 / workers + len(calls), 0.25
-    monkeypatch.setattr(bench, "timed", timed)
-    assert cli.main(["prepare", "bench", "--source", source, "--pictures", "60", "--size", "16"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert calls == [(1, 60), (2, 60), (1, 60), (2, 60)] and [r["one_process_s"] for r in said["rounds"]] == [4, 6] and said["ratio"] == round(4 / 3.5, 2)
-    assert said["rounds"][0]["others_took_cores"] == [0.2, 0.2] and said["source"] == source
-
-def test_bench_says_what_others_took(tmp_path):
-    options = bench.BenchOptions(source="imagenet", pictures=3, size=64)
-    bench.make_source(tmp_path / "src", options)
-    took, others = bench.timed(tmp_path / "src", tmp_path / "out", options, 1)
-    assert took > 0 and 0 <= others <= bench.cores() + 0.5
-    assert cli.main(["prepare", "bench", "--workers", "1"]) == 2
 
 # ---- the command
 def test_sets_exist_and_help_is_quick(capsys):

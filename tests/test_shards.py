@@ -114,20 +114,6 @@ def test_ids_that_tars_would_take_apart_survive():
     for name in ("a.b", "a/b", "a%2Eb", "%", "ü x", "a..b.jpg"): assert "." not in sh.key_of(name) and "/" not in sh.key_of(name) and sh.unquote(sh.key_of(name)) == name
 
 # ---- each sample once (D2, B13)
-@pytest.mark.parametrize("n, world, workers", [(20, 4, 1), (20, 3, 2), (3, 4, 2), (0, 2, 2), (1, 1, 1), (1000, 7, 3)])
-def test_all_readers_together_see_each_sample_once(n, world, workers):
-    parts = [sh.share(n, r, world, w, workers) for r in range(world) for w in range(workers)]
-    assert Counter(i for p in parts for i in p) == Counter(range(n)) and max(map(len, parts)) - min(map(len, parts)) <= 1
-
-def test_two_machines_with_two_processes_and_two_workers_each(packed, monkeypatch):
-    "The global rank counts, not the local one, and fewer tars than readers are no problem."
-    data, seen = sh.TarSet(packed[1], "val"), []
-    for rank in range(4):
-        for k, v in dict(RANK=rank, WORLD_SIZE=4, LOCAL_RANK=rank % 2, LOCAL_WORLD_SIZE=2, MASTER_ADDR="n1", MASTER_PORT=1234).items(): monkeypatch.setenv(k, str(v))
-        loader = torch.utils.data.DataLoader(sh.Stream(data), batch_size=None, num_workers=2)
-        seen += [item["id"] for item in loader]
-    assert Counter(seen) == Counter(data.ids) and len(seen) == 7
-
 def test_the_engines_plan_sees_every_sample_once_per_epoch_over_ranks_and_workers(packed):
     "Three shuffled epochs of 20 samples in batches of 6 on 2 ranks: batches straddle epochs, nothing is padded or dropped, id and pixels belong together."
     from sdcourse.train.order import Order, Plan, rank_rows

@@ -228,7 +228,6 @@ SETS = { # name: (what to call, what it does)
     "faces": ("sdcourse.data.faces:main", "drawn faces in CelebA's original layouts: prepare faces OUT"),
     "scenes": ("sdcourse.data.scenes:main", "drawn scenes with captions: prepare scenes OUT"),
     "digits": ("sdcourse.data.imagenet:main_digits", "handwritten digits in ImageNet's layouts: prepare digits OUT"),
-    "bench": ("sdcourse.data.bench:main", "what a second process brings to preparing"),
 }
 
 def main(

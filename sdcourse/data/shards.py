@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGE_KEYS', 'KINDS', 'UNKNOWN', 'key_of', 'Shards', 'Sample', 'read_samples', 'plan', 'write_tar', 'index_tar',
-           'TarSet', 'share', 'Stream', 'pack', 'index_folder', 'main']
+           'TarSet', 'pack', 'index_folder', 'main']
 
 # %% ../../nbs/data/shards.ipynb #554cc1c5
 import hashlib, io, json, os, re, tarfile, threading
@@ -15,10 +15,8 @@ from pathlib import Path
 from urllib.parse import quote, unquote
 
 import numpy as np
-import torch
 
 from ..core import UserError, atomic_path, progress, read_json, write_json, write_text
-from ..dist import launched
 from .images import BadImage, open_image
 from .manifests import _check_rows, described, digest, is_inside, shown, table_rows, walk, words
 from .prepare import Work, disk_error
@@ -239,33 +237,6 @@ class TarSet:
         try: return self._caption(i) | {"id": self.id(i), "image": open_image(self.read(i))}
         except BadImage as e: raise BadImage(e.kind, f"{e.detail}: {where}; scan before you pack") from None
         except ValueError as e: raise UserError(f"{where}: its caption is broken ({' '.join(str(e).split())}); make the tar again") from None
-
-# %% ../../nbs/data/shards.ipynb #1f8e841b
-def share(
-    n: int, # samples
-    rank: int, # global number of this process
-    world: int, # processes in all
-    worker: int = 0, # number of this reader within its process
-    workers: int = 1, # readers per process
-) -> range: # the samples of this reader
-    "The part of one reader; all parts together are 0 … n - 1, each once."
-    reader, readers = rank * workers + worker, world * workers
-    return range(n * reader // readers, n * (reader + 1) // readers)
-
-class Stream(torch.utils.data.IterableDataset):
-    "One pass over a `TarSet`, cut by global rank and DataLoader worker."
-    def __init__(self,
-        data, # a `TarSet`, or anything with len and [i]
-        rank: int | None = None, # global; None: as the launcher says, or 0
-        world: int | None = None, # None: as the launcher says, or 1
-    ):
-        me, self.data = launched(), data
-        self.rank = me.rank if rank is None else rank
-        self.world = me.world if world is None else world
-
-    def __iter__(self):
-        info = torch.utils.data.get_worker_info()
-        for i in share(len(self.data), self.rank, self.world, *((info.id, info.num_workers) if info else (0, 1))): yield self.data[i]
 
 # %% ../../nbs/data/shards.ipynb #bf0af1d5
 UNKNOWN = {"what": "a picture with what its row says", "source": {"url": "https://example.invalid", "how": "not recorded"}, "licence": {"name": "not recorded", "note": "find out before you publish anything"},

@@ -17,6 +17,7 @@ from torch import nn
 from ..config import Free, TrainConfig
 from ..core import UserError
 from ..data.latents import draw_latents, latent_source, vae_folder
+from ..data.sampling_weights import SamplingWeights
 from ..data.worlds import CLASSES, Items, digits
 from ..dataset import Transform
 from ..diffusion import Density, add_noise, flow_velocity
@@ -27,6 +28,7 @@ from .loop import Task as BaseTask
 class Config(TrainConfig):
     "Options of the flow DiT; see `TrainConfig` for those that all tasks share."
     data: str = "digits" # digits | synthetic | a cache of latents | pictures (data folder, tars, hub name), which --vae encodes in each step
+    weights: str = "" # JSON {id: how often it is drawn}, any scale, e.g. weights.json of prepare celeba-hq; empty: all alike (SD3-LoRA-CelebA)
     size: str = "tiny/2" # model: tiny, S, B, L, XL or 452M, with patch 1, 2, 4 or 8 (Peebles & Xie 2023, table 1)
     position: Literal["rope2d", "rope2d+sincos", "rope1d", "sincos"] = "rope2d" # how tokens know their place
     mlp: Literal["swiglu", "gelu"] = "swiglu" # kind of MLP (DiT: gelu)
@@ -136,6 +138,7 @@ class Task(BaseTask):
         Density(cfg.density, cfg.density_mean, cfg.density_std, cfg.density_shift)
         side, p = source(cfg).side, int(cfg.size.split("/")[1])
         if side % p: raise UserError(f"--size {cfg.size}: patch {p} does not divide the {side}x{side} images of --data {cfg.data}")
+        if self.weights: self.weights.check(self.items("train").ids)
 
     def build(self):
         from sdcourse.models.dit import DiT, dit_config
@@ -147,7 +150,17 @@ class Task(BaseTask):
     @cached_property
     def latents(self): return latents_of(self.config)
 
+    @cached_property
+    def weights(self): return SamplingWeights(self.config.weights) if self.config.weights else None
+
+    def fixed(self): return {"weights_sha256": self.weights.sha256} if self.weights else {}
+
     def dataset(self, split):
+        data = self.items(split)
+        if split == "train" and self.weights: data.weights = self.weights.of(data.ids)
+        return data
+
+    def items(self, split): # as they are, each equally often
         cfg = self.config
         if cfg.data == "digits": return digits("train" if split == "train" else "test")
         if cfg.data == "synthetic": return synthetic_latents(512 if split == "train" else 32, *cfg.latent)
@@ -209,7 +222,7 @@ def export(self: Task, module, folder):
 def facts(self: Task):
     cfg, s = self.config, source(self.config)
     fingerprint = (self.dataset("train") if cfg.data in ("digits", "synthetic") else self.latents).fingerprint()
-    return dict(data=cfg.data, data_sha256=fingerprint, data_licence=s.licence, classes=len(s.classes))
+    return dict(data=cfg.data, data_sha256=fingerprint, data_licence=s.licence, classes=len(s.classes)) | self.fixed()
 
 @patch
 def card(self: Task):

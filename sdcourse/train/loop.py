@@ -59,6 +59,9 @@ class Task:
     def facts(self) -> dict:
         "What the run folder should remember about data and models: names, hashes, licence."
         return {}
+    def fixed(self) -> dict:
+        "What, besides the options, must be the same when a run resumes: e.g. the SHA-256 of a small file."
+        return {}
     def card(self) -> dict:
         "What the model card says of this task: data, usage, and if need be license, tags, sections."
         return dict(data="", usage="")
@@ -149,8 +152,9 @@ class Run:
 
     def state(self):
         "What a checkpoint keeps as JSON. All ranks must call it together."
-        return dict(step=self.step, samples=self.step * self.cfg.batch_size, meter=self.meter.state(self.ranks.total), scaler=self.scaler.state_dict(),
-                    config=asdict(self.cfg), threads=torch.get_num_threads(), commit=git_commit(), versions=versions())
+        return dict(step=self.step, samples=self.step * self.cfg.batch_size, meter=self.meter.state(self.ranks.total),
+                    scaler=self.scaler.state_dict(), config=asdict(self.cfg), fixed=self.task.fixed(),
+                    threads=torch.get_num_threads(), commit=git_commit(), versions=versions())
 
     def load(self, checkpoint):
         "Take weights, average, optimizer, scaler, meter and step from a checkpoint; anything missing is an error."
@@ -299,6 +303,14 @@ def save(
             save_checkpoint(Path(folder) / "checkpoints", run.step, tensors=run.tensors(), objects=dict(optimizer=run.optimizer.state_dict()), state=state, keep=run.cfg.keep)
 
 # %% ../../nbs/engine/loop.ipynb #73fd5a53
+def _same_files(checkpoint, task):
+    "`UserError` when a file that decides the numbers is not the one of the checkpoint."
+    old, new = checkpoint["state"].get("fixed", {}), task.fixed()
+    changed = [k for k in sorted(old.keys() | new.keys()) if old.get(k) != new.get(k)]
+    if changed: raise UserError(
+        f"{task.config.out}: was trained with other files ({', '.join(changed)} differs): bring them back, "
+        "choose another --out, or --force to go on with the new ones")
+
 def _start(task, ranks):
     "Refuse what is wrong, on all ranks alike; returns the checkpoint to continue from."
     cfg, checkpoint = task.config, None
@@ -309,6 +321,7 @@ def _start(task, ranks):
         check_tracker(cfg.tracker)
         if ranks.main: check_run_folder(cfg.out, cfg.resume)
         checkpoint = find_start(cfg)
+        if checkpoint and not cfg.force: _same_files(checkpoint, task)
     ranks.same("checkpoint", checkpoint and checkpoint["state"]["step"])
     return checkpoint
 

@@ -21,6 +21,7 @@ from ..core import UserError, read_json
 from ..data.buckets import Bucketed, bucket_sizes
 from ..data.encoders import exact, open_encoder, quiet, vae_facts, weights_id
 from ..data.latents import CachedLatents, OnlineLatents, draw_latents
+from ..data.sampling_weights import SamplingWeights
 from ..data.store import Cache, Joined
 from ..dataset import Transform, pictures, splits
 from ..diffusion import min_snr_weight, snr
@@ -53,6 +54,7 @@ class Config(TrainConfig):
     model_config: str = "" # folder of a pipeline whose configs and tokenizer belong to a --model of one file
     data: str = "scenes" # captioned pictures: data folder, tars or hub name; or scenes: drawn as they are needed
     scene_captions: Literal["all", "complete"] = "all" # of drawn scenes: five kinds, from terse to complete, or only the one that says everything
+    weights: str = "" # JSON {id: how often it is drawn}, any scale, e.g. weights.json of prepare celeba-hq; empty: all alike (SD3-LoRA-CelebA)
     latents: str = "" # cache of latents of these pictures (sdcourse cache latents); empty: encode in each step
     prompts: str = "" # cache of prompts of these captions (sdcourse cache prompts); empty: encode in each step
     caption_column: str = "" # column with captions; empty: texts, text, captions or caption
@@ -181,6 +183,11 @@ class Task(BaseTask):
         return OnlineLatents(cfg.data, self.home/"vae", transform=Transform(cfg.image_size, cfg.crop), encode_batch=cfg.encode_batch, seed=cfg.seed, max_samples=cfg.max_samples)
 
     @cached_property
+    def weights(self): return SamplingWeights(self.config.weights) if self.config.weights else None
+
+    def fixed(self): return {"weights_sha256": self.weights.sha256} if self.weights else {}
+
+    @cached_property
     def bucketed(self): # held-out pictures stay squares, so that their loss can be compared
         cfg = self.config
         found = pictures(cfg.data, "train", image_column=cfg.image_column, caption_column=cfg.caption_column, max_samples=cfg.max_samples)
@@ -207,7 +214,10 @@ def dataset(self: Task, split):
         return CaptionedScenes("train" if known else "val", 100_000 if known else 256, size=cfg.image_size, kinds=kinds, order=cfg.seed)
     first = self.bucketed if cfg.buckets and split == "train" else self.source.dataset(split)
     if first is None: return None
-    return Joined(first, prompts=Cache(cfg.prompts, "", kind="prompts") if cfg.prompts else None, texts=self.texts("train" if split == "train" else "val"), seed=cfg.seed)
+    prompts = Cache(cfg.prompts, "", kind="prompts") if cfg.prompts else None
+    data = Joined(first, prompts=prompts, texts=self.texts("train" if split == "train" else "val"), seed=cfg.seed)
+    if split == "train" and self.weights: data.weights = self.weights.of(data.ids)
+    return data
 
 @patch
 def blocks(self: Task, module):
@@ -220,6 +230,10 @@ REFUSED = [
     (lambda c: min(c.min_snr_gamma, c.noise_offset, c.input_perturbation, c.dream_detail_preservation, c.lora_rank, c.lora_alpha) < 0, "--min-snr-gamma, --noise-offset, --input-perturbation, --dream-detail-preservation, --lora-rank, --lora-alpha: must be 0 or more"),
     (lambda c: c.buckets and (c.latents or c.data == "scenes"), "--buckets: encodes pictures of many shapes in each step; leave --latents out, and give pictures as --data"),
     (lambda c: c.buckets and c.crop == "none", "--buckets with --crop none: would squash; give center or random"),
+    (lambda c: c.weights and c.buckets,
+     "--weights with --buckets: buckets have turns by the number of their pictures, not by weight; leave one of them out"),
+    (lambda c: c.weights and c.data == "scenes",
+     "--weights with --data scenes: these are drawn in each step, all alike; give pictures as --data"),
     (lambda c: c.debiased and c.min_snr_gamma, "--debiased and --min-snr-gamma: are two weights of the same loss; give one"),
     (lambda c: c.zero_terminal_snr and c.prediction != "v", "--zero-terminal-snr: at pure noise a guess of the noise says nothing; give --prediction v"),
     (lambda c: c.dream and c.prediction == "v", "--dream: is defined for --prediction eps"),
@@ -247,6 +261,7 @@ def check(self: Task):
     if cfg.latents and cfg.flip and not self.source.mirrors: raise UserError(f"--latents {cfg.latents}: was cached without mirrors; give --no-flip, or cache it with --mirror")
     if cfg.buckets: bucket_sizes(cfg.image_size, step=cfg.bucket_step, ratio=cfg.bucket_ratio)
     if cfg.prompts: same_text(Cache(cfg.prompts, "", kind="prompts"), self.home)
+    if self.weights: self.weights.check(self.source.dataset("train").ids)
     self.texts("train")
 
 # %% ../../nbs/03_sd15.ipynb #511e3cb0
@@ -376,7 +391,10 @@ def export(self: Task, module, folder):
 def facts(self: Task):
     cfg = self.config
     fingerprint = self.dataset("train").fingerprint() if cfg.data == "scenes" else self.source.fingerprint()
-    return dict(data=cfg.data, data_sha256=fingerprint, model=cfg.model, model_weights={part: weights_id(self.home/part) for part in ("text_encoder", "unet", "vae")}, captions_cut=self.count_cut(), data_licence="" if cfg.data == "scenes" else self.source.licence)
+    parts = {part: weights_id(self.home/part) for part in ("text_encoder", "unet", "vae")}
+    licence = "" if cfg.data == "scenes" else self.source.licence
+    found = dict(data=cfg.data, data_sha256=fingerprint, model=cfg.model, model_weights=parts)
+    return found | dict(captions_cut=self.count_cut(), data_licence=licence) | self.fixed()
 
 @patch
 def flops(self: Task, module):
