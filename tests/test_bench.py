@@ -6,16 +6,14 @@ import ranks
 
 def test_two_ranks_measure_the_exchange_of_gradients(tmp_path):
     argv = ["flow_dit", "--size", "tiny/8", "--batch", "8", "--steps", "3", "--warmup", "1", "--device", "cpu", "--threads", "1"]
-    code = "import sys; from sdcourse.bench import main; sys.exit(main(sys.argv[1:]))"
-    ends = ranks.finish(ranks.start(["-c", code, *argv], 2))
+    ends = ranks.finish(ranks.start(["-m", "sdcourse.cli", "bench", *argv], 2))
     assert [c for c, _, _ in ends] == [0, 0], ends
     found = json.loads(ends[0][1])
     assert ends[1][1] == "" and found["ranks"] == 2 and found["batch"] == 8 and 0 < found["nosync_step_s"] and found["sync_share"] < 1 and found["data_per_s"] > 0 and 0 < found["mfu"] < 1
 
 
 def test_the_textbook_loop_on_two_ranks_is_refused():
-    code = "import sys; from sdcourse.cli import main; sys.exit(main(['bench', *sys.argv[1:]]))"
-    ends = ranks.finish(ranks.start(["-c", code, "flow_dit", "--size", "tiny/8", "--batch", "8", "--compare", "--device", "cpu"], 2))
+    ends = ranks.finish(ranks.start(["-m", "sdcourse.cli", "bench", "flow_dit", "--size", "tiny/8", "--batch", "8", "--compare", "--device", "cpu"], 2))
     assert [c for c, _, _ in ends] == [2, 2] and "--compare: the textbook loop runs on one rank" in ends[0][2]
 
 

@@ -15,6 +15,7 @@ from PIL import Image
 import ranks
 import tiny_models
 import warm
+from sdcourse import cli
 from sdcourse.core import UserError
 from sdcourse.data import cache as module
 from sdcourse.data.cache import FeatureOptions, LatentOptions, PromptOptions, cache
@@ -327,7 +328,7 @@ def test_wrong_input_is_refused_in_one_line_before_anything_is_written(world, wh
     with pytest.raises(UserError, match="is a cache of latents"): cache("prompts", world[0], whole, options(world[1], PromptOptions))
     (tmp_path / "x").mkdir(); (tmp_path / "x/mine.txt").write_text("x")
     refused("is not empty and no cache", out=tmp_path / "x")
-    with pytest.raises(UserError, match="cannot be cached; did you mean 'latents'"): module.main(["latent", "a", "b"])
+    with pytest.raises(UserError, match="unknown kind 'latent': did you mean 'latents'"): cli.run(["cache", "latent", "a", "b"])
 
 
 def test_a_picture_that_changes_meanwhile_is_noticed(world, tmp_path):

@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdcourse import cli
 from sdcourse.core import UserError
 from sdcourse.data import celeba, faces
-from sdcourse.data.celeba import STRATA, balance, crop_face, face_square, frequency, main, main_hq, read_attributes, read_identities, read_mapping, split_hq, strata
+from sdcourse.data.celeba import STRATA, balance, crop_face, face_square, frequency, read_attributes, read_identities, read_mapping, split_hq, strata
 from sdcourse.data.imagefolder import read_lines
 
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     out = tmp_path_factory.mktemp("celeba")
-    assert faces.main([str(out), "--celeba", "500", "--hq", "160", "--hq-size", "64", "--identities", "120", "--min-side", "64", "--max-side", "120", "--workers", "2"]) == 0
+    assert cli.run(["prepare", "faces", str(out), "--celeba", "500", "--hq", "160", "--hq-size", "64", "--identities", "120", "--min-side", "64", "--max-side", "120", "--workers", "2"]) == 0
     return out
 
 
@@ -67,7 +68,7 @@ def test_rare_strata_are_joined_and_common_ones_are_not():
 
 
 def test_the_split_is_in_the_folder(hq, tmp_path, capsys):
-    assert main_hq([str(hq), str(tmp_path / "o"), "--workers", "1"]) == 0
+    assert cli.run(["prepare", "celeba-hq", str(hq), str(tmp_path / "o"), "--workers", "1"]) == 0
     files, names, values = read_attributes(hq / "CelebAMask-HQ-attribute-anno.txt")
     rows, parts = made(tmp_path / "o"), split_hq(names, values)
     assert {p: len(r) for p, r in rows.items()} == {"train": 128, "val": 16, "test": 16}
@@ -82,13 +83,13 @@ def test_the_split_is_in_the_folder(hq, tmp_path, capsys):
 
 
 def test_resized_pictures_are_png(hq, tmp_path):
-    assert main_hq([str(hq), str(tmp_path / "o"), "--size", "32", "--workers", "1"]) == 0
+    assert cli.run(["prepare", "celeba-hq", str(hq), str(tmp_path / "o"), "--size", "32", "--workers", "1"]) == 0
     names = [r["file_name"] for r in made(tmp_path / "o")["val"]]
     assert all(n.endswith(".png") and Image.open(tmp_path / "o/val" / n).size == (32, 32) for n in names)
 
 
 def test_no_extra_shows_a_person_or_picture_of_val_or_test(source, hq, tmp_path):
-    assert main([str(source / "CelebA"), str(hq), str(tmp_path / "o"), "--min-side", "80", "--size", "32", "--workers", "1"]) == 0
+    assert cli.run(["prepare", "celeba", str(source / "CelebA"), str(hq), str(tmp_path / "o"), "--min-side", "80", "--size", "32", "--workers", "1"]) == 0
     assert [p.name for p in (tmp_path / "o").iterdir() if p.is_dir()] == ["train"]
     person, mapping = read_identities(source / "CelebA/Anno/identity_CelebA.txt"), read_mapping(hq / "CelebA-HQ-to-CelebA-mapping.txt")
     files, names, values = read_attributes(hq / "CelebAMask-HQ-attribute-anno.txt")
@@ -107,17 +108,17 @@ def test_no_extra_shows_a_person_or_picture_of_val_or_test(source, hq, tmp_path)
 
 def test_by_person_nobody_is_on_two_sides(source, hq, tmp_path):
     table = source / "CelebA/Anno/identity_CelebA.txt"
-    assert main_hq([str(hq), str(tmp_path / "o"), "--identities", str(table), "--workers", "1"]) == 0
+    assert cli.run(["prepare", "celeba-hq", str(hq), str(tmp_path / "o"), "--identities", str(table), "--workers", "1"]) == 0
     person, mapping, rows = read_identities(table), read_mapping(hq / "CelebA-HQ-to-CelebA-mapping.txt"), made(tmp_path / "o")
     who = {p: {person[mapping[r["file_name"]]] for r in mine} for p, mine in rows.items()}
     assert not who["train"] & who["val"] and not who["train"] & who["test"] and not who["val"] & who["test"]
     assert sum(map(len, rows.values())) == 160 and all(8 <= len(rows[p]) <= 26 for p in ("val", "test"))
-    assert main([str(source / "CelebA"), str(hq), str(tmp_path / "e"), "--hq-split", "person", "--min-side", "80", "--size", "32", "--workers", "1"]) == 0
+    assert cli.run(["prepare", "celeba", str(source / "CelebA"), str(hq), str(tmp_path / "e"), "--hq-split", "person", "--min-side", "80", "--size", "32", "--workers", "1"]) == 0
     extras = {r["identity"] for r in made(tmp_path / "e")["train"]}
     assert extras and not extras & (who["val"] | who["test"])
     assert json.loads((tmp_path / "e/report.json").read_text())["left_out"]["hq_held_out_pictures_whose_person_is_in_hq_train"] == 0
     (tmp_path / "few.txt").write_text("000001.jpg 7\n")
-    with pytest.raises(UserError, match="nobody is named for HQ's"): main_hq([str(hq), str(tmp_path / "x"), "--identities", str(tmp_path / "few.txt")])
+    with pytest.raises(UserError, match="nobody is named for HQ's"): cli.run(["prepare", "celeba-hq", str(hq), str(tmp_path / "x"), "--identities", str(tmp_path / "few.txt")])
 
 
 def test_by_person_thirty_thousand_stay_stratified():
@@ -131,7 +132,7 @@ def test_by_person_thirty_thousand_stay_stratified():
 
 def test_without_the_identity_file_there_is_a_warning_and_more_extras(copy, tmp_path, capsys):
     (copy / "CelebA/Anno/identity_CelebA.txt").unlink()
-    assert main([str(copy / "CelebA"), str(copy / "CelebAMask-HQ"), str(tmp_path / "o"), "--min-side", "80", "--size", "32", "--workers", "1"]) == 0
+    assert cli.run(["prepare", "celeba", str(copy / "CelebA"), str(copy / "CelebAMask-HQ"), str(tmp_path / "o"), "--min-side", "80", "--size", "32", "--workers", "1"]) == 0
     assert "warning:" in (said := capsys.readouterr().err) and "identity_CelebA.txt" in said
     left = json.loads((tmp_path / "o/report.json").read_text())["left_out"]
     assert left["people_of_val_and_test"] is None and left["in_hq"] + left["too_small"] + left["kept"] == 500
@@ -175,7 +176,7 @@ def test_bounds_bind_when_they_must():
 
 
 def test_weights_are_stored_with_the_ids(hq, tmp_path):
-    assert main_hq([str(hq), str(tmp_path / "o"), "--workers", "1"]) == 0
+    assert cli.run(["prepare", "celeba-hq", str(hq), str(tmp_path / "o"), "--workers", "1"]) == 0
     stored = json.loads((tmp_path / "o/weights.json").read_text())
     rows = made(tmp_path / "o")["train"]
     assert list(stored["weights"]) == [r["id"] for r in rows]
@@ -187,7 +188,7 @@ def test_a_truncated_picture_is_reported_and_not_used(copy, tmp_path):
     victim = copy / "CelebAMask-HQ/CelebA-HQ-img/5.jpg"
     data = victim.read_bytes()
     victim.unlink(); victim.write_bytes(data[: len(data) // 2])
-    assert main_hq([str(copy / "CelebAMask-HQ"), str(tmp_path / "o"), "--workers", "1"]) == 0
+    assert cli.run(["prepare", "celeba-hq", str(copy / "CelebAMask-HQ"), str(tmp_path / "o"), "--workers", "1"]) == 0
     assert [(r["id"], r["reason"].split(":")[0]) for r in read_lines(tmp_path / "o/failures.jsonl")] == [("5", "truncated")]
     assert "5" not in {r["id"] for rows in made(tmp_path / "o").values() for r in rows} and "5" not in json.loads((tmp_path / "o/weights.json").read_text())["weights"]
 
@@ -205,12 +206,12 @@ def test_mistakes_in_tables_name_file_and_line(hq, tmp_path, old, new, words):
 @pytest.mark.parametrize("argv, words", [(["x"], "expected CELEBAMASK_HQ OUT"), (["nowhere", "o"], "CelebAMask-HQ-attribute-anno.txt"), (["nowhere", "o", "--sise", "3"], "did you mean '--size'?")])
 def test_wrong_input_is_refused_before_anything_is_written(argv, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError) as e: main_hq(argv)
+    with pytest.raises(UserError) as e: cli.run(["prepare", "celeba-hq", *argv])
     assert words in str(e.value) and "\n" not in str(e.value) and not list(tmp_path.iterdir())
 
 
 def test_nothing_large_enough_is_an_error(source, hq, tmp_path):
-    with pytest.raises(UserError, match="a smaller --min-side than 768"): main([str(source / "CelebA"), str(hq), str(tmp_path / "o"), "--workers", "1"])
+    with pytest.raises(UserError, match="a smaller --min-side than 768"): cli.run(["prepare", "celeba", str(source / "CelebA"), str(hq), str(tmp_path / "o"), "--workers", "1"])
     assert not (tmp_path / "o").exists()
 
 

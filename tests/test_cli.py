@@ -6,10 +6,11 @@ from typing import ClassVar
 import pytest
 import yaml
 
-import sdcourse.train.__main__ as cli
 import warm
+from sdcourse import cli
 from sdcourse.config import TrainConfig, from_dict, resolve
 from sdcourse.core import UserError
+from sdcourse.train.__main__ import TASKS
 from sdcourse.train.track import read_metrics
 
 @dataclass
@@ -25,37 +26,39 @@ class Result:
 def trained(monkeypatch):
     "A fake task and a fake engine; the configs that were trained."
     seen = []
-    def train(task):
+    def fake(task):
         logging.getLogger("sdcourse").info("preflight: fits")
         seen.append(task)
         return Result()
-    monkeypatch.setitem(cli.TASKS, "toy", "toy_task_module")
+    monkeypatch.setitem(TASKS, "toy", "toy_task_module")
     monkeypatch.setitem(sys.modules, "toy_task_module", types.SimpleNamespace(Config=Config, Task=lambda cfg: cfg))
-    monkeypatch.setitem(sys.modules, "sdcourse.train.loop", types.SimpleNamespace(train=train))
+    monkeypatch.setitem(sys.modules, "sdcourse.train.loop", types.SimpleNamespace(train=fake))
     for name in ("RANK", "WORLD_SIZE"): monkeypatch.delenv(name, raising=False)
     return seen
+
+def train(line): return cli.main(["train", *line.split()])
 
 def python(*args):
     return subprocess.run([sys.executable, *args], capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"})
 
 # ---- with a fake engine
 def test_a_run_gets_the_same_object_as_the_notebook_builds(trained, capsys):
-    assert cli.main("toy --preset full --lr 3e-4 --compile".split()) == 0
+    assert train("toy --preset full --lr 3e-4 --compile") == 0
     assert trained == [resolve(Config, preset="full", overrides=dict(lr=3e-4, compile=True, out="runs/toy-full"))]
     out, err = capsys.readouterr()
     assert out == "samples: here\n" and err == "preflight: fits\n"
 
 def test_out_is_kept_when_given(trained):
-    cli.main(["toy", "--out", "here"])
+    train("toy --out here")
     assert trained[0].out == "here"
 
 @pytest.mark.parametrize("code", [0, 3])
 def test_the_exit_code_is_the_results(trained, monkeypatch, code):
     monkeypatch.setattr(Result, "exit_code", code)
-    assert cli.main(["toy"]) == code
+    assert train("toy") == code
 
 def test_print_config_is_yaml_that_gives_the_same_object_and_trains_nothing(trained, capsys):
-    assert cli.main("toy --preset full --seed 3 --print-config".split()) == 0
+    assert train("toy --preset full --seed 3 --print-config") == 0
     found = yaml.safe_load(capsys.readouterr().out)
     assert from_dict(Config, found) == resolve(Config, preset="full", overrides=dict(seed=3, out="runs/toy-full")) and trained == []
 
@@ -63,36 +66,36 @@ def test_print_config_is_yaml_that_gives_the_same_object_and_trains_nothing(trai
     ("", ["no task given", "flow_dit"]), ("flow_ditt", ["unknown task", "'flow_dit'"]), ("toy --dept 3", ["--dept", "'--depth'"]), ("toy --lr fast", ["--lr", "number"]),
     ("toy --preset ful", ["'full'"]), ("toy --batch-size 0", ["--batch-size"]), ("toy --precision fp16 --device cpu", ["fp16"]), ("toy --config no.yaml", ["no.yaml"])])
 def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(trained, capsys, line, words):
-    assert cli.main(line.split()) == 2 and trained == []
+    assert train(line) == 2 and trained == []
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("error: ") and err.count("\n") == 1 and all(w in err for w in words), err
 
 def test_a_refusal_of_the_engine_is_one_line_too(trained, capsys, monkeypatch):
     def refuse(task): raise UserError("runs/x: holds other files; choose another --out")
     monkeypatch.setattr(sys.modules["sdcourse.train.loop"], "train", refuse)
-    assert cli.main(["toy"]) == 2 and capsys.readouterr().err == "error: runs/x: holds other files; choose another --out\n"
+    assert train("toy") == 2 and capsys.readouterr().err == "error: runs/x: holds other files; choose another --out\n"
 
 def test_a_bug_keeps_its_trace(trained, monkeypatch):
     def bug(task): raise ZeroDivisionError
     monkeypatch.setattr(sys.modules["sdcourse.train.loop"], "train", bug)
-    with pytest.raises(ZeroDivisionError): cli.main(["toy"])
+    with pytest.raises(ZeroDivisionError): train("toy")
 
 def test_more_ranks_than_images_are_refused_before_the_engine(trained, capsys, monkeypatch):
     for k, v in dict(RANK="0", WORLD_SIZE="4", LOCAL_RANK="0", MASTER_ADDR="localhost", MASTER_PORT="1234").items(): monkeypatch.setenv(k, v)
-    assert cli.main("toy --batch-size 2".split()) == 2 and "--batch-size 2" in capsys.readouterr().err
+    assert train("toy --batch-size 2") == 2 and "--batch-size 2" in capsys.readouterr().err
 
 def test_only_rank_0_reports(trained, capsys, monkeypatch):
     for k, v in dict(RANK="1", WORLD_SIZE="2", LOCAL_RANK="1", MASTER_ADDR="localhost", MASTER_PORT="1234").items(): monkeypatch.setenv(k, v)
-    assert cli.main(["toy"]) == 0 and capsys.readouterr() == ("", "")
+    assert train("toy") == 0 and capsys.readouterr() == ("", "")
 
 def test_help_of_a_task_shows_the_presets_defaults(trained, capsys):
-    assert cli.main("toy --preset full --help".split()) == 0
+    assert train("toy --preset full --help") == 0
     page = " ".join(capsys.readouterr().out.split())
     assert "blocks [a whole number; default 28]" in page and trained == []
 
 def test_the_log_is_left_as_it_was(trained):
     before = list(logging.getLogger("sdcourse").handlers)
-    cli.main(["toy"]); cli.main(["nothing"])
+    train("toy"); train("nothing")
     assert logging.getLogger("sdcourse").handlers == before
 
 # ---- real processes
@@ -117,11 +120,11 @@ print(json.dumps(found))
 @pytest.mark.alone
 def test_help_is_quick_and_imports_no_torch():
     "The page of all tasks without torch, the page of one with torch and nothing that is slower; in processor time, measured by that of importing torch."
-    done = python("-c", HELP, *cli.TASKS)
+    done = python("-c", HELP, *TASKS)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["all"][1] == [] and all(found[task][1] == ["numpy", "torch"] for task in cli.TASKS), found
-    assert all(found[name][0] < found["torch"][0] / 2 for name in ("all", *cli.TASKS)), found
+    assert found["all"][1] == [] and all(found[task][1] == ["numpy", "torch"] for task in TASKS), found
+    assert all(found[name][0] < found["torch"][0] / 2 for name in ("all", *TASKS)), found
 
 def test_a_signal_after_the_work_does_not_change_the_exit_code():
     "`srun` sends SIGTERM to all ranks as soon as one leaves with a code other than 0; the others may still be on their way out."
@@ -132,7 +135,7 @@ def test_unknown_task_as_a_process():
     done = python("-m", "sdcourse.train", "flow_ditt")
     assert (done.returncode, done.stdout) == (2, "") and done.stderr == "error: flow_ditt: unknown task; did you mean 'flow_dit'?\n"
 
-@pytest.mark.parametrize("task", list(cli.TASKS))
+@pytest.mark.parametrize("task", list(TASKS))
 def test_smoke_run_leaves_a_whole_run_folder_and_is_not_repeated(task, tmp_path):
     line = ["-m", "sdcourse.train", task, "--preset", "tiny", "--max-steps", "30", "--log-every", "10", "--batch-size", "32", "--threads", "1", "--out", str(tmp_path/"run")]
     done = warm.run(line, first=warm.MODELS) # test_flow_dit and test_sd15 start theirs as a reader does

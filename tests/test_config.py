@@ -1,14 +1,14 @@
 """Options: one dataclass, four layers, one line for each mistake, and run folders that are never overwritten."""
-import dataclasses, linecache, os, subprocess, sys
+import dataclasses, os, subprocess, sys
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import pytest
 import yaml
 
-from sdcourse.config import (Free, TrainConfig, check_run_folder, help_of, load_config, parse_args, resolve, run_diff,
-                             save_config, to_yaml)
+from sdcourse.config import (BelowOne, Free, NonNegative, Options, Positive, Range, Share, TrainConfig, check_run_folder,
+                             fixed, kinds, load_config, notes, parse_args, resolve, run_diff, save_config, to_yaml)
 from sdcourse.core import UserError
 
 @dataclass
@@ -27,27 +27,57 @@ def run(line): return parse_args(Config, line.split(), "prog")[0]
 
 # ---- help
 def test_help_covers_every_field_own_and_inherited():
-    notes = help_of(Config)
-    assert list(notes) == [f.name for f in fields(Config)] and all(notes.values())
-    assert notes["lr"] == "peak learning rate (measured here)" and notes["seed"] == help_of(TrainConfig)["seed"]
+    found = notes(Config)
+    assert list(found) == [f.name for f in fields(Config)] and all(found.values())
+    assert found["lr"] == "peak learning rate (measured here)" and found["seed"] == notes(TrainConfig)["seed"]
 
-def test_help_of_a_class_in_a_notebook_cell():
-    name = "<a cell that is no file>"
-    source = ["@dataclass\n", "class InCell(TrainConfig):\n", "    depth: int = 4 # blocks\n", "x = 1 # not a field\n"]
-    linecache.cache[name] = (1, None, source, name)
+def test_help_of_a_class_in_a_notebook_cell_has_no_comments_of_its_own(capsys):
     space = {"__name__": "__main__", "dataclass": dataclass, "TrainConfig": TrainConfig}
-    try:
-        exec(compile("".join(source), name, "exec"), space)
-        assert help_of(space["InCell"])["depth"] == "blocks" and help_of(space["InCell"])["lr"]
-    finally: del linecache.cache[name]
+    exec("@dataclass\nclass InCell(TrainConfig):\n    depth: int = 4 # blocks\n", space)
+    assert notes(space["InCell"])["depth"] == "" and notes(space["InCell"])["lr"] == notes(TrainConfig)["lr"]
+    with pytest.raises(SystemExit): parse_args(space["InCell"], ["--help"], "prog")
+    assert "--depth X [a whole number; default 4]" in " ".join(capsys.readouterr().out.split())
 
 def test_help_page_names_default_of_the_preset_type_and_source(capsys):
     with pytest.raises(SystemExit) as e: run("--preset full --help")
     page = " ".join(capsys.readouterr().out.split())
     assert e.value.code == 0
-    assert "images per optimizer step over all ranks (DiT and SiT: 256) [a whole number; default 256]" in page
+    assert "images per optimizer step over all ranks (DiT and SiT: 256) [a whole number, greater than 0; default 256]" in page
     assert "default 0.002" in page and "one of tiny/2, XL/2; default 'XL/2'" in page and "100 % by default" in page
     for f in fields(Config): assert "--" + f.name.replace("_", "-") + " " in page
+
+# ---- ranges
+@dataclass
+class Ranged(Options):
+    n: Positive[int] = 1
+    m: Free[NonNegative[float]] = 0.0
+    p: Share[float] = 0.5
+    q: BelowOne[float] = 0.5
+    k: Free[Annotated[int, Range(-1, 7)]] = 0
+
+ENDS = {"n": ([1], [0, -1], "greater than 0"), "m": ([0, 0.1], [-0.1], "at least 0"), "p": ([0, 1], [-0.1, 1.1], "at least 0 and at most 1"),
+        "q": ([0, 0.99], [-0.1, 1], "at least 0 and less than 1"), "k": ([-1, 7], [-2, 8], "at least -1 and at most 7")}
+
+@pytest.mark.parametrize("name", ENDS)
+def test_ranges_are_refused_everywhere_and_shown(name, capsys, tmp_path):
+    good, bad, text = ENDS[name]
+    for value in good:
+        parse_args(Ranged, [f"--{name}={value}"], "prog")
+        Ranged(**{name: value}).check()
+    for value in bad:
+        shown = kinds(Ranged)[name].type(value)
+        assert refusal(parse_args, Ranged, [f"--{name}={value}"], "prog") == f"--{name} {shown}: must be {text}"
+        assert refusal(Ranged(**{name: shown}).check) == f"--{name} {shown}: must be {text}"
+        (tmp_path/"a.yaml").write_text(f"{name}: {value}\n")
+        assert refusal(resolve, Ranged, file=tmp_path/"a.yaml").endswith(f"a.yaml: {name} {shown}: must be {text}")
+    with pytest.raises(SystemExit): parse_args(Ranged, ["--help"], "prog")
+    page = " ".join(capsys.readouterr().out.split())
+    assert f"number, {text}; default" in page and page.index("resumes") < page.index("number, at least -1")
+
+def test_what_a_type_says():
+    found = kinds(Ranged)
+    assert [k for k in found if found[k].free] == ["m", "k"] and found["k"].type is int and found["k"].range == Range(-1, 7)
+    assert fixed(Ranged(n=3)) == {"n": 3, "p": 0.5, "q": 0.5}
 
 # ---- layers and types
 def test_layers_the_last_one_wins(tmp_path):
@@ -94,7 +124,7 @@ def test_a_typo_in_a_preset_is_found():
     (dict(max_steps=0), "--max-steps"), (dict(lr=-1.0), "--lr"), (dict(seed=-1), "--seed"), (dict(log_every=0), "--log-every"), (dict(keep=0), "--keep"),
     (dict(micro_batch=-1), "--micro-batch"), (dict(ema_decay=1.0), "--ema-decay"), (dict(lr_end=1e-5), "--lr-schedule"),
     (dict(lr_end=0.1, lr_schedule="cosine"), "--lr-end"), (dict(device="gpu"), "--device"),
-    (dict(optimizer="sgd"), "--optimizer"), (dict(resume="nevr"), "--resume"), (dict(push_to_hub="a/b/c"), "--push-to-hub"), (dict(batch_size="8"*9 + "x"), "batch_size")])
+    (dict(optimizer="sgd"), "--optimizer"), (dict(resume="nevr"), "--resume"), (dict(push_to_hub="a/b/c"), "--push-to-hub"), (dict(batch_size="8"*9 + "x"), "--batch-size")])
 def test_check_names_the_option(bad, option): assert option in refusal(Config(**bad).check)
 
 def test_batch_smaller_than_the_ranks_is_refused():

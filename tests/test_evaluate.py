@@ -265,7 +265,7 @@ def test_wrong_input_is_one_line_and_leaves_nothing(world, tmp_path):
 def test_the_command(world, tmp_path, capsys):
     assert cli.main(["evaluate", str(world / "a"), "--reference", "digits", "--extractor", "tiny-digits", "--metrics", "fd,kid", "--out", str(tmp_path / "r"), "--device", "cpu"]) == 0
     assert "FD[tiny-digits]" in capsys.readouterr().out and len(read_json(tmp_path / "r/evaluation.json")["numbers"]["a"]) == 2
-    assert cli.main(["evaluate", "--reference", "digits"]) == 2 and "give the folders" in capsys.readouterr().err
+    assert cli.main(["evaluate", "--reference", "digits"]) == 2 and "expected MODEL …" in capsys.readouterr().err
 
 
 def test_every_measure_is_documented():

@@ -5,8 +5,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdcourse import cli
 from sdcourse.core import UserError
-from sdcourse.data.faces import ATTRIBUTES, BEARDS, HAIR, LASTING, FacesOptions, Pen, draw_face, geometry, hq_numbers, main, people, wild_view
+from sdcourse.data.faces import ATTRIBUTES, BEARDS, HAIR, LASTING, FacesOptions, Pen, draw_face, geometry, hq_numbers, people, wild_view
 
 BODY, PICTURE = np.where(np.arange(12) == 0, 0.25, 0.45), np.full(16, 0.4)
 EYES, MOUTH, CHEEKS, HEAD, HAIRY, ALL = (-0.4, -0.2, 0.4, 0.15), (-0.24, 0.26, 0.24, 0.52), (-0.45, 0.0, 0.45, 0.45), (-0.6, -0.75, 0.6, 1.0), (-0.7, -0.8, 0.7, 1.0), (-1, -1, 1, 1)
@@ -98,7 +99,7 @@ def test_box_and_landmarks_lie_on_the_face():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     out = tmp_path_factory.mktemp("faces") / "o"
-    assert main([str(out), "--celeba", "60", "--hq", "20", "--workers", "2", "--identities", "12"]) == 0
+    assert cli.run(["prepare", "faces", str(out), "--celeba", "60", "--hq", "20", "--workers", "2", "--identities", "12"]) == 0
     return out
 
 
@@ -126,12 +127,12 @@ def test_the_mapping_joins_the_two_folders(folder):
 
 def test_a_broken_off_run_goes_on(folder, tmp_path):
     argv = [str(tmp_path / "o"), "--celeba", "60", "--hq", "20", "--identities", "12", "--workers", "1"]
-    assert main([*argv, "--max-seconds", "0.05"]) == 0
+    assert cli.run(["prepare", "faces", *argv, "--max-seconds", "0.05"]) == 0
     assert not (tmp_path / "o").exists() and not list(tmp_path.rglob("*.txt"))
-    assert main(argv) == 0
+    assert cli.run(["prepare", "faces", *argv]) == 0
     files = lambda d: {str(p.relative_to(d)): p.read_bytes() for p in sorted(d.rglob("*")) if p.is_file()}
     assert files(tmp_path / "o") == files(folder)
-    with pytest.raises(UserError, match="seed: 0 -> 1"): main([*argv, "--seed", "1"])
+    with pytest.raises(UserError, match="seed: 0 -> 1"): cli.run(["prepare", "faces", *argv, "--seed", "1"])
 
 
 def test_pictures_of_both_folders_have_their_sizes(folder):
@@ -143,7 +144,7 @@ def test_pictures_of_both_folders_have_their_sizes(folder):
 @pytest.mark.parametrize("argv, words", [(["--hq", "3"], "expected OUT"), (["x", "--hq", "2000"], "--celeba"), (["x", "--min-side", "500"], "--max-side")])
 def test_wrong_input_is_refused_before_anything_is_written(argv, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError) as e: main(argv)
+    with pytest.raises(UserError) as e: cli.run(["prepare", "faces", *argv])
     assert words in str(e.value) and "\n" not in str(e.value) and not list(tmp_path.iterdir())
 
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdcourse import cli
 from sdcourse.core import UserError
 from sdcourse.data.imagefolder import read_lines
-from sdcourse.data.imagenet import NAMES, centre_crop, main, main_digits, read_folders, read_parquet
+from sdcourse.data.imagenet import NAMES, centre_crop, read_folders, read_parquet
 from sdcourse.data.worlds import digits
 
 SIZES = [(500, 375), (375, 500), (256, 256), (257, 255), (512, 512), (511, 513), (1024, 768), (1023, 771), (2048, 1365), (100, 80), (80, 333), (64, 64), (31, 47), (300, 1000), (999, 257), (640, 427), (427, 640), (1500, 258), (200, 200), (769, 1025)]
@@ -41,7 +42,7 @@ def test_grey_cmyk_and_palette_become_rgb():
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     out = tmp_path_factory.mktemp("digits") / "folders"
-    assert main_digits([str(out)]) == 0
+    assert cli.run(["prepare", "digits", str(out)]) == 0
     return out
 
 
@@ -49,7 +50,7 @@ def folders(tmp_path_factory):
 def hub(tmp_path_factory):
     pytest.importorskip("pyarrow")
     out = tmp_path_factory.mktemp("digits") / "hub"
-    assert main_digits([str(out), "--layout", "parquet"]) == 0
+    assert cli.run(["prepare", "digits", str(out), "--layout", "parquet"]) == 0
     return out
 
 
@@ -69,19 +70,19 @@ def check_against_digits(out):
 
 
 def test_digits_survive_the_way_through_folders(folders, tmp_path):
-    assert main([str(folders), str(tmp_path / "o"), "--size", "8", "--workers", "2"]) == 0
+    assert cli.run(["prepare", "imagenet", str(folders), str(tmp_path / "o"), "--size", "8", "--workers", "2"]) == 0
     check_against_digits(tmp_path / "o")
     classes = json.loads((tmp_path / "o/classes.json").read_text())
     assert [c["name"] for c in classes] == list(NAMES) and classes[3] == {"label": 3, "name": "three", "folder": "d00000003"}
 
 
 def test_digits_survive_the_way_through_parquet(hub, tmp_path):
-    assert main([str(hub), str(tmp_path / "o"), "--size", "8", "--workers", "2"]) == 0
+    assert cli.run(["prepare", "imagenet", str(hub), str(tmp_path / "o"), "--size", "8", "--workers", "2"]) == 0
     check_against_digits(tmp_path / "o")
 
 
 def test_folders_and_parquet_give_the_same_files(folders, hub, tmp_path):
-    for source in (folders, hub): assert main([str(source), str(tmp_path / source.name), "--size", "16", "--per-class", "5", "--workers", "1"]) == 0
+    for source in (folders, hub): assert cli.run(["prepare", "imagenet", str(source), str(tmp_path / source.name), "--size", "16", "--per-class", "5", "--workers", "1"]) == 0
     a, b = pictures(tmp_path / "folders"), pictures(tmp_path / "hub")
     drop = lambda d: {k: v for k, v in d.items() if k.endswith(".png")}
     assert drop(a) == drop(b) and len(drop(a)) == 100
@@ -112,7 +113,7 @@ def test_classes_are_sorted_synsets_and_validation_may_be_flat(tmp_path, flat):
     names, synsets, rows = read_folders(source)
     assert names == ["tench, Tinca tinca", "goldfish"] and synsets == ["n01", "n02"]
     assert sorted((r[0], r[1], r[2]) for r in rows) == [("train", 0, "train_n01"), ("train", 1, "train_n02"), ("val", 0, "val_n01"), ("val", 1, "val_n02")]
-    assert main([str(source), str(tmp_path / "o"), "--size", "8", "--workers", "1", "--format", "jpg"]) == 0
+    assert cli.run(["prepare", "imagenet", str(source), str(tmp_path / "o"), "--size", "8", "--workers", "1", "--format", "jpg"]) == 0
     for r in read_lines(tmp_path / "o/val/metadata.jsonl"):
         assert np.asarray(Image.open(tmp_path / "o/val" / r["file_name"]))[4, 4].argmax() == (1 if r["label"] == 0 else 0) and r["file_name"].endswith(".jpg")
 
@@ -133,8 +134,8 @@ def test_a_validation_class_that_training_lacks_is_refused(tmp_path):
 def test_a_broken_picture_is_reported(tmp_path):
     source = small(tmp_path)
     (source / "train/n01/bad.JPEG").write_bytes((source / "train/n01/train_n01.JPEG").read_bytes()[:200])
-    with pytest.raises(UserError, match="train/0000/bad.png .unreadable"): main([str(source), str(tmp_path / "o"), "--workers", "1"])
-    assert main([str(source), str(tmp_path / "o"), "--workers", "1", "--max-bad", "0.5"]) == 0
+    with pytest.raises(UserError, match="train/0000/bad.png .unreadable"): cli.run(["prepare", "imagenet", str(source), str(tmp_path / "o"), "--workers", "1"])
+    assert cli.run(["prepare", "imagenet", str(source), str(tmp_path / "o"), "--workers", "1", "--max-bad", "0.5"]) == 0
     assert [r["where"] for r in read_lines(tmp_path / "o/failures.jsonl")] == ["train/0000/bad.png"] and len(read_lines(tmp_path / "o/train/metadata.jsonl")) == 2
 
 
@@ -162,14 +163,14 @@ def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     import sys
     (tmp_path / "train-0.parquet").write_bytes(b"")
     for name in ("pyarrow", "pyarrow.parquet"): monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UserError, match="pip install -c constraints.txt pyarrow"): main([str(tmp_path), str(tmp_path / "o")])
-    with pytest.raises(UserError, match="pip install -c constraints.txt pyarrow"): main_digits([str(tmp_path / "d"), "--layout", "parquet"])
+    with pytest.raises(UserError, match="pip install -c constraints.txt pyarrow"): cli.run(["prepare", "imagenet", str(tmp_path), str(tmp_path / "o")])
+    with pytest.raises(UserError, match="pip install -c constraints.txt pyarrow"): cli.run(["prepare", "digits", str(tmp_path / "d"), "--layout", "parquet"])
 
 
 @pytest.mark.parametrize("argv, words", [(["x"], "expected SRC OUT"), (["nowhere", "o"], "no such folder"), (["nowhere", "o", "--fromat", "png"], "did you mean '--format'?"), (["nowhere", "o", "--format", "gif"], "one of png, jpg")])
 def test_wrong_input_is_refused_before_anything_is_written(argv, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError) as e: main(argv)
+    with pytest.raises(UserError) as e: cli.run(["prepare", "imagenet", *argv])
     assert words in str(e.value) and "\n" not in str(e.value) and not list(tmp_path.iterdir())
 
 
@@ -179,7 +180,7 @@ def test_what_is_cropped_are_the_pixels_as_they_are_stored(tmp_path):
     note[0x0112] = 6
     pixels = np.random.default_rng(0).integers(0, 256, (90, 130, 3), dtype=np.uint8)
     for mode in ("RGB", "L", "CMYK"): Image.fromarray(pixels).convert(mode).save(source / f"train/n01/{mode}.JPEG", exif=note)
-    assert main([str(source), str(tmp_path / "o"), "--size", "32", "--workers", "1"]) == 0
+    assert cli.run(["prepare", "imagenet", str(source), str(tmp_path / "o"), "--size", "32", "--workers", "1"]) == 0
     for mode in ("RGB", "L", "CMYK"):
         with Image.open(source / f"train/n01/{mode}.JPEG") as image: want = reference(np.asarray(image.convert("RGB")), 32)
         assert np.array_equal(np.asarray(Image.open(tmp_path / f"o/train/0000/{mode}.png")), want)

@@ -251,8 +251,7 @@ def test_a_wrong_question_is_one_line_and_exit_code_2(argv, words, capsys):
     assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1 and words in err
 
 def test_help(capsys):
-    with pytest.raises(SystemExit) as e: cli.main(["verify", "--help"])
-    assert e.value.code == 0 and "MANIFEST FOLDER" in (page := capsys.readouterr().out) and "--layout" in page
+    assert cli.main(["verify", "--help"]) == 0 and "MANIFEST FOLDER" in (page := capsys.readouterr().out) and "--layout" in page
 
 def test_what_may_not_be_read_is_a_finding():
     with OpenFolder() as folder:

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from sdcourse import cli
 from sdcourse.core import UserError
-from sdcourse.data import photos, unsplash
+from sdcourse.data import photos
 from sdcourse.data.manifests import _check_bytes, load_manifest, verify
-from sdcourse.data.photos import COLUMNS, GAP, PHOTOGRAPHS, PhotosOptions, crops, installed, main, regions
+from sdcourse.data.photos import COLUMNS, GAP, PHOTOGRAPHS, PhotosOptions, crops, installed, regions
 
 BASE = [p for p in PHOTOGRAPHS if not p.file.startswith("skimage/")]
 
@@ -19,7 +20,7 @@ def rows(out): return list(csv.DictReader((out / "photos.tsv000").open(encoding=
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     folder = tmp_path_factory.mktemp("photos") / "o"
-    assert main([str(folder), "--crops", "3", "--workers", "1"]) == 0
+    assert cli.run(["prepare", "photos", str(folder), "--crops", "3", "--workers", "1"]) == 0
     return folder
 
 
@@ -107,7 +108,7 @@ def test_what_is_installed_is_what_the_manifest_lists():
 
 def test_a_moved_folder_is_as_good_as_before(out, tmp_path):
     shutil.copytree(out, tmp_path / "moved")
-    assert unsplash.main([str(tmp_path / "moved"), str(tmp_path / "data"), "--size", "32", "--workers", "1"]) == 0
+    assert cli.run(["prepare", "unsplash", str(tmp_path / "moved"), str(tmp_path / "data"), "--size", "32", "--workers", "1"]) == 0
     assert load_manifest(tmp_path / "data/manifest.json")["name"] == "photos", "Unsplash's terms do not apply to them"
     assert verify(load_manifest("photos"), tmp_path / "data") == verify(load_manifest("photos"), tmp_path / "moved") == []
 
@@ -126,20 +127,20 @@ def test_another_picture_under_the_same_name_is_left_out(tmp_path, monkeypatch):
     assert installed(BASE[0]) and not installed(BASE[1])
     (tmp_path / "sklearn/datasets/images/china.jpg").write_bytes(b"another picture")
     assert installed(BASE[0]) is None
-    with pytest.raises(UserError, match="none of the photographs"): main([str(tmp_path / "o")])
+    with pytest.raises(UserError, match="none of the photographs"): cli.run(["prepare", "photos", str(tmp_path / "o")])
 
 
 def test_what_is_missing_is_named(tmp_path, monkeypatch, capsys):
     real = photos.find_spec
     monkeypatch.setattr(photos, "find_spec", lambda name: None if name == "skimage" else real(name))
-    assert main([str(tmp_path / "o"), "--crops", "1", "--workers", "1"]) == 0
+    assert cli.run(["prepare", "photos", str(tmp_path / "o"), "--crops", "1", "--workers", "1"]) == 0
     assert "from 3 photographs; more come with: pip install -c constraints.txt scikit-image" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("argv, words", [([], "expected OUT"), (["o", "--crops", "0"], "--crops"), (["o", "--smallest", "0.1"], "--smallest"), (["o", "--crop", "3"], "did you mean '--crops'?")])
 def test_wrong_input_is_refused_before_anything_is_written(argv, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError) as e: main(argv)
+    with pytest.raises(UserError) as e: cli.run(["prepare", "photos", *argv])
     assert words in str(e.value) and "\n" not in str(e.value) and not list(tmp_path.iterdir())
 
 

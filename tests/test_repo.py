@@ -330,9 +330,9 @@ def test_sdcourse_is_imported_before_vision_libraries():
 def run(code): return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
 
 
-@pytest.mark.parametrize("module", ["sdcourse.cli", "sdcourse.train.__main__"])
-def test_help_needs_no_torch(module):
-    done = run(f"import sys; from {module} import main; code = main(['--help']); print(code, 'torch' in sys.modules, 'diffusers' in sys.modules)")
+@pytest.mark.parametrize("argv", [["--help"], ["prepare", "--help"], ["cache"], ["train", "--help"]])
+def test_help_needs_no_torch(argv):
+    done = run(f"import sys; from sdcourse.cli import main; code = main({argv}); print(code, 'torch' in sys.modules, 'diffusers' in sys.modules)")
     assert done.stdout.splitlines()[-1] == "0 False False", done.stderr
 
 
@@ -341,19 +341,62 @@ def test_nearest_verb():
     assert (done.returncode, done.stdout, done.stderr) == (2, "", "error: unknown verb 'docter': did you mean 'doctor'?\n")
 
 
-def test_verbs_have_functions():
-    "Every verb whose module exists names a function there; a verb of a later issue says so in one line."
-    from importlib.util import find_spec
-    from sdcourse.cli import VERBS, verb_function
-    assert {"train", "sweep", "doctor", "bench"} <= set(VERBS)
-    for verb, (target, text) in VERBS.items():
-        assert text and (callable(verb_function(verb)) if find_spec(target.split(":")[0]) else verb == "bench")
+def test_every_row_of_the_table_can_be_called():
+    "Functions and options exist, a function takes what stands in its row, and every class of options refuses by itself."
+    import inspect
+    from sdcourse.cli import VERBS, WORDS, choices
+    from sdcourse.config import Options, notes
+    from sdcourse.core import named
+    for verb, row in VERBS.items():
+        assert row.text, verb
+        if not row.call:
+            assert choices(verb), verb
+            continue
+        call, names = named(row.call), row.places.removesuffix(" …").split()
+        given = [[]] if row.options == WORDS else [*names, *["options"] * bool(row.options)]
+        inspect.signature(call).bind(*given, **dict(flag=None) if row.through else {})
+        if row.through: assert callable(named(row.through))
+        if row.options in ("", WORDS): continue
+        options = named(f"{row.call.partition(':')[0]}:{row.options}")
+        assert issubclass(options, Options) and all(notes(options).values()), verb
+
+
+def test_what_a_verb_gets(monkeypatch):
+    "Places one by one, or as a list; checked options; the exit code is the function's."
+    import types
+    from dataclasses import dataclass
+    from sdcourse import cli
+    from sdcourse.config import Options, Positive
+    from sdcourse.core import UserError
+
+    @dataclass
+    class Toy(Options):
+        size: Positive[int] = 1 # pixels
+
+        def check(self):
+            super().check()
+            if self.size == 13: raise UserError("--size 13: is refused")
+
+    got = []
+    def call(*given):
+        got.append(given)
+        return 5
+    def through(function, *given): return function("first", *given)
+    monkeypatch.setitem(sys.modules, "toy_verbs", types.SimpleNamespace(Toy=Toy, call=call, through=through))
+    rows = {"one": ("IN OUT", "Toy", ""), "many": ("IN …", "Toy", ""), "none": ("", "", ""), "by": ("OUT", "Toy", "toy_verbs:through"), "raw": ("TASK", cli.WORDS, "")}
+    for name, (places, options, by) in rows.items(): monkeypatch.setitem(cli.VERBS, name, cli.Verb("a toy", places, "toy_verbs:call", options, by))
+    for line in ("one a b --size 3", "many a b c", "none", "by a", "raw --help x"): assert cli.run(line.split()) == 5
+    assert got == [("a", "b", Toy(3)), (["a", "b", "c"], Toy()), (), ("first", "a", Toy()), (["--help", "x"],)]
+    for line, words in (("one a", "expected IN OUT"), ("one a b c", "expected IN OUT"), ("many", "expected IN …"), ("none x", "expected no words"), ("none --size 3", "there are no options"),
+                        ("one a b --size 0", "--size 0: must be greater than 0"), ("one a b --size 13", "is refused"), ("one a b --sise 3", "did you mean '--size'")):
+        with pytest.raises(UserError, match=words): cli.run(line.split())
+    assert len(got) == 5
 
 
 # ---- doctor
 def test_doctor_reports(capsys):
-    from sdcourse import doctor
-    assert doctor.main([]) == 0
+    from sdcourse import cli
+    assert cli.run(["doctor"]) == 0
     said = capsys.readouterr().out
     for word in ("torch ", "not the tested version", "torchvision", "cpu", "memory", "offline mode  ", "on (HF_HUB_OFFLINE)", "jupyter kernel", "lacking"): assert word in said, word
 
@@ -364,17 +407,16 @@ def test_doctor_finds_other_versions_and_missing_packages(tmp_path, monkeypatch)
     lock = tmp_path / "constraints.txt"
     lock.write_text(f"torch=={version('torch').split('+')[0]}\nnumpy==0.1\nnever-heard-of==1.0\n")
     assert doctor.report(lock)["not the tested version"] == [f"numpy {version('numpy')}, tested with 0.1"]
-    monkeypatch.setitem(doctor.LESSONS, "99 the future", (["never-heard-of"], "course"))
-    assert doctor.missing()["99 the future"] == (["never-heard-of"], "course")
-    assert any(line.startswith("99 the future: never-heard-of   (pip install -c constraints.txt -e") for line in doctor.report(lock)["lacking"])
+    monkeypatch.setattr(doctor, "requires", lambda name: ["torch>=2.8", "never-heard-of>=1", "nor-of-this[all]; extra == 'track'", 'nor-that==1; python_version > "3" and extra == "track"'])
+    assert doctor.missing()["00 what diffusion is"] == (["never-heard-of"], "")
+    assert doctor.missing()["trackers (--tracker)"] == (["never-heard-of", "nor-of-this", "nor-that"], "track")
+    assert any(line.startswith("trackers (--tracker): never-heard-of nor-of-this nor-that   (pip install -c constraints.txt -e") for line in doctor.report(lock)["lacking"])
+    assert doctor.doctor() == 1
 
 
-def test_doctor_knows_the_base_install():
+def test_doctor_names_extras_that_exist():
     from sdcourse import doctor
-    base = {re.match(r"[\w.-]+", r)[0] for r in cfg()["requirements"].split()}
-    assert set(doctor.BASE) == base
-    extras = {k.removesuffix("_requirements"): {re.match(r"[\w.-]+", r)[0] for r in cfg()[k].split()} for k in cfg() if k.endswith("_requirements")}
-    for lesson, (names, extra) in doctor.LESSONS.items(): assert set(names) <= extras.get(extra, set()), lesson
+    assert all(doctor.needed(extra) for extra in doctor.LESSONS.values())
 
 
 # ---- nbdev_test's word is not enough

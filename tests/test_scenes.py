@@ -5,10 +5,11 @@ import torch
 import warm
 from PIL import Image
 
+from sdcourse import cli
 from sdcourse.core import UserError
 from sdcourse.data import scenes
 from sdcourse.data.imagefolder import read_lines
-from sdcourse.data.scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scenes, agreement, captions, facts, held_out, main, paint, read_scenes, scene_numbers
+from sdcourse.data.scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scenes, agreement, captions, facts, held_out, paint, read_scenes, scene_numbers
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,7 @@ def test_a_batch_is_its_rows():
 
 
 def test_prepared_folder_shows_what_its_captions_say(tmp_path):
-    assert main([str(tmp_path / "o"), "--train", "30", "--val", "5", "--test", "8", "--workers", "1", "--size", "32"]) == 0
+    assert cli.run(["prepare", "scenes", str(tmp_path / "o"), "--train", "30", "--val", "5", "--test", "8", "--workers", "1", "--size", "32"]) == 0
     rows = read_lines(tmp_path / "o/test/metadata.jsonl")
     assert [r["id"] for r in rows] == scene_numbers("test", 8).tolist()
     for r in rows:
@@ -133,7 +134,7 @@ def test_prepared_folder_shows_what_its_captions_say(tmp_path):
 
 
 @pytest.mark.parametrize("call, words", [(lambda: Scenes("trian"), "did you mean 'train'?"), (lambda: Scenes("train", size=8), "at least 24"),
-    (lambda: main(["--train", "3"]), "expected OUT"), (lambda: main(["x", "--sze", "3"]), "did you mean '--size'?")])
+    (lambda: cli.run(["prepare", "scenes", "--train", "3"]), "expected OUT"), (lambda: cli.run(["prepare", "scenes", "x", "--sze", "3"]), "did you mean '--size'?")])
 def test_wrong_input_is_refused_in_one_line(call, words):
     with pytest.raises(UserError) as e: call()
     assert words in str(e.value) and "\n" not in str(e.value)

@@ -4,9 +4,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from sdcourse.cli import main as verb
+from sdcourse.cli import main
 from sdcourse.core import UserError
-from sdcourse.sweep import combinations, main, plan, rows, run_name, write_table
+from sdcourse.sweep import combinations, plan, rows, run_name, sweep, write_table
 
 WORDS = "flow_dit --preset tiny --max-steps 3 --warmup-steps 1 --num-samples 0 --size tiny/8 --device cpu".split()
 
@@ -20,21 +20,21 @@ def test_every_combination_once():
     (["--vary", "densty_mean=1,2"], "did you mean '--density-mean'?"), (["--vary", "lr=1e-4,fast"], "--lr: expected a number"), (["--vary", "lr=0"], "--lr 0.0: must be greater than 0"), (["--vary", "lr"], "--vary lr"),
     (["--vary", "lr=1,1"], "twice"), (["--vary", "lr=1", "--vary", "lr=2"], "lr is there twice"), ([], "nothing varies"), (["--vary", "lr=1,2", "--index", "2"], "0 to 1; submit with --array=0-1")])
 def test_what_is_wrong_is_refused_before_anything_trains(tmp_path, capsys, words, text):
-    assert verb(["sweep", *WORDS, *words, "--out", str(tmp_path / "s")]) == 2
+    assert main(["sweep", *WORDS, *words, "--out", str(tmp_path / "s")]) == 2
     err = capsys.readouterr().err
     assert text in err and err.count("\n") == 1 and not (tmp_path / "s").exists()
 
 
 def test_a_sweep_on_a_laptop(tmp_path, capsys):
     words = [*WORDS, "--vary", "density_mean=-0.5,0.5", "--out", str(tmp_path / "s")]
-    assert main(words) == 0 and "--array=0-1" in capsys.readouterr().out and not (tmp_path / "s").exists()
-    assert main([*words, "--index", "1"]) == 0 and capsys.readouterr().out.splitlines() == [*WORDS, "--density-mean=0.5", f"--out={tmp_path}/s/density_mean=0.5"]
-    assert main([*words, "--run"]) == 0
+    assert sweep(words) == 0 and "--array=0-1" in capsys.readouterr().out and not (tmp_path / "s").exists()
+    assert sweep([*words, "--index", "1"]) == 0 and capsys.readouterr().out.splitlines() == [*WORDS, "--density-mean=0.5", f"--out={tmp_path}/s/density_mean=0.5"]
+    assert sweep([*words, "--run"]) == 0
     found = json.loads((tmp_path / "s/table.json").read_text())
     assert [(r["density_mean"], r["state"]) for r in found] == [("-0.5", "finished"), ("0.5", "finished")] and found[0]["val_loss"] != found[1]["val_loss"]
     assert "| density_mean | state |" in (tmp_path / "s/table.md").read_text() and "--vary" in (tmp_path / "s/table.md").read_text()
     stamp = (tmp_path / "s/density_mean=0.5/export").stat().st_mtime_ns
-    assert main([*words, "--run"]) == 0 and (tmp_path / "s/density_mean=0.5/export").stat().st_mtime_ns == stamp # finished ones take no time
+    assert sweep([*words, "--run"]) == 0 and (tmp_path / "s/density_mean=0.5/export").stat().st_mtime_ns == stamp # finished ones take no time
 
 
 def test_a_run_that_is_missing_has_a_row_that_says_so(tmp_path):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from sdcourse import tiny
+from sdcourse import cli, tiny
 from sdcourse.config import resolve
 from sdcourse.core import UserError, read_json
 from sdcourse.data.worlds import digits
@@ -187,12 +187,12 @@ def test_a_build_that_was_stopped_ends_the_same_in_float16(tmp_path, monkeypatch
     monkeypatch.setattr(tiny, "home", lambda: tmp_path / "weights")
     (tmp_path / "weights").mkdir()
     words = "--max-steps 6 --batch-size 16 --threads 1 --device cpu".split()
-    assert tiny.build("tiny-digits", [*words, "--out", str(tmp_path / "whole")]) == 0
+    assert tiny.build(["tiny-digits", *words, "--out", str(tmp_path / "whole")]) == 0
     whole = (tmp_path / "weights/tiny-digits/model.safetensors").read_bytes()
     shutil.rmtree(tmp_path / "weights/tiny-digits")
     for _ in range(8):
         if (tmp_path / "weights/tiny-digits").exists(): break
-        assert tiny.build("tiny-digits", [*words, "--out", str(tmp_path / "parts"), "--max-seconds", "0.000001"]) == 0
+        assert tiny.build(["tiny-digits", *words, "--out", str(tmp_path / "parts"), "--max-seconds", "0.000001"]) == 0
     assert (tmp_path / "weights/tiny-digits/model.safetensors").read_bytes() == whole
     assert all(v.dtype == torch.float16 for v in load_file(tmp_path / "weights/tiny-digits/model.safetensors").values())
     said = json.loads((tmp_path / "weights/manifest.json").read_text())["tiny-digits"]
@@ -206,7 +206,7 @@ def test_a_model_of_two_presets_goes_on_from_the_first(root, tmp_path, monkeypat
     drawn = lambda draw, n: {"finite": dict(value=float(draw(["a red ring"], [0]).isfinite().all()), n=1)}
     monkeypatch.setattr("sdcourse.evaluation.asked.asked", drawn)
     words = "--max-steps 2 --batch-size 4 --validate-every 0 --num-samples 0 --num-inference-steps 2 --threads 1 --device cpu --lr 1e-30".split()
-    assert tiny.build("tiny-sd15", [*words, "--out", str(tmp_path / "run")]) == 0
+    assert tiny.build(["tiny-sd15", *words, "--out", str(tmp_path / "run")]) == 0
     first, last = (tmp_path / n / "export/unet/diffusion_pytorch_model.safetensors" for n in ("run-places", "run"))
     a, b = load_file(first), load_file(last)
     assert a.keys() == b.keys() and max((a[k] - b[k]).abs().max().item() for k in a) < 1e-6 # nothing is learned at such a rate
@@ -217,6 +217,6 @@ def test_a_model_of_two_presets_goes_on_from_the_first(root, tmp_path, monkeypat
 
 
 def test_wrong_words_are_one_line():
-    for words, text in ((["bild"], "did you mean 'build'"), (["build", "tiny-digts"], "did you mean 'tiny-digits'"), (["build"], "give one of")):
-        with pytest.raises(UserError, match=text): tiny.main(words)
+    for words, text in ((["bild"], "did you mean 'build'"), (["build", "tiny-digts"], "did you mean 'tiny-digits'"), (["build"], "valid: tiny-digits")):
+        with pytest.raises(UserError, match=text): cli.run(["tiny", *words])
     with pytest.raises(UserError, match="stages do not divide"): train(nets.Task(resolve(nets.Config, overrides=dict(widths=(8, 8, 8, 8, 8), depths=(1, 1, 1, 1, 1)))))

@@ -352,7 +352,7 @@ def test_no_space_is_one_line_and_nothing_looks_whole(tmp_path):
     assert not out.exists() and not [p for p in (tmp_path / "out.partial").rglob("*") if p.suffix in (".jpg", ".tmp")]
     assert command(folder, out).wait() == 0 and len(list(out.rglob("*.jpg"))) == 8
 
-@pytest.mark.parametrize("argv, words", [([], "expected TSV_FOLDER OUT"), (["in", "out", "--sizes", "3"], "did you mean '--size'"), (["in", "out", "--workers", "0"], "--workers 0: give more than 0"),
+@pytest.mark.parametrize("argv, words", [([], "expected TSV_FOLDER OUT"), (["in", "out", "--sizes", "3"], "did you mean '--size'"), (["in", "out", "--workers", "0"], "--workers 0: must be greater than 0"),
     (["in", "out", "--val-share", "0.6", "--test-share", "0.5"], "together"), (["nowhere", "out"], "nowhere: cannot be read"), (["in", "out", "--max-failed", "1"], "--max-failed 1.0")])
 def test_a_wrong_command_is_one_line_and_exit_code_2(argv, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

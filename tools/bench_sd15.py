@@ -12,11 +12,9 @@ import torch
 import torch.nn.functional as F
 
 import sdcourse # noqa: F401  (guards torchvision)
+from sdcourse import cli
 from sdcourse.config import resolve
 from sdcourse.core import use_cpu
-from sdcourse.data.cache import main as cache
-from sdcourse.data.photos import main as prepare_photos
-from sdcourse.data.unsplash import main as prepare_unsplash
 from sdcourse.dataset import pictures
 from sdcourse.dist import Ranks
 from sdcourse.models.tiny_sd import make_pipeline
@@ -27,10 +25,10 @@ def prepare(root):
     "An untrained tiny pipeline, photographs, and caches of both."
     data, model = root / "data", make_pipeline(root / "model")
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-        prepare_photos([str(root / "raw")])
-        prepare_unsplash([str(root / "raw"), str(data), "--size", "64"])
-        cache(["latents", str(data), str(root / "latents"), "--size", "32", "--model", str(model)])
-        cache(["prompts", str(data), str(root / "prompts"), "--model", str(model)])
+        cli.run(["prepare", "photos", str(root / "raw")])
+        cli.run(["prepare", "unsplash", str(root / "raw"), str(data), "--size", "64"])
+        cli.run(["cache", "latents", str(data), str(root / "latents"), "--size", "32", "--model", str(model)])
+        cli.run(["cache", "prompts", str(data), str(root / "prompts"), "--model", str(model)])
 
 
 class Script:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STRATA', 'LOW', 'HIGH', 'STAY', 'MEAN', 'find', 'read_attributes', 'read_boxes', 'read_mapping', 'read_identities',
            'strata', 'split_hq', 'frequency', 'split_hq_by_person', 'balance', 'HQOptions', 'hq_parts',
-           'copy_or_resize', 'prepare_hq', 'main_hq', 'CelebAOptions', 'face_square', 'crop_face', 'smaller_side',
-           'held_out_people', 'choose_extras', 'prepare_celeba', 'main']
+           'copy_or_resize', 'prepare_hq', 'CelebAOptions', 'face_square', 'crop_face', 'smaller_side',
+           'held_out_people', 'choose_extras', 'prepare_celeba']
 
 # %% ../../nbs/data/celeba.ipynb #8e69e8ff
 import sys
@@ -17,12 +17,13 @@ from typing import Literal
 
 import numpy as np
 
+from ..config import Free, NonNegative, Positive
 from ..core import UserError, nearest, write_json
 from .imagefolder import Job, build
 from .images import open_image
 from .manifests import origin
 from .parallel import in_parallel
-from .prepare import Free, Prepare, command
+from .prepare import Prepare
 
 # %% ../../nbs/data/celeba.ipynb #17853426
 STRATA = ("Male", "Wearing_Lipstick", "Smiling") # more would leave classes with one member
@@ -151,13 +152,9 @@ def balance(
 @dataclass
 class HQOptions(Prepare):
     "Options of `sdcourse prepare celeba-hq CELEBAMASK_HQ OUT`."
-    size: int = 0 # side of the pictures, pixels; 0: copies of the files as they are
+    size: NonNegative[int] = 0 # side of the pictures, pixels; 0: copies of the files as they are
     identities: Free[str] = "" # CelebA's identity_CelebA.txt: split by person; empty: by picture, as published (system 001)
     seed: int = 42 # of the split (system 001)
-
-    def check(self):
-        super().check()
-        if self.size < 0: raise UserError(f"--size {self.size}: give pixels, or 0 to keep the pictures as they are")
 
 def hq_parts(
     hq, # folder of CelebAMask-HQ
@@ -218,24 +215,14 @@ def prepare_hq(
     _report(out, shares, Counter(parts.tolist()))
     return True
 
-def main_hq(
-    argv: list, # SRC, OUT and options
-) -> int: # 0
-    "`sdcourse prepare celeba-hq CELEBAMASK_HQ OUT`."
-    return command(argv, "celeba-hq", "CELEBAMASK_HQ OUT", HQOptions, prepare_hq)
-
 # %% ../../nbs/data/celeba.ipynb #6fea081b
 @dataclass
 class CelebAOptions(Prepare):
     "Options of `sdcourse prepare celeba CELEBA CELEBAMASK_HQ OUT`."
-    min_side: int = 768 # smaller side of a photograph that is taken, pixels (system 001)
-    size: int = 0 # side of the pictures written, pixels; 0: that of the crop
+    min_side: Positive[int] = 768 # smaller side of a photograph that is taken, pixels (system 001)
+    size: NonNegative[int] = 0 # side of the pictures written, pixels; 0: that of the crop
     hq_split: Literal["picture", "person"] = "picture" # how HQ was split: with --identities by person, else by picture
     seed: int = 42 # of the HQ split, whose people are kept out
-
-    def check(self):
-        super().check()
-        if self.min_side < 1 or self.size < 0: raise UserError(f"--min-side {self.min_side} --size {self.size}: give pixels, --size 0 for that of the crop")
 
 def face_square(
     size, # (width, height) of the picture
@@ -324,9 +311,3 @@ def prepare_celeba(
     if not build(out, jobs, crop_face, options, name="celeba", origin=origin("celeba", source), flag=flag, finish=_store(names, frequency=shares, left_out=counts)): return False
     _report(out, shares, {"train": len(jobs)} | {k: v for k, v in counts.items() if isinstance(v, int)})
     return True
-
-def main(
-    argv: list, # SRC, CELEBAMASK_HQ, OUT and options
-) -> int: # 0
-    "`sdcourse prepare celeba CELEBA CELEBAMASK_HQ OUT`."
-    return command(argv, "celeba", "CELEBA CELEBAMASK_HQ OUT", CelebAOptions, prepare_celeba)

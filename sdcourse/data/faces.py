@@ -6,7 +6,7 @@
 __all__ = ['RATES', 'ATTRIBUTES', 'LASTING', 'BEARDS', 'HAIR', 'MALE', 'TURN', 'SKINS', 'EYES', 'TINTS', 'CLOTHES', 'GROUNDS',
            'LIPSTICKS', 'LANDMARKS', 'POINTS', 'BOX', 'people', 'Pen', 'mix', 'bent', 'mirrored', 'pick', 'Look',
            'draw_face', 'FacesOptions', 'wild_view', 'geometry', 'draw_picture', 'hq_numbers', 'tables',
-           'prepare_faces', 'main']
+           'prepare_faces']
 
 # %% ../../nbs/data/faces.ipynb #dcbc3ed4
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import numpy as np
 from ..core import UserError, write_text
 from .imagefolder import Job, build
 from .manifests import load_manifest
-from .prepare import Prepare, command
+from .prepare import Prepare
 from .scenes import uniforms
 
 # %% ../../nbs/data/faces.ipynb #10a0b011
@@ -505,9 +505,3 @@ def prepare_faces(
     jobs = [Job("CelebA/Img/img_celeba", f"{n:06}.jpg", {}, ("celeba", n, options)) for n in range(1, options.celeba + 1)]
     jobs += [Job("CelebAMask-HQ/CelebA-HQ-img", f"{i}.jpg", {}, ("hq", n, options)) for i, n in enumerate(hq_numbers(options).tolist())]
     return build(out, jobs, draw_picture, options, name="faces", origin=load_manifest("faces") | {"count": options.celeba}, flag=flag, finish=_write_tables(options))
-
-def main(
-    argv: list, # OUT and options
-) -> int: # 0
-    "`sdcourse prepare faces OUT --celeba 1000 --hq 300`."
-    return command(argv, "faces", "OUT", FacesOptions, prepare_faces)

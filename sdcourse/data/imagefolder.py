@@ -10,10 +10,11 @@ import hashlib, json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..config import fixed
 from ..core import UserError, write_text
 from .images import BadImage, image_bytes
 from .manifests import is_inside
-from .prepare import Failed, Prepare, Work, disk_error, fixed, save
+from .prepare import Failed, Prepare, Work, disk_error, save
 
 # %% ../../nbs/data/imagefolder.ipynb #8bca9a3c
 SPLITS = ("train", "val", "test")

@@ -4,14 +4,15 @@
 
 # %% auto #0
 __all__ = ['JOIN', 'OWN', 'manifest_folder', 'shipped', 'check_manifest', 'load_manifest', 'described', 'origin', 'is_inside',
-           'shown', 'tsv_rows', 'table_rows', 'walk', 'digest', 'pick_layout', 'verify', 'inventory', 'words', 'Verify',
-           'main']
+           'shown', 'tsv_rows', 'table_rows', 'walk', 'digest', 'pick_layout', 'verify', 'inventory', 'Verify',
+           'verify_folder']
 
 # %% ../../nbs/data/manifests.ipynb #02f6bbb8
 import csv, hashlib, json, os, re
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from ..config import Options
 from ..core import UserError, nearest, progress, read_json
 from .images import SUFFIXES
 
@@ -263,31 +264,17 @@ def inventory(
         return [{"path": n, "size": s, "sha256": known.get(n) or digest(Path(folder)/n, bar=bar)} for n, s in found.items() if n not in OWN]
 
 # %% ../../nbs/data/manifests.ipynb #179bfddf
-def words(
-    argv: list, # what follows the command
-    names: str, # of the words that come first, e.g. "MANIFEST FOLDER"
-    prog: str, # the command, for the error
-): # (the words, the options that follow)
-    "Split off the words before the options; with --help the words are empty."
-    if {"-h", "--help"} & set(argv):
-        print(f"usage: {prog} {names} [--option value …]\n")
-        return [""] * len(names.split()), ["--help"]
-    n = next((i for i, a in enumerate(argv) if a.startswith("--")), len(argv))
-    if n != len(names.split()): raise UserError(f"{prog}: expected {names} and then options, got {' '.join(argv[:n]) or 'nothing'} (see {prog} --help)")
-    return argv[:n], argv[n:]
-
 @dataclass
-class Verify:
+class Verify(Options):
     "Options of `sdcourse verify MANIFEST FOLDER`."
     layout: str = "" # which layout of the manifest the folder has; empty: the one of which most is there
 
-def main(
-    argv: list, # MANIFEST FOLDER and options
+def verify_folder(
+    name, # of a shipped manifest, or the path of a JSON file
+    folder, # what is to be that data set
+    cfg: Verify, # layout
 ) -> int: # 0: as it should be; 1: there are findings
     "`sdcourse verify MANIFEST FOLDER`: one line per finding."
-    from sdcourse.config import parse_args
-    (name, folder), rest = words(argv, "MANIFEST FOLDER", "sdcourse verify")
-    cfg, _ = parse_args(Verify, rest, "sdcourse verify")
     manifest = load_manifest(name)
     problems = verify(manifest, folder, layout=cfg.layout)
     for line in problems: print(line)

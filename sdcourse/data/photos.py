@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NASA', 'CC0', 'CCBY', 'PHOTOGRAPHS', 'GAP', 'COLUMNS', 'Photograph', 'installed', 'PhotosOptions', 'regions', 'crops',
-           'cut', 'table', 'prepare_photos', 'main']
+           'cut', 'table', 'prepare_photos']
 
 # %% ../../nbs/data/photos.ipynb #269d1523
 import csv, io
@@ -12,14 +12,16 @@ from collections import Counter
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
+from ..config import Range
 from ..core import UserError, sha256, write_text
 from .imagefolder import Job, build
 from .images import open_image
 from .manifests import load_manifest
-from .prepare import Prepare, command
+from .prepare import Prepare
 from .scenes import uniforms
 
 # %% ../../nbs/data/photos.ipynb #0416db36
@@ -84,14 +86,9 @@ GAP = 4 # pixels at each inner edge of a region that no crop may use
 @dataclass
 class PhotosOptions(Prepare):
     "Options of `sdcourse prepare photos OUT`."
-    crops: int = 8 # crops of each region
-    smallest: float = 0.7 # side of the smallest crop, as a share of the region's smaller side
+    crops: Annotated[int, Range(1, 1000)] = 8 # crops of each region
+    smallest: Annotated[float, Range(0.2, 1)] = 0.7 # side of the smallest crop, as a share of the region's smaller side; smaller ones would not show what their captions say
     seed: int = 0 # of crops and of the choice of regions
-
-    def check(self):
-        super().check()
-        if not 1 <= self.crops <= 1000: raise UserError(f"--crops {self.crops}: give 1 to 1000")
-        if not 0.2 <= self.smallest <= 1: raise UserError(f"--smallest {self.smallest}: give a share from 0.2 to 1; smaller crops would not show what their captions say")
 
 def regions(
     photograph: Photograph, # its grid
@@ -162,9 +159,3 @@ def prepare_photos(
     if not build(out, jobs, cut, options, name="photos", origin=origin, flag=flag, finish=lambda folder, _: write_text(folder / "photos.tsv000", table(found)), photographs=sorted(here)): return False
     print(f"{out}: {', '.join(f'{n} {s}' for s, n in count.items())} from {len(here)} photographs" + ("" if len(here) == len(PHOTOGRAPHS) else "; more come with: pip install -c constraints.txt scikit-image"))
     return True
-
-def main(
-    argv: list, # OUT and options
-) -> int: # 0
-    "`sdcourse prepare photos OUT`, then `sdcourse prepare unsplash OUT DATA`."
-    return command(argv, "photos", "OUT", PhotosOptions, prepare_photos)

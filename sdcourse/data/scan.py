@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['BAD', 'ODD', 'COLOUR', 'Scan', 'look', 'near_duplicates', 'examine', 'fingerprint', 'Journal', 'scan', 'excluded',
-           'main']
+           'scan_folder']
 
 # %% ../../nbs/data/scan.ipynb #0b33280d
 import hashlib, json, os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from ..config import NonNegative, Options, Range, Share
 from ..core import UserError, progress, read_json, write_json
 from .images import FORMATS, MAX_PIXELS, SUFFIXES, BadImage, is_turned, open_image, read_header
-from .manifests import shown, walk, words
+from .manifests import shown, walk
 from .parallel import in_parallel
 from .prepare import disk_error
 
@@ -28,23 +29,17 @@ BAD = { # kind: meaning; these are left out
 ODD = {"alpha": "transparent parts become white", "turned": "turned upright by its EXIF note", "grey": "one channel", "palette": "at most 256 colours"}
 
 @dataclass
-class Scan:
+class Scan(Options):
     "Options of `sdcourse scan FOLDER`."
-    limit: float = 0.01 # share of bad pictures above which the scan fails
+    limit: Share[float] = 0.01 # share of bad pictures above which the scan fails
     min_side: int = 4 # pixels; a smaller side is tiny (digits have 8)
     max_side: int = 16384 # pixels; a larger side is huge
     max_pixels: int = MAX_PIXELS # width times height; more is huge, and is never unpacked
-    near_bits: int = 3 # of 64 bits of the perceptual hash that may differ between near duplicates; -1: do not look for them
+    near_bits: Annotated[int, Range(-1, 7)] = 3 # of 64 bits of the perceptual hash that may differ between near duplicates; -1: do not look for them
     drop_near: Literal["no", "across", "all"] = "no" # leave out near duplicates: none, those of a picture in another split, all
-    max_seconds: float = 0.0 # stop after this time and go on at the next start, seconds; 0: never
-    workers: int = 0 # processes that look at pictures; 0: one per core
+    max_seconds: NonNegative[float] = 0.0 # stop after this time and go on at the next start, seconds; 0: never
+    workers: NonNegative[int] = 0 # processes that look at pictures; 0: one per core
     out: str = "" # the list; empty: FOLDER/scan.json
-
-    def check(self):
-        "`UserError` for values that make no sense."
-        if not 0 <= self.limit <= 1: raise UserError(f"--limit {self.limit}: give a share from 0 to 1")
-        if self.workers < 0: raise UserError(f"--workers {self.workers}: give 0 for one per core, or a positive number")
-        if not -1 <= self.near_bits <= 7: raise UserError(f"--near-bits {self.near_bits}: give -1 to 7")
 
 # %% ../../nbs/data/scan.ipynb #13c10a74
 def look(
@@ -257,15 +252,12 @@ def excluded(
     if found["share"] > found["limit"]: raise UserError(f"{folder}: {found['share']:.2%} of its pictures are bad, more than {found['limit']:.2%}; look at scan.json, and scan again with a higher --limit if you accept that")
     return frozenset(b["file"] for b in found["bad"])
 
-def main(
-    argv: list, # FOLDER and options
+def scan_folder(
+    folder, # with pictures, also in folders below
+    cfg: Scan, # options
 ) -> int: # 0, also when it was stopped; 1 when too many are bad
     "`sdcourse scan FOLDER`: one line per bad picture, and FOLDER/scan.json. Until that is whole, FOLDER/scan.json.partial is the journal."
     import warnings
-    from sdcourse.config import parse_args
-    (folder,), rest = words(argv, "FOLDER", "sdcourse scan")
-    cfg, _ = parse_args(Scan, rest, "sdcourse scan")
-    cfg.check()
     from sdcourse.train.stop import StopFlag
     warnings.simplefilter("ignore") # Pillow's remarks on broken metadata; what matters is in the list
     out = cfg.out or Path(folder)/"scan.json"

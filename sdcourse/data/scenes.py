@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHAPES', 'COLOURS', 'BACKGROUNDS', 'SIZES', 'PLACES', 'GRID', 'TWO', 'SDF', 'MIN_AREA', 'JUDGED', 'held_out',
            'scene_numbers', 'uniforms', 'facts', 'coverage', 'paint', 'a', 'captions', 'read_scenes', 'agreement',
-           'Scenes', 'CaptionedScenes', 'ScenesOptions', 'draw_scene', 'prepare_scenes', 'main']
+           'Scenes', 'CaptionedScenes', 'ScenesOptions', 'draw_scene', 'prepare_scenes']
 
 # %% ../../nbs/data/scenes.ipynb #130c5b1b
 import hashlib
@@ -14,10 +14,11 @@ from functools import cache
 
 import numpy as np
 
+from ..config import NonNegative, Positive
 from ..core import UserError, nearest
 from .imagefolder import Job, build
 from .manifests import load_manifest
-from .prepare import Prepare, command
+from .prepare import Prepare
 
 # %% ../../nbs/data/scenes.ipynb #53a0e6ee
 SHAPES = ("circle", "square", "triangle", "diamond", "star", "heart", "moon", "ring")
@@ -331,10 +332,10 @@ class CaptionedScenes(Scenes):
 @dataclass
 class ScenesOptions(Prepare):
     "Options of `sdcourse prepare scenes OUT`."
-    train: int = 2000 # pictures for training
-    val: int = 200 # pictures of known pairs for validation
-    test: int = 200 # pictures of held-out pairs
-    size: int = 64 # side of a picture, pixels
+    train: NonNegative[int] = 2000 # pictures for training
+    val: NonNegative[int] = 200 # pictures of known pairs for validation
+    test: NonNegative[int] = 200 # pictures of held-out pairs
+    size: Positive[int] = 64 # side of a picture, pixels
     seed: int = 0 # of the world
 
 def draw_scene(
@@ -361,9 +362,3 @@ def prepare_scenes(
             row = {"id": number, "text": captions(known, i), "facts": {k: known[k][i].tolist() for k in JUDGED}}
             jobs.append(Job(split, f"{number:07}.png", row, (number, options.size, options.seed)))
     return build(out, jobs, draw_scene, options, name="scenes", origin=load_manifest("scenes"), flag=flag)
-
-def main(
-    argv: list, # OUT and options
-) -> int: # 0
-    "`sdcourse prepare scenes OUT --train 2000 --size 64`."
-    return command(argv, "scenes", "OUT", ScenesOptions, prepare_scenes)

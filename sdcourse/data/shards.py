@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGE_KEYS', 'KINDS', 'UNKNOWN', 'key_of', 'Shards', 'Sample', 'read_samples', 'plan', 'write_tar', 'index_tar',
-           'TarSet', 'pack', 'index_folder', 'main']
+           'TarSet', 'pack', 'index_folder', 'make_shards']
 
 # %% ../../nbs/data/shards.ipynb #554cc1c5
 import hashlib, io, json, os, re, tarfile, threading
@@ -16,9 +16,10 @@ from urllib.parse import quote, unquote
 
 import numpy as np
 
+from ..config import NonNegative, Options, Positive
 from ..core import UserError, atomic_path, progress, read_json, write_json, write_text
 from .images import BadImage, open_image
-from .manifests import _check_rows, described, digest, is_inside, shown, table_rows, walk, words
+from .manifests import _check_rows, described, digest, is_inside, shown, table_rows, walk
 from .prepare import Work, disk_error
 from .scan import excluded
 
@@ -40,10 +41,10 @@ def _split_name(name):
 
 # %% ../../nbs/data/shards.ipynb #34e39849
 @dataclass
-class Shards:
+class Shards(Options):
     "Options of `sdcourse shards IN OUT`."
-    max_bytes: int = 268_435_456 # of one tar (256 MiB)
-    max_seconds: float = 0.0 # stop after this time, to be continued; 0: never
+    max_bytes: Positive[int] = 268_435_456 # of one tar (256 MiB)
+    max_seconds: NonNegative[float] = 0.0 # stop after this time, to be continued; 0: never
 
 @dataclass(frozen=True)
 class Sample:
@@ -296,14 +297,13 @@ def index_folder(
     print(f"{out}: {sum(t['samples'] for t in tars):,} samples in {len(tars)} tars, {len(left):,} members left out" + (" (left_out in index.json)" if left else ""))
     return 0
 
-def main(
-    argv: list, # IN OUT and options
+def make_shards(
+    folder, # a data folder, or one with tars
+    out, # where the tars go, or the index of those that are there
+    cfg: Shards, # options
 ) -> int: # exit code
     "`sdcourse shards IN OUT`."
-    from sdcourse.config import parse_args
     from sdcourse.train.stop import StopFlag
-    (folder, out), rest = words(argv, "IN OUT", "sdcourse shards")
-    cfg, _ = parse_args(Shards, rest, "sdcourse shards")
     if not os.path.isdir(folder): raise UserError(f"{folder}: no such folder, or you may not enter it")
     try:
         if any(Path(folder).glob("*.tar")): return index_folder(folder, out)

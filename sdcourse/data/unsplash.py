@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REDIRECTS', 'Unsplash', 'Photo', 'read_photos', 'assign_splits', 'Again', 'connections', 'fetch', 'as_stored',
-           'address', 'get_photo', 'download', 'finish', 'prepare', 'main']
+           'address', 'get_photo', 'download', 'finish', 'prepare']
 
 # %% ../../nbs/data/unsplash.ipynb #1025543f
 import hashlib, re, threading, time
@@ -17,40 +17,37 @@ from operator import attrgetter
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+from ..config import BelowOne, Free, NonNegative, Options, Positive, fixed
 from ..core import UserError, nearest, sha256
 from .images import FORMATS, BadImage, image_bytes, is_turned, open_image, read_header, shrink
 from .imagefolder import SPLITS, write_lines
 from .manifests import is_inside, origin, shown, tsv_rows
 from .parallel import cores, processes
-from .prepare import Failed, Free, Stopped, Work, command, disk_error, fixed, save
+from .prepare import Failed, Stopped, Work, disk_error, save
 
 # %% ../../nbs/data/unsplash.ipynb #cd3ba46b
 @dataclass
-class Unsplash:
+class Unsplash(Options):
     "Options of `sdcourse prepare unsplash TSV_FOLDER OUT`."
-    size: int = 512 # pixels of the smaller side; larger pictures are made smaller, small ones stay; 0: all stay
+    size: NonNegative[int] = 512 # pixels of the smaller side; larger pictures are made smaller, small ones stay; 0: all stay
     query: str = "{side}={size}&fm=jpg&q=90" # asks the server for small pictures (imgix, which Unsplash uses); empty: asks for nothing
     text_column: str = "ai_description" # the caption; where it is empty, photo_description
-    val_share: float = 0.04 # share of the photos held out for validation
-    test_share: float = 0.04 # share of the photos held out for the test
+    val_share: BelowOne[float] = 0.04 # share of the photos held out for validation
+    test_share: BelowOne[float] = 0.04 # share of the photos held out for the test
     seed: int = 0 # of the split
-    limit: int = 0 # only the first so many rows; 0: all
-    workers: Free[int] = 8 # downloads at a time
-    timeout: Free[float] = 20.0 # seconds of silence after which an attempt has failed
-    deadline: Free[float] = 120.0 # seconds that one attempt may take in all
-    retries: Free[int] = 4 # further attempts after a failure that may pass
-    backoff: Free[float] = 1.0 # seconds before the second attempt; doubled before each further one
-    max_bytes: Free[int] = 50_000_000 # of one file; larger ones are refused
-    max_failed: Free[float] = 0.05 # share of photos that may fail; above it nothing is published
-    max_seconds: Free[float] = 0.0 # stop after this time, to be continued; 0: never
+    limit: NonNegative[int] = 0 # only the first so many rows; 0: all
+    workers: Free[Positive[int]] = 8 # downloads at a time
+    timeout: Free[Positive[float]] = 20.0 # seconds of silence after which an attempt has failed
+    deadline: Free[Positive[float]] = 120.0 # seconds that one attempt may take in all
+    retries: Free[NonNegative[int]] = 4 # further attempts after a failure that may pass
+    backoff: Free[NonNegative[float]] = 1.0 # seconds before the second attempt; doubled before each further one
+    max_bytes: Free[Positive[int]] = 50_000_000 # of one file; larger ones are refused
+    max_failed: Free[BelowOne[float]] = 0.05 # share of photos that may fail; above it nothing is published
+    max_seconds: Free[NonNegative[float]] = 0.0 # stop after this time, to be continued; 0: never
 
     def check(self):
         "`UserError` for values that make no sense."
-        rules = [("size limit retries backoff max_seconds", lambda x: x >= 0, "0 or more"), ("workers timeout deadline max_bytes", lambda x: x > 0, "more than 0"),
-                 ("val_share test_share max_failed", lambda x: 0 <= x < 1, "at least 0 and less than 1")]
-        for names, good, text in rules:
-            for name in names.split():
-                if not good(value := getattr(self, name)): raise UserError(f"--{name.replace('_', '-')} {value}: give {text}")
+        super().check()
         if self.val_share + self.test_share >= 1: raise UserError("--val-share and --test-share: together they leave nothing for training")
 
 # %% ../../nbs/data/unsplash.ipynb #832d7a18
@@ -331,9 +328,3 @@ def prepare(
         except OSError as e: raise disk_error(e, work.folder) from None
     print(f"{out}: {sum(count.values()):,} photos ({', '.join(f'{s} {n:,}' for s, n in count.items())}), {len(failures):,} failed" + (" (failures.jsonl)" if failures else ""))
     return True
-
-def main(
-    argv: list, # TSV_FOLDER OUT and options
-) -> int: # 0
-    "`sdcourse prepare unsplash TSV_FOLDER OUT --size 512`."
-    return command(argv, "unsplash", "TSV_FOLDER OUT", Unsplash, prepare)

@@ -4,59 +4,58 @@
 
 # %% auto #0
 __all__ = ['GenerateOptions', 'rows_of_data', 'rows_of_file', 'plan', 'open_pipeline', 'draw', 'classes_of', 'made_by',
-           'generate', 'CopyOptions', 'copy_images', 'main', 'copy_main']
+           'generate', 'CopyOptions', 'copy_images']
 
 # %% ../../nbs/evaluation/generate.ipynb #4ac55ef6
 import hashlib, json, re
 from contextlib import ExitStack
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from ..config import Free, parse_args
+from ..config import Free, NonNegative, Options, Positive, fixed
 from ..core import UserError, atomic_path, nearest, progress, read_json, use_cpu, write_json, write_text
 from ..train.export import newest, restored
 from ..train.order import key
 
 # %% ../../nbs/evaluation/generate.ipynb #250dc17b
 @dataclass
-class GenerateOptions:
+class GenerateOptions(Options):
     "Options of `sdcourse generate MODEL OUT`."
     data: str = "" # data set whose captions or classes are drawn; its ids become those of the pictures; digits: the built-in ones
     split: str = "test" # of the data set, and of OUT
     prompts: str = "" # file with one prompt per line, or .jsonl with id and text or label
     classes: tuple[str, ...] = () # all, or names or numbers of classes
-    per_class: int = 10 # pictures of each of --classes
-    images_per_prompt: int = 1 # pictures for each prompt or class
-    max_samples: int = 0 # only so many prompts, spread over the set; 0: all
+    per_class: Positive[int] = 10 # pictures of each of --classes
+    images_per_prompt: Positive[int] = 1 # pictures for each prompt or class
+    max_samples: NonNegative[int] = 0 # only so many prompts, spread over the set; 0: all
     caption_column: str = "" # of the data set; empty: text, caption …
     label_column: str = "" # of the data set; empty: label
     lora: str = "" # folder or .safetensors file of a LoRA
     lora_scale: float = 1.0 # strength of the LoRA
     guidance_scale: float = -1.0 # w in u + w (c - u); below 0: what the pipeline says
-    num_inference_steps: int = 0 # of the sampler; 0: what the pipeline says
+    num_inference_steps: NonNegative[int] = 0 # of the sampler; 0: what the pipeline says
     negative_prompt: str = "" # what should not be there
     sampler: str = "" # of a flow DiT: euler, heun …; else a scheduler class of diffusers, such as DDIMScheduler; empty: the model's own
-    size: int = 0 # side of the pictures, pixels; 0: what the model was trained on
+    size: NonNegative[int] = 0 # side of the pictures, pixels; 0: what the model was trained on
     weights: Literal["ema", "raw"] = "ema" # of a checkpoint
-    seed: int = 0 # of all pictures
-    batch: int = 8 # pictures that are drawn together; the last bits of pictures depend on it
+    seed: NonNegative[int] = 0 # of all pictures
+    batch: Positive[int] = 8 # pictures that are drawn together; the last bits of pictures depend on it
     precision: Literal["fp32", "bf16", "fp16"] = "fp32" # of the model
     device: Free[str] = "auto" # auto, cpu, cuda, cuda:0 or mps
-    threads: Free[int] = 0 # CPU threads, 0: torch's choice; last bits are equal at an equal number
-    max_seconds: Free[float] = 0.0 # stop after this time, to be continued, seconds; 0: never
-    stop_before: Free[float] = 60.0 # leave so long before the end of a SLURM job, seconds
+    threads: Free[NonNegative[int]] = 0 # CPU threads, 0: torch's choice; last bits are equal at an equal number
+    max_seconds: Free[NonNegative[float]] = 0.0 # stop after this time, to be continued, seconds; 0: never
+    stop_before: Free[NonNegative[float]] = 60.0 # leave so long before the end of a SLURM job, seconds
     requeue_code: Free[int] = 0 # exit code when stopped before the end, but not by a file STOP; slurm/generate.sbatch sets 75
-    hang_seconds: Free[float] = 1800.0 # end all processes when none makes progress for so long, seconds; 0: never
+    hang_seconds: Free[NonNegative[float]] = 1800.0 # end all processes when none makes progress for so long, seconds; 0: never
 
     def check(self):
         "`UserError` for impossible values."
+        super().check()
         given = [o for o in ("data", "prompts", "classes") if getattr(self, o)]
         if len(given) != 1: raise UserError(f"give one of --data, --prompts and --classes, got {' and '.join('--' + g for g in given) or 'none'}")
-        for name, least in dict(per_class=1, images_per_prompt=1, batch=1, max_samples=0, num_inference_steps=0, size=0, seed=0, threads=0).items():
-            if getattr(self, name) < least: raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: must be {least} or more")
         if self.lora and not Path(self.lora).exists(): raise UserError(f"--lora {self.lora}: no such file or folder")
 
 # %% ../../nbs/evaluation/generate.ipynb #9ee41720
@@ -194,9 +193,7 @@ def made_by(
     rows: list, # of the plan
 ) -> dict: # JSON-able
     "What pictures depend on: they are only added to a folder where all of it is equal."
-    from sdcourse.config import _kinds
-    fixed = {f.name: getattr(cfg, f.name) for f in fields(cfg) if not _kinds(type(cfg))[f.name][1]}
-    return json.loads(json.dumps(fixed | facts | dict(rows=hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16])))
+    return json.loads(json.dumps(fixed(cfg) | facts | dict(rows=hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()[:16])))
 
 def generate(
     source, # model
@@ -252,13 +249,13 @@ def _draw_mine(j, pipe, batches, home, cfg):
 
 # %% ../../nbs/evaluation/generate.ipynb #26d0ec73
 @dataclass
-class CopyOptions:
+class CopyOptions(Options):
     "Options of `sdcourse copy-images DATA OUT`."
     split: str = "test" # of the data set
     link: bool = False # relative symbolic links instead of copies; only of a folder, without --size
-    size: int = 0 # side of the pictures, pixels; 0: as they are
+    size: NonNegative[int] = 0 # side of the pictures, pixels; 0: as they are
     crop: Literal["center", "adm", "none"] = "center" # with --size
-    max_samples: int = 0 # only so many, spread over the set; 0: all
+    max_samples: NonNegative[int] = 0 # only so many, spread over the set; 0: all
 
 def copy_images(
     data, # a data set
@@ -286,22 +283,3 @@ def copy_images(
     write_text(new/cfg.split/"metadata.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
     new.rename(out)
     return print(f"{out}: {len(rows):,} pictures") or 0
-
-# %% ../../nbs/evaluation/generate.ipynb #e060433f
-def main(
-    argv: list, # MODEL OUT and options
-) -> int: # exit code
-    "`sdcourse generate MODEL OUT`."
-    from sdcourse.data.manifests import words
-    places, rest = words(argv, "MODEL OUT", "sdcourse generate")
-    cfg, _ = parse_args(GenerateOptions, rest, "sdcourse generate MODEL OUT")
-    return generate(*places, cfg)
-
-def copy_main(
-    argv: list, # DATA OUT and options
-) -> int: # exit code
-    "`sdcourse copy-images DATA OUT`."
-    from sdcourse.data.manifests import words
-    places, rest = words(argv, "DATA OUT", "sdcourse copy-images")
-    cfg, _ = parse_args(CopyOptions, rest, "sdcourse copy-images DATA OUT")
-    return copy_images(*places, cfg)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EvaluateOptions', 'names_of', 'same_ids', 'blocks_of', 'differences', 'cell', 'markdown', 'plot', 'table_of_pictures',
-           'option_of', 'crossed', 'curves', 'lpips_of', 'evaluate', 'quick', 'main']
+           'option_of', 'crossed', 'curves', 'lpips_of', 'evaluate', 'quick', 'evaluate_models']
 
 # %% ../../nbs/evaluation/report.ipynb #5b92b85b
 import json, re
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..config import Free, load_config
+from ..config import Free, NonNegative, Options, Positive, load_config
 from ..core import UserError, progress, read_json, use_cpu, write_json, write_text
 from .distances import Number, paired, spread
 from .metrics import METRICS, Case, extractor_of, features_over, measure, open_set, pixels_of, set_id
@@ -21,7 +21,7 @@ from .stats import Moments, Stats, frechet, save_stats
 
 # %% ../../nbs/evaluation/report.ipynb #d94346b9
 @dataclass
-class EvaluateOptions:
+class EvaluateOptions(Options):
     "Options of `sdcourse evaluate MODEL … --reference DATA --out OUT`."
     out: str = "" # folder of the report, to be made
     reference: str = "" # data set, folder, digits, or .npz of statistics
@@ -34,22 +34,22 @@ class EvaluateOptions:
     curve: str = "" # option that differs between the models, such as guidance_scale; or step, of checkpoints
     table: tuple[str, ...] = () # two options that differ between the models, such as density_mean,data: rows and columns of a table for each measure
     save_stats: str = "" # .npz for the statistics of the reference, as pytorch-fid reads them
-    draws: int = 200 # bootstrap samples
+    draws: NonNegative[int] = 200 # bootstrap samples
     seed: int = 0 # of bootstrap, floors and random choices
     force: bool = False # a FID of fewer than 2,048 pictures too
-    pictures: int = 8 # rows of pictures in the report, 0: none
-    batch: Free[int] = 50 # pictures that go through the network together
+    pictures: NonNegative[int] = 8 # rows of pictures in the report, 0: none
+    batch: Free[Positive[int]] = 50 # pictures that go through the network together
     device: Free[str] = "auto" # auto, cpu, cuda, cuda:0 or mps
-    threads: Free[int] = 0 # CPU threads, 0: torch's choice
-    hang_seconds: Free[float] = 1800.0 # end all processes when none makes progress for so long, seconds; 0: never
+    threads: Free[NonNegative[int]] = 0 # CPU threads, 0: torch's choice
+    hang_seconds: Free[NonNegative[float]] = 1800.0 # end all processes when none makes progress for so long, seconds; 0: never
 
     def check(self):
         "`UserError` for impossible values."
+        super().check()
         for name in ("out", "reference"):
             if not getattr(self, name): raise UserError(f"--{name} is missing: {'give a folder to make' if name == 'out' else 'give what real pictures are'}")
         if Path(self.out).exists() and any(Path(self.out).iterdir()): raise UserError(f"--out {self.out}: is not empty; choose another folder")
         if len(self.table) not in (0, 2): raise UserError(f"--table {','.join(self.table)}: give two options, for rows and for columns")
-        if min(self.draws, self.pictures, self.threads) < 0 or self.batch < 1: raise UserError("--draws --pictures --threads --batch: give positive numbers")
 
 # %% ../../nbs/evaluation/report.ipynb #4d7db4ca
 def names_of(
@@ -310,14 +310,10 @@ def quick(
     found = kid(f, reference)
     return {f"FD[{extractor.name}]": dict(value=frechet(f, reference), n=len(f)), f"KID[{extractor.name}]": dict(value=found["value"], low=found["value"] - 1.959964 * found["se"], high=found["value"] + 1.959964 * found["se"], n=len(f))}
 
-def main(
-    argv: list, # MODEL … and options
-) -> int: # exit code
-    "`sdcourse evaluate MODEL … --reference DATA --out OUT`."
-    from sdcourse.config import parse_args
-    n = next((i for i, w in enumerate(argv) if w.startswith("-")), len(argv))
-    if not n and not {"-h", "--help"} & set(argv): raise UserError("sdcourse evaluate: give the folders of one or more models, then options")
-    if {"-h", "--help"} & set(argv): print("usage: sdcourse evaluate MODEL … --reference DATA --out OUT [--option value …]\n")
-    cfg, _ = parse_args(EvaluateOptions, argv[n:], "sdcourse evaluate MODEL …")
-    evaluate(argv[:n], cfg)
+def evaluate_models(
+    sources: list, # folders of models
+    cfg: EvaluateOptions,
+) -> int: # 0
+    "`evaluate` as a command."
+    evaluate(sources, cfg)
     return 0

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARAMS', 'time_frequencies', 'published_time_code', 'PublishedAttention', 'PublishedBlock', 'PublishedDiT', 'shapes',
-           'fold', 'ImportOptions', 'import_flow_dit', 'main']
+           'fold', 'ImportOptions', 'import_flow_dit', 'import_weights']
 
 # %% ../../nbs/models/published.ipynb #83b9c990
 import re
@@ -20,6 +20,7 @@ import sdcourse # noqa: F401  (guards torchvision)
 from diffusers import AutoencoderKL, ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from ..config import Options, Positive
 from ..core import UserError, read_json
 from ..data.latents import vae_folder
 from .dit import MLP, FlowDiTPipeline, RMSNorm, patchify, rotate, unpatchify
@@ -177,10 +178,10 @@ def _block(b, s): # one block, folded
 
 # %% ../../nbs/models/published.ipynb #db3712a1
 @dataclass
-class ImportOptions:
+class ImportOptions(Options):
     "Options of `sdcourse import-flow-dit FOLDER OUT`."
     vae: str = "" # folder of the AutoencoderKL that decodes (sd-vae-ft-ema); empty: the pipeline gives latents
-    input_size: int = 32 # side of the training latents
+    input_size: Positive[int] = 32 # side of the training latents
     class_names: str = "" # text file with "NUMBER: names" per line; empty: imagenet_class_to_string.txt of the folder, if it is there
 
 def _files(folder):
@@ -236,14 +237,12 @@ def import_flow_dit(
     partial.rename(out)
     return out
 
-def main(
-    argv: list, # FOLDER OUT and options
+def import_weights(
+    folder, # with model_*.pkl and model_params_*.json
+    out, # folder of the pipeline, to be made
+    cfg: ImportOptions, # VAE, class names
 ) -> int: # 0
-    "`sdcourse import-flow-dit FOLDER OUT`."
-    from sdcourse.config import parse_args
-    from sdcourse.data.manifests import words
-    places, rest = words(argv, "FOLDER OUT", "sdcourse import-flow-dit")
-    cfg, _ = parse_args(ImportOptions, rest, "sdcourse import-flow-dit FOLDER OUT")
-    out = import_flow_dit(*places, cfg)
+    "`import_flow_dit` as a command."
+    import_flow_dit(folder, out, cfg)
     print(f"{out}: a FlowDiTPipeline; its guidance w is here guidance_scale = w + 1")
     return 0

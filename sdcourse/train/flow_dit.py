@@ -14,7 +14,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..config import Free, TrainConfig
+from ..config import BelowOne, Free, Positive, TrainConfig
 from ..core import UserError
 from ..data.latents import draw_latents, latent_source, vae_folder
 from ..data.sampling_weights import SamplingWeights
@@ -37,13 +37,13 @@ class Config(TrainConfig):
     density_mean: float = 0. # of logit(t); above 0 trains more noise
     density_std: float = 1. # of logit(t)
     density_shift: float = 1. # t -> shift t / (1 + (shift-1) t)
-    cond_drop: float = 0.1 # probability of training without the class
+    cond_drop: BelowOne[float] = 0.1 # probability of training without the class
     flip: bool = True # mirror latents at random; digits are never mirrored
     latent: tuple[int, int] = (4, 32) # channels and side of synthetic latents
     vae: str = "" # folder of the AutoencoderKL that decodes samples and goes into the export, and encodes pictures; empty: none
     image_size: int = 256 # side of pictures that are encoded in each step, pixels
     crop: Literal["center", "random", "none", "adm"] = "center" # of pictures that are encoded in each step
-    encode_batch: int = 8 # pictures that go through the VAE together
+    encode_batch: Positive[int] = 8 # pictures that go through the VAE together
     guidance_scale: Free[float] = 1.25 # w in u + w (c - u) for samples; 1: none
     guidance_interval: Free[tuple[float, float]] = (0., 1.) # guide only at noise levels in between
     sampler: Free[Literal["euler", "heun", "midpoint", "stochastic"]] = "heun" # for samples
@@ -132,9 +132,7 @@ class Task(BaseTask):
         from re import fullmatch
         cfg = self.config
         if not fullmatch(r"(tiny|S|B|L|XL|452M)/[1248]", cfg.size): raise UserError(f"--size {cfg.size}: unknown; use tiny, S, B, L, XL or 452M with patch 1, 2, 4 or 8, e.g. B/2")
-        if not 0 <= cfg.cond_drop < 1: raise UserError(f"--cond-drop {cfg.cond_drop}: must be a probability below 1")
         if cfg.vae: vae_folder(cfg.vae)
-        if cfg.encode_batch < 1: raise UserError(f"--encode-batch {cfg.encode_batch}: must be positive")
         Density(cfg.density, cfg.density_mean, cfg.density_std, cfg.density_shift)
         side, p = source(cfg).side, int(cfg.size.split("/")[1])
         if side % p: raise UserError(f"--size {cfg.size}: patch {p} does not divide the {side}x{side} images of --data {cfg.data}")

@@ -8,13 +8,13 @@ __all__ = ['augment', 'Reader', 'Config', 'Task', 'read', 'right']
 # %% ../../nbs/evaluation/train_nets.ipynb #4b5cc750
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..config import TrainConfig
+from ..config import Positive, Range, TrainConfig
 from ..core import UserError
 from ..data.labelled import SIDES, labelled, questions
 from .loop import Task as BaseTask
@@ -61,8 +61,8 @@ class Config(TrainConfig):
     world: Literal["digits", "scenes", "photos"] = "digits" # what is to be judged
     widths: tuple[int, ...] = (32, 64) # channels of the stages
     depths: tuple[int, ...] = (1, 2) # blocks of the stages
-    patch: int = 1 # pixels per patch and side of the first layer
-    share: float = 1.0 # of the training pictures, for a try
+    patch: Positive[int] = 1 # pixels per patch and side of the first layer
+    share: Annotated[float, Range(above=0, most=1)] = 1.0 # of the training pictures, for a try
     presets: ClassVar[dict] = {name: dict(lr_schedule="cosine", weight_decay=0.05, ema_decay=0.995, log_every=100, checkpoint_every=500) | more for name, more in {
         "tiny": dict(max_steps=1200, lr=3e-3, warmup_steps=50), # digits
         "scenes": dict(world="scenes", widths=(40, 64, 96), depths=(1, 2, 2), patch=2, max_steps=6000, batch_size=64, lr=3e-3, warmup_steps=100),
@@ -76,7 +76,6 @@ class Task(BaseTask):
         cfg = self.config
         if len(cfg.widths) != len(cfg.depths): raise UserError(f"--widths {cfg.widths} and --depths {cfg.depths}: give one number per stage in both")
         if SIDES[cfg.world] % (cfg.patch * 2 ** (len(cfg.widths) - 1)): raise UserError(f"--patch {cfg.patch}: {len(cfg.widths)} stages do not divide {SIDES[cfg.world]} pixels")
-        if not 0 < cfg.share <= 1: raise UserError(f"--share {cfg.share}: give a share above 0, 1 at most")
 
     def build(self):
         from transformers import ConvNextConfig, ConvNextForImageClassification

@@ -16,7 +16,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..config import Free, TrainConfig
+from ..config import BelowOne, Free, NonNegative, TrainConfig
 from ..core import UserError, read_json
 from ..data.buckets import Bucketed, bucket_sizes
 from ..data.encoders import exact, open_encoder, quiet, vae_facts, weights_id
@@ -71,24 +71,24 @@ class Config(TrainConfig):
     train_text: bool = False # train the text encoder too
     from_scratch: bool = False # begin with random weights in the UNet
     prediction: Literal["auto", "eps", "v"] = "auto" # what the UNet predicts; auto: as the model's scheduler says
-    min_snr_gamma: float = 0. # weight min(snr, gamma)/snr on the eps loss, 0: none (Hang et al. 2023: 5)
+    min_snr_gamma: NonNegative[float] = 0. # weight min(snr, gamma)/snr on the eps loss, 0: none (Hang et al. 2023: 5)
     debiased: bool = False # weight 1/sqrt(snr) on the eps loss (Yu et al. 2023): more of what decides where things are
     zero_terminal_snr: bool = False # a schedule that ends in pure noise; needs --prediction v (Lin et al. 2024)
-    noise_offset: float = 0. # strength of one more random number per channel (systems 000, 004)
-    input_perturbation: float = 0. # more noise in the input than in the target (system 004 advises 0.1)
+    noise_offset: NonNegative[float] = 0. # strength of one more random number per channel (systems 000, 004)
+    input_perturbation: NonNegative[float] = 0. # more noise in the input than in the target (system 004 advises 0.1)
     timestep_bias: Literal["none", "earlier", "later", "range"] = "none" # steps that are trained more often (system 004)
     timestep_bias_multiplier: float = 1. # how much more often
     timestep_bias_portion: float = 0.25 # share of the steps that earlier and later mean
     timestep_bias_begin: int = 0 # first step of the range
     timestep_bias_end: int = 1000 # one past its last step
     dream: bool = False # train on a part of the network's own error, at the cost of one more forward pass (Zhou et al. 2024)
-    dream_detail_preservation: float = 1. # power of the noise level; large keeps detail
+    dream_detail_preservation: NonNegative[float] = 1. # power of the noise level; large keeps detail
     scale_lr: bool = False # multiply --lr by the batch of an optimizer step (systems 002, 004)
-    lora_rank: int = 0 # train adapters of this rank beside frozen weights; 0: the weights themselves (system 004: 4)
-    lora_alpha: float = 0. # of the factor alpha / rank; 0: the rank
+    lora_rank: NonNegative[int] = 0 # train adapters of this rank beside frozen weights; 0: the weights themselves (system 004: 4)
+    lora_alpha: NonNegative[float] = 0. # of the factor alpha / rank; 0: the rank
     lora_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0") # ends of the names of the layers that get adapters
     lora_text: bool = False # adapters in the attention of the text encoder too (system 004)
-    cond_drop: float = 0.1 # probability of training without the caption (SD 1.5: 0.1; systems 002 and 004: none)
+    cond_drop: BelowOne[float] = 0.1 # probability of training without the caption (SD 1.5: 0.1; systems 002 and 004: none)
     channels_last: Free[bool] = False # memory format of convolutions; faster on GPUs
     guidance_scale: Free[float] = 7.5 # w in u + w (c - u) for samples; 1: none
     num_inference_steps: Free[int] = 25 # of the model's own sampler
@@ -227,7 +227,6 @@ def blocks(self: Task, module):
 
 # %% ../../nbs/03_sd15.ipynb #ae6f05d0
 REFUSED = [
-    (lambda c: min(c.min_snr_gamma, c.noise_offset, c.input_perturbation, c.dream_detail_preservation, c.lora_rank, c.lora_alpha) < 0, "--min-snr-gamma, --noise-offset, --input-perturbation, --dream-detail-preservation, --lora-rank, --lora-alpha: must be 0 or more"),
     (lambda c: c.buckets and (c.latents or c.data == "scenes"), "--buckets: encodes pictures of many shapes in each step; leave --latents out, and give pictures as --data"),
     (lambda c: c.buckets and c.crop == "none", "--buckets with --crop none: would squash; give center or random"),
     (lambda c: c.weights and c.buckets,
@@ -240,7 +239,6 @@ REFUSED = [
     (lambda c: c.lora_rank and (c.train_text or c.from_scratch), "--lora-rank: trains adapters beside frozen weights; leave --train-text (see --lora-text) and --from-scratch out"),
     (lambda c: (c.lora_text or c.lora_alpha) and not c.lora_rank, "--lora-text, --lora-alpha: need --lora-rank"),
     (lambda c: c.prompts and (c.train_text or c.lora_text), "--prompts with --train-text or --lora-text: cached embeddings would not change with the text encoder; leave one of them out"),
-    (lambda c: not 0 <= c.cond_drop < 1, "--cond-drop {c.cond_drop}: must be a probability below 1"),
 ]
 
 @patch

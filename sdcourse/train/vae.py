@@ -8,12 +8,12 @@ __all__ = ['worlds', 'Autoencoder', 'varied', 'reconstructed', 'measured', 'qual
 # %% ../../nbs/training/vae.ipynb #32ebdb1d
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import nn
 
-from ..config import TrainConfig
+from ..config import NonNegative, Positive, Range, TrainConfig
 from ..core import UserError
 from ..data.labelled import labelled
 from ..data.worlds import Items
@@ -110,11 +110,11 @@ def measured_scale(
 class Config(TrainConfig):
     "Options of the autoencoder; see `TrainConfig` for those that all tasks share."
     widths: tuple[int, ...] = (32, 48, 64) # channels of the levels, each a multiple of 8; the picture is halved between them (SD: 128, 256, 512, 512)
-    layers: int = 1 # residual blocks of a level (SD: 2)
-    latent_channels: int = 4 # of the latents (SD 1.5: 4)
-    side: int = 32 # of the pictures, pixels
-    beta: float = 1e-4 # weight of the divergence
-    share: float = 1.0 # of the training pictures, for a try
+    layers: Positive[int] = 1 # residual blocks of a level (SD: 2)
+    latent_channels: Positive[int] = 4 # of the latents (SD 1.5: 4)
+    side: Positive[int] = 32 # of the pictures, pixels
+    beta: NonNegative[float] = 1e-4 # weight of the divergence
+    share: Annotated[float, Range(above=0, most=1)] = 1.0 # of the training pictures, for a try
     presets: ClassVar[dict] = dict(tiny=dict(max_steps=9000, batch_size=32, lr=2e-3, lr_schedule="cosine", warmup_steps=100, ema_decay=0.999, log_every=100, checkpoint_every=500, validate_every=1500))
 
 class Task(BaseTask):
@@ -125,8 +125,6 @@ class Task(BaseTask):
         cfg = self.config
         if any(w % 8 for w in cfg.widths) or not cfg.widths: raise UserError(f"--widths {','.join(map(str, cfg.widths))}: give multiples of 8")
         if cfg.side % 2 ** (len(cfg.widths) - 1): raise UserError(f"--side {cfg.side}: is no multiple of {2 ** (len(cfg.widths) - 1)}, the pixels per latent of {len(cfg.widths)} levels")
-        if not 0 < cfg.share <= 1: raise UserError(f"--share {cfg.share}: give a share above 0, 1 at most")
-        if cfg.beta < 0: raise UserError(f"--beta {cfg.beta}: give 0 or more")
 
     def build(self):
         from diffusers import AutoencoderKL
