@@ -13,9 +13,11 @@ import tiny_models
 import warm
 from sdcourse import cli
 from sdcourse.core import UserError, read_json
+from sdcourse.data.worlds import digits
 from sdcourse.evaluation.distances import kid, prdc
-from sdcourse.evaluation.metrics import METRICS, Case, Digits, clip_cosines, extractor_of, features_over, measure, open_set, pixels_of
-from sdcourse.evaluation.report import EvaluateOptions, blocks_of, evaluate, option_of, quick
+from sdcourse.evaluation.metrics import (METRICS, Case, Digits, clip_cosines, extractor_of, features_over, measure,
+                                         measure_digits, open_set, pixels_of)
+from sdcourse.evaluation.report import EvaluateOptions, blocks_of, evaluate, option_of
 from sdcourse.evaluation.stats import frechet, load_stats
 
 N = 60
@@ -199,13 +201,26 @@ def test_a_table_over_two_options(world, tmp_path):
     with pytest.raises(UserError, match="mood: is no option of sdcourse generate, nor of the run"): option_of(models[0], "mood")
 
 
-def test_quick_numbers_for_a_validation_change_nothing(world):
-    "E12"
-    net = extractor_of("tiny-digits")
-    b, x = features_over(net, Digits("test")), pixels_of(open_set(world / "a"), list(range(N)))
-    before = torch.get_rng_state()
-    found = quick(net, x, b)
-    assert torch.equal(before, torch.get_rng_state()) and found["FD[tiny-digits]"]["value"] == pytest.approx(frechet(net(x), b)) and found["KID[tiny-digits]"]["n"] == N
+def test_digits_drawn_in_this_process_get_the_numbers_of_the_command(world, report):
+    data, before = open_set(world / "a"), torch.get_rng_state()
+    images = pixels_of(data, list(range(N)))[:, :1].float() / 127.5 - 1
+    found = measure_digits(images, [data.row(i)["label"] for i in range(N)])
+    own = found.pop("digit[tiny-digits], real digits")
+    assert torch.equal(before, torch.get_rng_state())
+    assert own.n == 360 and 0.98 <= own.value < 1 and own.low < own.value < own.high
+    want = {k: n for k, n in by_name(report[0]["a"]).items() if k in found}
+    assert len(want) == len(found) == 9 # the share, two distances, four shares, two of memorisation
+    for k, n in found.items():
+        assert n.value == pytest.approx(want[k].value, rel=1e-4, abs=1e-5), k
+        assert n.floor is want[k].floor or n.floor == pytest.approx(want[k].floor, rel=1e-4, abs=1e-5), k
+
+
+def test_numbers_of_digits_need_what_was_asked_and_six_of_them():
+    real = digits("test").tensors
+    assert measure_digits(real["pixels"], (real["label"] + 1) % 10, ())["digit[tiny-digits]"].value < 0.02
+    refused("give one per image", lambda: measure_digits(real["pixels"][:9], real["label"][:8]))
+    refused("prdc: 5 images are too few", lambda: measure_digits(real["pixels"][:5], real["label"][:5]))
+    refused(r"images of shape \(9, 8, 8\)", lambda: measure_digits(real["pixels"][:9, 0], real["label"][:9]))
 
 
 # ---- what cannot be measured

@@ -13,6 +13,7 @@ import warm
 from sdcourse.config import resolve
 from sdcourse.core import UserError
 from sdcourse.data.store import FORMAT, extend_plan, write_shard
+from sdcourse.data.worlds import digits
 from sdcourse.diffusion import Density
 from sdcourse.train.flow_dit import Config, FlowMatching, Task, source, synthetic_latents
 from sdcourse.train.loop import Run, step, train
@@ -214,6 +215,23 @@ def test_overfits_eight_digits(tmp_path):
     assert rows[-1]["loss"] <= 0.1 * rows[0]["loss"], (rows[0]["loss"], rows[-1]["loss"])
 
 
+def test_numbers_of_a_validation_are_those_of_the_digits_that_were_asked_for(monkeypatch):
+    "A model that draws held-out digits of the asked class is right, at the floor, and as close to the training set as they are."
+    real = digits("test").tensors
+    rows = [(real["label"] == k).nonzero().flatten()[:26].tolist() for k in range(10)]
+
+    def images(self, module, labels, seeds):
+        assert list(seeds) == list(range(10_000, 10_200)) # noise that no picture of a validation has
+        return torch.stack([real["pixels"][rows[k].pop()] for k in labels])
+
+    monkeypatch.setattr(Task, "images", images)
+    row = Task(config(num_samples=200)).measure(None)
+    assert row["digit[tiny-digits]"]["value"] > 0.97 and row["digit[tiny-digits], real digits"]["n"] == 360
+    assert row["FD[tiny-digits]"]["value"] < row["FD[tiny-digits]"]["floor"] and row["FD[tiny-digits]"]["n"] == 200
+    assert row["closer to training[tiny-digits]"]["value"] == pytest.approx(0.5, abs=0.05)
+    assert json.loads(json.dumps(row)) == row and {"name", "how", "note"}.isdisjoint(*row.values())
+
+
 def test_command_line_end_to_end(tmp_path):
     "U2, O3 and the export in a fresh process: thirty steps, a picture, metrics, a checkpoint, a card, a pipeline."
     out = tmp_path / "run"
@@ -222,9 +240,9 @@ def test_command_line_end_to_end(tmp_path):
     assert done.returncode == 0, done.stderr
     for name in ("samples", "metrics.jsonl", "export", "README.md"):
         assert str(out / name) in done.stdout
-    assert "asked class" in done.stdout and "batch: 64 = micro 64 x ranks 1 x accumulation 1" in done.stderr
+    assert "digit[tiny-digits], real digits 0.989 (N 360" in done.stdout and "batch: 64 = micro 64 x ranks 1 x accumulation 1" in done.stderr
     row = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
-    assert row["step"] == 30 and row["asked class"]["n"] == 50 and row["FD[digits-judge]"]["floor"] > 0 and row["mfu"] > 0 and row["val_loss"] > 0
+    assert row["step"] == 30 and row["digit[tiny-digits]"]["n"] == 50 and row["FD[tiny-digits]"]["floor"] > 0 and row["mfu"] > 0 and row["val_loss"] > 0
     with Image.open(out / "samples" / "step-00000030.png") as im:
         assert im.mode == "L" and np.asarray(im).std() > 5
     code = f"from sdcourse.models.dit import FlowDiTPipeline, image_generators as g; p = FlowDiTPipeline.from_pretrained({str(out / 'export')!r}); im = p(['3', 4], num_inference_steps=3, generator=g([1, 2])).images; print(im[0].size, im[0].mode, len(im))"
@@ -236,7 +254,7 @@ def test_command_line_end_to_end(tmp_path):
 
 @pytest.mark.parametrize("options,text", [
     (("--presett", "tiny"), "did you mean '--preset'"), (("--preset", "tinny"), "did you mean 'tiny'"), (("--lr", "fast"), "--lr: expected a number"),
-    (("--precision", "fp16", "--device", "cpu"), "fp16"), (("--data", "nowhere"), "--data nowhere"), (("--batch-size", "0"), "--batch-size"),
+    (("--precision", "fp16", "--device", "cpu"), "fp16"), (("--data", "nowhere"), "--data nowhere"), (("--batch-size", "0"), "--batch-size"), (("--num-samples", "5"), "--num-samples 5: give six"),
 ])
 def test_bad_options_are_one_line(options, text, tmp_path):
     done = command(*options, "--out", tmp_path / "run")

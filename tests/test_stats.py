@@ -5,13 +5,25 @@ import torch
 
 import ranks
 from sdcourse.core import UserError
-from sdcourse.evaluation.stats import Stats, bias, frechet, frechet_gaussian, load_stats, save_stats
+from sdcourse.evaluation.stats import Stats, bias, frechet, frechet_gaussian, load_stats, save_stats, wilson
 
 
 def cloud(n, d, seed): # correlated, float64, away from the origin
     g = torch.Generator().manual_seed(seed)
     mix = torch.randn(d, d, generator=g, dtype=torch.float64)
     return torch.randn(n, d, generator=g, dtype=torch.float64) @ mix + torch.randn(d, generator=g, dtype=torch.float64)
+
+
+# ---- shares
+
+def test_wilson_against_scipy():
+    from scipy.stats import binomtest
+    for hits, n in ((0, 5), (8, 10), (495, 500), (500, 500)):
+        want, got = binomtest(hits, n).proportion_ci(method="wilson"), wilson(hits, n)
+        assert (got["value"], got["n"]) == (hits / n, n)
+        assert (got["low"], got["high"]) == pytest.approx((want.low, want.high), abs=1e-6)
+    for hits, n in ((3, 2), (0, 0), (-1, 2)):
+        with pytest.raises(UserError, match=f"{hits} hits of {n}: a share needs"): wilson(hits, n)
 
 
 # ---- Fréchet distance (ACCEPTANCE E1, E3)

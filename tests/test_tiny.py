@@ -13,9 +13,9 @@ from sdcourse import cli, tiny
 from sdcourse.config import resolve
 from sdcourse.core import UserError, read_json
 from sdcourse.data.worlds import digits
-from sdcourse.evaluation.digits import wilson
 from sdcourse.data.labelled import FACES, _faces, labelled, questions
 from sdcourse.evaluation.nets import Tiny, TinyLpips, asked_accuracy
+from sdcourse.evaluation.stats import wilson
 from sdcourse.plot import to_uint8
 from sdcourse.train import nets
 from sdcourse.train.loop import train

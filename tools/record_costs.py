@@ -42,7 +42,8 @@ def run(name, seed, steps):
             rows = read_metrics(f"{out}/r")
     finally: dit.DiT.reset_parameters, dit.time_code = reset, code
     last, early = rows[-1], next(r for r in rows if r["step"] >= min(300, rows[-1]["step"]))
-    return {k: last[k] for k in ("step", "val_loss", "asked class", "FD[digits-judge]", "KID[digits-judge]")} | {"loss at 300": early["loss"]}
+    kept = ("step", "val_loss", "digit[tiny-digits]", "FD[tiny-digits]", "KID[tiny-digits]")
+    return {k: last[k] for k in kept} | {"loss at 300": early["loss"]}
 
 
 def main():

@@ -18,7 +18,7 @@ from sdcourse.config import resolve
 from sdcourse.core import read_json, write_json
 from sdcourse.dataset import Transform, pictures
 from sdcourse.evaluation.asked import asked
-from sdcourse.evaluation.digits import memorisation
+from sdcourse.evaluation.memorise import memorisation
 from sdcourse.evaluation.nets import Tiny
 from sdcourse.evaluation.stats import frechet
 from sdcourse.train import sd15

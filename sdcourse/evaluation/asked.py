@@ -15,7 +15,7 @@ def asked(
 ) -> dict: # name -> value, n, low, high
     "Shares of guided samples that show what was asked: new scenes of known pairs of shape and colour, and of pairs that were never trained; read by a rule on pixels."
     from sdcourse.data.scenes import captions, facts, read_scenes, scene_numbers
-    from sdcourse.evaluation.digits import wilson
+    from sdcourse.evaluation.stats import wilson
     out = {}
     for split in ("val", "test"):
         known = facts(scene_numbers(split, n, start=10_000))

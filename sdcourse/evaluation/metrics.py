@@ -5,21 +5,22 @@
 # %% auto #0
 __all__ = ['METRICS', 'extractor_of', 'Digits', 'open_set', 'set_id', 'features_over', 'Case', 'fd', 'kernel', 'clip_mmd',
            'shares', 'pixels_of', 'per_picture', 'paired_truth', 'variety', 'asked', 'clip_cosines', 'clip_score',
-           'memorised', 'measure']
+           'memorised', 'measure', 'measure_digits']
 
 # %% ../../nbs/evaluation/metrics.ipynb #929fda91
 import hashlib
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from ..core import UserError, nearest
-from .digits import closeness, neighbours, wilson
+from ..data.worlds import digits
 from .distances import Number, cmmd, cubic, kid, measured, mmd2, prdc, spread, _floors
-from .stats import Moments, frechet, load_stats
+from .memorise import closeness, neighbours
+from .stats import Moments, frechet, load_stats, wilson
 
 # %% ../../nbs/evaluation/metrics.ipynb #aa66fa8b
 def extractor_of(
@@ -44,7 +45,6 @@ class Digits:
     "The built-in digits as a set: ids, rows and pictures."
     classes, licence = tuple("0123456789"), "CC BY 4.0 (UCI)"
     def __init__(self, split):
-        from sdcourse.data.worlds import digits
         self.tensors = digits("train" if split == "train" else "test").tensors
         self.ids = [str(i) for i in self.tensors["id"].tolist()]
 
@@ -269,3 +269,31 @@ def measure(
             if names: raise UserError(f"{name}: {e}") from None
             left[name] = str(e)
     return out, left
+
+# %% ../../nbs/evaluation/metrics.ipynb #fcd8e7e2
+@cache
+def _real_digits():
+    "tiny-digits, its features of held-out and of training digits, and the share of held-out ones that it reads."
+    from sdcourse.evaluation.nets import asked_accuracy
+    from sdcourse.plot import to_uint8
+    net = extractor_of("tiny-digits")
+    held_out, train = (digits(split).tensors for split in ("test", "train"))
+    pixels = to_uint8(held_out["pixels"])
+    share = asked_accuracy(net, pixels, {"digit": held_out["label"]})[0]
+    own = replace(share, name=f"{share.name}, real digits")
+    return net, net(pixels), net(to_uint8(train["pixels"])), own
+
+def measure_digits(
+    images, # drawn digits, [n,1,8,8] in [-1,1]
+    asked, # the digit asked for, [n]
+    names=("fd", "kid", "prdc", "memorisation"), # keys of `METRICS`
+) -> dict: # name -> `Number`: the share of the asked digit, the network's own share on held-out digits, the measures
+    "What `sdcourse evaluate` says with tiny-digits against the digits; `UserError` for fewer than six images."
+    from sdcourse.evaluation.nets import asked_accuracy
+    from sdcourse.plot import to_uint8
+    net, held_out, train, own = _real_digits()
+    pixels = to_uint8(images)
+    share = asked_accuracy(net, pixels, {"digit": asked})[0]
+    case = Case(None, None, net, net(pixels), held_out, train=train, how=dict(net.how))
+    found = measure(case, names)[0] if names else []
+    return {n.name: n for n in (share, own, *found)}

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from ..core import UserError
-from .digits import wilson
 from .distances import Number
 from .features import tensors_id
+from .stats import wilson
 
 # %% ../../nbs/evaluation/nets.ipynb #7b8027e6
 NAMES = ("tiny-digits", "tiny-scenes", "tiny-photos")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['EvaluateOptions', 'names_of', 'same_ids', 'blocks_of', 'differences', 'cell', 'markdown', 'plot', 'table_of_pictures',
-           'option_of', 'crossed', 'curves', 'lpips_of', 'evaluate', 'quick', 'evaluate_models']
+           'option_of', 'crossed', 'curves', 'lpips_of', 'evaluate', 'evaluate_models']
 
 # %% ../../nbs/evaluation/report.ipynb #5b92b85b
 import json, re
@@ -298,17 +298,6 @@ def _write(out, cases, results, settings):
     write_json(out/"evaluation.json", dict(about=about, options=asdict(cfg), numbers={m: [n.row() for n in ns] for m, ns in found.items()}, differences=[n.row() for n in others], left_out=left))
     write_text(out/"README.md", text)
     print(f"{out}: {', '.join(str(n) for n in next(iter(found.values()))[:2])} …" if len(found) == 1 else f"{out}: {len(found)} models, {sum(map(len, found.values()))} numbers")
-
-def quick(
-    extractor, # of `extractor_of`
-    images, # [n,c,h,w] uint8
-    reference, # features of real pictures, [m,d]
-) -> dict: # FD and KID: value, n; cheap enough for a validation
-    "Two distances of some samples to a fixed reference, for `Task.measure`; no global state is read or changed."
-    from sdcourse.evaluation.distances import kid
-    f = extractor(images)
-    found = kid(f, reference)
-    return {f"FD[{extractor.name}]": dict(value=frechet(f, reference), n=len(f)), f"KID[{extractor.name}]": dict(value=found["value"], low=found["value"] - 1.959964 * found["se"], high=found["value"] + 1.959964 * found["se"], n=len(f))}
 
 def evaluate_models(
     sources: list, # folders of models

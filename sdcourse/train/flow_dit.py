@@ -133,6 +133,7 @@ class Task(BaseTask):
         cfg = self.config
         if not fullmatch(r"(tiny|S|B|L|XL|452M)/[1248]", cfg.size): raise UserError(f"--size {cfg.size}: unknown; use tiny, S, B, L, XL or 452M with patch 1, 2, 4 or 8, e.g. B/2")
         if cfg.vae: vae_folder(cfg.vae)
+        if cfg.num_samples and cfg.num_samples < 6: raise UserError(f"--num-samples {cfg.num_samples}: give six or more; 0: none")
         Density(cfg.density, cfg.density_mean, cfg.density_std, cfg.density_shift)
         side, p = source(cfg).side, int(cfg.size.split("/")[1])
         if side % p: raise UserError(f"--size {cfg.size}: patch {p} does not divide the {side}x{side} images of --data {cfg.data}")
@@ -206,10 +207,13 @@ def sample(self: Task, module, path):
 
 @patch
 def measure(self: Task, module):
-    if self.config.data != "digits" or not self.config.num_samples: return {}
-    from sdcourse.evaluation.digits import report, the_judge
-    labels = [i % 10 for i in range(self.config.num_samples)]
-    return report(the_judge(), self.images(module, labels, range(10_000, 10_000 + len(labels))), torch.tensor(labels))
+    n = self.config.num_samples
+    if self.config.data != "digits" or not n: return {}
+    from sdcourse.evaluation.metrics import measure_digits
+    asked = [i % 10 for i in range(n)]
+    found = measure_digits(self.images(module, asked, range(10_000, 10_000 + n)), asked)
+    kept = ("value", "n", "low", "high", "floor", "floor_high")
+    return {name: {k: v for k, v in number.row().items() if k in kept} for name, number in found.items()}
 
 # %% ../../nbs/06b_flow_dit.ipynb #372a6266
 @patch

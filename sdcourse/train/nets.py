@@ -130,6 +130,6 @@ def right(
     asked: dict, # question -> answers
 ) -> dict: # question -> value, n, low, high
     "Shares of right answers."
-    from sdcourse.evaluation.digits import wilson
+    from sdcourse.evaluation.stats import wilson
     there = {k: labels[:, i] >= 0 for i, k in enumerate(asked)}
     return {k: wilson((found[k] == labels[:, i])[there[k]].sum().item(), there[k].sum().item()) for i, k in enumerate(asked) if there[k].any()}

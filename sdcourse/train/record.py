@@ -131,5 +131,8 @@ class Result:
         "Where everything is, and the last numbers."
         head = f"stopped by {self.stopped} at step {self.step} of {self.max_steps}: the same command goes on" if self.stopped else f"finished {self.step} steps"
         places = dict(samples="samples", metrics="metrics.jsonl", model="export", card="README.md")
-        where = [f"{k:<22} {self.out / v}" for k, v in places.items() if (self.out / v).exists()]
-        return "\n".join([head, *where, *(f"{k:<22} {cell(v)}" for k, v in (self.metrics or {}).items() if k not in ("step", "samples", "loss_by_t"))])
+        rows = {k: self.out / v for k, v in places.items() if (self.out / v).exists()}
+        hidden = ("step", "samples", "loss_by_t")
+        rows |= {k: cell(v) for k, v in (self.metrics or {}).items() if k not in hidden}
+        wide = max(map(len, rows), default=0)
+        return "\n".join([head, *(f"{k:<{wide}} {v}" for k, v in rows.items())])
