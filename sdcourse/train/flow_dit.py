@@ -50,7 +50,8 @@ class Config(TrainConfig):
     num_inference_steps: Free[int] = 15 # of the sampler
     num_samples: Free[int] = 500 # images for the numbers of a validation
     presets: ClassVar[dict] = dict(
-        tiny=dict(max_steps=1500, batch_size=64, position="rope2d+sincos", lr=4e-3, lr_schedule="cosine", warmup_steps=150, beta2=0.99, ema_decay=0.999, log_every=50, checkpoint_every=500),
+        tiny=dict(max_steps=1500, batch_size=64, position="rope2d+sincos", lr=4e-3, lr_schedule="cosine", warmup_steps=150, beta2=0.99, ema_decay=0.999,
+                  threads=1, log_every=50, checkpoint_every=500),
         full=dict(data="imagenet-latents", size="XL/2", mlp="gelu", position="sincos", qk_norm=False, batch_size=256, max_steps=400_000, lr=1e-4, ema_decay=0.9999,
                   density="uniform", precision="bf16", compile=True, num_workers=8, log_every=100, checkpoint_every=10_000, validate_every=10_000,
                   guidance_scale=1.5, sampler="euler", num_inference_steps=50, num_samples=0),

@@ -37,7 +37,8 @@ SCENES = dict(data="scenes", image_size=32, flip=False, guidance_scale=2., num_i
 NEW = dict(train_text=True, batch_size=32, lr=1e-3, warmup_steps=100, weight_decay=0.01, debiased=True, log_every=50, checkpoint_every=500, encode_batch=32)
 
 PRESETS = dict(
-    tiny=dict(model="tiny-sd15", **SCENES, max_steps=120, batch_size=32, lr=5e-4, ema_decay=0.99, log_every=10, checkpoint_every=60, encode_batch=64, num_samples=0),
+    tiny=dict(model="tiny-sd15", **SCENES, max_steps=120, batch_size=32, lr=5e-4, ema_decay=0.99, log_every=10, checkpoint_every=60,
+              encode_batch=64, num_samples=0, threads=1),
     places=dict(model="new", **SCENES, **NEW, max_steps=1200, ema_decay=0., scene_captions="complete", timestep_bias="range", timestep_bias_begin=700, timestep_bias_multiplier=1e6, num_samples=0),
     scenes=dict(model="runs/tiny-sd15-places/export", **SCENES, **NEW, max_steps=6500, lr_schedule="cosine", ema_decay=0.999, validate_every=2000, num_samples=100),
     full=dict(model="stable-diffusion-v1-5/stable-diffusion-v1-5", data="data/unsplash", latents="data/unsplash-latents", prompts="data/unsplash-prompts", max_steps=15_000, batch_size=4, micro_batch=1, lr=1e-5,

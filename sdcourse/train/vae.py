@@ -115,7 +115,8 @@ class Config(TrainConfig):
     side: Positive[int] = 32 # of the pictures, pixels
     beta: NonNegative[float] = 1e-4 # weight of the divergence
     share: Annotated[float, Range(above=0, most=1)] = 1.0 # of the training pictures, for a try
-    presets: ClassVar[dict] = dict(tiny=dict(max_steps=9000, batch_size=32, lr=2e-3, lr_schedule="cosine", warmup_steps=100, ema_decay=0.999, log_every=100, checkpoint_every=500, validate_every=1500))
+    presets: ClassVar[dict] = dict(tiny=dict(max_steps=9000, batch_size=32, lr=2e-3, lr_schedule="cosine", warmup_steps=100, ema_decay=0.999,
+                                            threads=1, log_every=100, checkpoint_every=500, validate_every=1500))
 
 class Task(BaseTask):
     "A small autoencoder of small pictures."
