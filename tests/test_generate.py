@@ -227,7 +227,7 @@ def test_another_model_is_refused(run, whole, tmp_path):
 
 @pytest.mark.parametrize("over, text", [
     (dict(classes=()), "give one of --data, --prompts and --classes, got none"), (dict(data="x"), "got --data and --classes"), (dict(classes=("12",)), "class 12: "), (dict(classes=("zero",)), "class zero: "),
-    (dict(batch=0), "--batch 0: must be 1"), (dict(lora="nowhere"), "--lora nowhere: no such file"), (dict(classes=(), prompts="nowhere.txt"), "--prompts nowhere.txt: cannot be read"),
+    (dict(batch=0), "--batch 0: must be greater than 0"), (dict(lora="nowhere"), "--lora nowhere: no such file"), (dict(classes=(), prompts="nowhere.txt"), "--prompts nowhere.txt: cannot be read"),
     (dict(classes=(), data="nowhere/"), "nowhere/?: no such folder")])
 def test_wrong_options_are_one_line(run, tmp_path, over, text):
     with pytest.raises(UserError, match=text) as e: generate(run, tmp_path / "o", options(**over))
