@@ -1,6 +1,5 @@
 "Guarantees of sdcourse.train.checkpoint: whatever dies, whatever rots, the newest whole checkpoint is found, and nothing else counts."
 import io, json, os, random, re, resource, shutil, signal, sys
-from pathlib import Path
 
 import pytest
 import torch
