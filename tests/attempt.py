@@ -184,8 +184,11 @@ def children():
 
 
 def adopt():
-    "What loses its parent becomes a child of this process, and not of the system's first one."
-    if sys.platform == "linux": ctypes.CDLL(None).prctl(36, 1, 0, 0, 0) # PR_SET_CHILD_SUBREAPER
+    "What loses its parent becomes a child of this process, which ends when its own parent does."
+    if sys.platform != "linux": return
+    prctl = ctypes.CDLL(None).prctl
+    prctl(36, 1, 0, 0, 0) # PR_SET_CHILD_SUBREAPER
+    prctl(1, signal.SIGTERM, 0, 0, 0) # PR_SET_PDEATHSIG
 
 
 def end_all(group):
@@ -201,8 +204,8 @@ def watch(work, attempt, fork):
     "Fork the child, wait for it, end what it leaves behind; its exit code."
     def late(*_): raise TimeoutError
     os.setsid()
-    adopt()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    adopt()
     signal.signal(signal.SIGALRM, late)
     pid = os.fork()
     if not pid: guarded(child, work, attempt.tests, fork)

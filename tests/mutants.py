@@ -140,6 +140,7 @@ class Run:
         self.start = time.time()
         self.until = self.start + seconds
         self.keys = {b: key(b, lanes.master) for b in bugs}
+        self.retried = set() # tests that were red once
         self.green = {} # {test: passed, skipped or red}, without a patch
         self.caught, self.alive = [], []
         self.used = 0. # seconds of processor time
@@ -185,8 +186,10 @@ class Run:
         self.used += outcome.seconds
         if attempt.bug: return self.judge(attempt.bug, outcome)
         red = self.see(attempt.tests, outcome)
-        if len(attempt.tests) > 1: waiting[:0] = [Attempt((t,)) for t in red] # once more and alone
-        else: self.green |= dict.fromkeys(red, "red")
+        again = [t for t in red if t not in self.retried]
+        self.retried.update(again)
+        self.green |= {t: "red" for t in red if t not in again}
+        waiting[:0] = [Attempt((t,)) for t in again] # once more and alone
 
     def see(self, tests, outcome):
         "Keep which tests are green or skipped without a patch; the others."
