@@ -3,6 +3,18 @@
 `old` occurs exactly once in the file. `tests/mutants.py` plants them one at a time.
 """
 PLANTED = {
+    ('tools/test.py', 'tests/test_repo.py'): [
+        ('test.py: a hung notebook is waited for', 'timer = threading.Timer(SILENCE, end, [child])', 'timer = threading.Timer(3600, end, [child])', 'test_what_hangs_is_ended_and_what_is_slow_is_not'),
+        ('test.py: what is slow is ended', '            timer.cancel()\n            print(', '            print(', 'test_what_hangs_is_ended_and_what_is_slow_is_not'),
+        ('test.py: a stage without a result passes', '            bad += 1\n    print(f"{good} passed', '            pass\n    print(f"{good} passed', 'test_the_last_line_counts_what_ran'),
+        ('test.py: survivors pass', 'bad += found["failed"]', 'bad += found["failed"] * (stage != "mutants")', 'test_the_last_line_counts_what_ran'),
+    ],
+    ('sdcourse/core.py', 'tests/test_lesson_folder.py'): [
+        ('lessons: code that changed finds the old training', "*package, Path(f'{lesson}.ipynb')", "*package", 'test_what_is_found_again'),
+        ('lessons: a package that changed finds the old training', "[*package, Path(f'{lesson}.ipynb')]", "[Path(f'{lesson}.ipynb')]", 'test_what_is_found_again'),
+        ('lessons: text trains again', 'if path.suffix != ".ipynb": return path.read_bytes()', 'return path.read_bytes()', 'test_what_is_found_again'),
+        ('lessons: a reader finds a finished training', 'if not (root := os.environ.get("SDCOURSE_KEEP")):', 'if not (root := os.environ.get("SDCOURSE_KEEP", "kept")):', 'test_a_reader_begins_anew'),
+    ],
     ('sdcourse/train/order.py', 'tests/test_order.py'): [
         ('noise is the same in every step', 'g.manual_seed(key(self.seed, self.scope, self.step, stream, b))', 'g.manual_seed(key(self.seed, self.scope, stream, b))', 'test_draws_depend_on_everything_else'),
         ('noise depends on the split', 'return x[self.rows.start - first * BLOCK:][:len(self.rows)].to(self.dtype)', 'return x[:len(self.rows)].to(self.dtype)', 'test_draws_do_not_depend_on_the_split'),

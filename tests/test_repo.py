@@ -1,6 +1,6 @@
 """The repository: one source for every value, nothing generated out of step, sizes within their budgets, nothing that is unsafe or
 that holds only on one machine."""
-import ast, json, os, re, shutil, subprocess, sys
+import ast, json, os, re, shutil, signal, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -235,33 +235,7 @@ def test_headings_of_the_log_tell_its_story():
     assert all(f"(log/{path.name})" in text for path, _, _ in entries())
 
 
-# ---- budgets (U6, DESIGN 8); tools/budgets.py says what a code line is and what the engine is
-def lines(name): return len(budgets.code_lines(MODULES[name].read_text(encoding="utf-8")))
-
-
-def test_engine_size():
-    own, lessons = budgets.engine(MODULES)
-    count = {n: lines(n) for n in own}
-    assert lessons == {"sdcourse.dist"} # the module of lesson 09, which has a budget of its own like every module
-    assert {"sdcourse.core", "sdcourse.train.loop", "sdcourse.train.order", "sdcourse.config"} <= set(count) and not set(TASKS) & set(count)
-    assert sum(count.values()) <= budgets.MOST["engine"], count
-
-
-def test_task_sizes(): assert TASKS and not {name: n for name in TASKS if (n := lines(name)) > budgets.MOST["task"]}
-
-
-def test_module_and_function_sizes():
-    assert len(MODULES) > 50
-    assert not {name: n for name in MODULES if (n := lines(name)) > budgets.MOST["module"]}
-    long = {f"{name}: {f}": n for name, path in MODULES.items() for f, n in budgets.functions(path.read_text(encoding="utf-8")) if n > budgets.MOST["function"]}
-    assert not long
-
-
-def test_code_lines_are_counted():
-    source = '"""Doc\nstring."""\n\n__all__ = ["f",\n  "g"]\n# a comment\nx = 1 # with code\ndef f(\n    a, # one\n):\n    "Doc."\n    return """two\nlines"""\n'
-    assert len(budgets.code_lines(source)) == 4 and dict(budgets.functions(source)) == {"f": 3}
-
-
+# ---- sizes of files (DESIGN 8)
 def test_notebook_sizes(): assert len(NOTEBOOKS) > 50 and not {name_of(p): n for p in NOTEBOOKS if (n := p.stat().st_size) > budgets.MOST["notebook"]}
 
 
@@ -438,11 +412,27 @@ def test_false_passes_of_nbdev_test_are_seen():
 def test_the_last_line_counts_what_ran(tmp_path, monkeypatch, capsys):
     import test as tool
     monkeypatch.setattr(tool, "RESULTS", tmp_path)
-    assert tool.total() == 1 and capsys.readouterr().out.endswith("0 passed, 3 failed\n")
-    tool.keep("check", 0, 0); tool.keep("notebooks", 20, 0); tool.keep("tests", 100, 0, skipped=2)
-    assert tool.total() == 0 and capsys.readouterr().out.endswith("120 passed, 0 failed\n")
+    def last():
+        return tool.total(), capsys.readouterr().out.splitlines()[-1]
+    assert last() == (1, "0 passed, 4 failed")
+    tool.keep("check", 0, 0)
+    tool.keep("notebooks", 20, 0)
+    tool.keep("tests", 100, 0, skipped=2)
+    assert last() == (1, "120 passed, 1 failed") # the tests that read a clock left no result
+    tool.keep("alone", 3, 0)
+    assert last() == (0, "123 passed, 0 failed")
     tool.keep("mutants", 0, 1, caught=24, total=25)
-    assert tool.total() == 1 and capsys.readouterr().out.endswith("120 passed, 1 failed\n")
+    assert last() == (1, "123 passed, 1 failed")
+
+
+def test_what_hangs_is_ended_and_what_is_slow_is_not(monkeypatch, capsys):
+    import test as tool
+    monkeypatch.setattr(tool, "SILENCE", 3.)
+    code = "import subprocess, sys, time\nfor i in range(5): print(i, flush=True); time.sleep(.9)\n{}"
+    slow = tool.stream([sys.executable, "-c", code.format("")], "nb")
+    assert slow == (0, ["0", "1", "2", "3", "4"]) and "nb| 4" in capsys.readouterr().out
+    child = 'subprocess.run([sys.executable, "-c", "import time; time.sleep(600)"])' # it has the pipe, too
+    assert tool.stream([sys.executable, "-c", code.format(child)], "nb")[0] == -signal.SIGKILL
 
 
 def test_every_pin_is_for_the_oldest_python():
