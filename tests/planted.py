@@ -813,6 +813,7 @@ PLANTED = {
         ('the number of images is not stored', 'n=np.int64(stats.n), ', '', 'test_pytorch_fid_reads_our_file_and_we_read_its'),
     ],
     ('sdcourse/evaluation/distances.py', 'tests/test_distances.py'): [
+        ('a floor of any classes', 'if classes: orders =', 'if False: orders =', 'test_a_floor_can_have_the_classes_of_the_judged_pictures'),
         ('KID: pictures are compared with themselves', '(kaa.sum() - kaa.trace()) / (n * (n - 1))', 'kaa.mean()', 'test_kid_is_the_double_loop_over_different_pairs'),
         ('KID: the kernel without its constant', '(a @ b.T / a.shape[1] + 1) ** 3', '(a @ b.T / a.shape[1]) ** 3', 'test_kid_is_the_double_loop_over_different_pairs'),
         ('KID: biased', '(kbb.sum() - kbb.trace()) / (m * (m - 1))', 'kbb.mean()', 'test_kid_is_unbiased'),
@@ -904,9 +905,11 @@ PLANTED = {
     ('sdcourse/evaluation/metrics.py', 'tests/test_evaluate.py'): [
         ('drawn digits are compared with training digits', 'held_out, train = (digits(split).tensors for split in ("test", "train"))', 'train, held_out = (digits(split).tensors for split in ("test", "train"))', 'test_digits_drawn_in_this_process_get_the_numbers_of_the_command'),
         ('the floor of drawn digits comes from the reference', 'net(pixels), held_out, train=train,', 'net(pixels), held_out, train=held_out,', 'test_digits_drawn_in_this_process_get_the_numbers_of_the_command'),
+        ('a floor of other classes than were asked for', 'train=train, classes=(asked, label),', 'train=train,', 'test_digits_drawn_in_this_process_get_the_numbers_of_the_command'),
+        ('a floor of fewer pictures of a class', 'return self.train if (asked <= there).all() else None', 'return self.train', 'test_there_is_no_floor_where_a_class_has_fewer_real_pictures_than_drawn_ones'),
         ('a share of digits that nobody asked for', '{"digit": asked})[0]', '{"digit": net.classify(pixels)["digit"]})[0]', 'test_numbers_of_digits_need_what_was_asked_and_six_of_them'),
         ('evaluate: pairs by place', 'return [at[k] for k in of]', 'return list(range(len(of)))', 'test_pictures_are_paired_by_id_and_not_by_place'),
-        ('evaluate: the floor is the reference itself', 'def real(self): return self.train if', 'def real(self): return self.b if', 'test_the_floor_comes_from_other_real_pictures_at_the_same_n'),
+        ('evaluate: the floor is the reference itself', 'if self.classes is None: return self.train', 'if self.classes is None: return self.b', 'test_the_floor_comes_from_other_real_pictures_at_the_same_n'),
         ('evaluate: FID is what every distance is called', 'if self.extractor.name == "inception" and name in ("FD",)', 'if name in ("FD",)', 'test_every_number_says_how_it_was_made'),
         ('evaluate: groups are ignored', 'spread(lambda r: each[r].mean().item(), len(each), blocks=c.blocks, draws=1000, seed=c.seed)\n        out.append', 'spread(lambda r: each[r].mean().item(), len(each), draws=1000, seed=c.seed)\n        out.append', 'test_groups_widen_the_interval'),
         ('evaluate: precision and recall at unequal N', 'n = min(len(c.a), len(c.b))\n    pick = lambda x: x[torch.randperm(len(x), generator=torch.Generator().manual_seed(c.seed))[:n].sort().values]', 'n = min(len(c.a), len(c.b))\n    pick = lambda x: x[:n]', 'test_every_number_is_what_its_function_says_of_the_same_pictures'),

@@ -135,3 +135,14 @@ def test_pairs_are_compared_pair_by_pair():
 def test_wrong_input_is_one_line(call, words):
     with pytest.raises(UserError, match=words) as e: call()
     assert "\n" not in str(e.value)
+
+
+def test_a_floor_can_have_the_classes_of_the_judged_pictures():
+    "Three of class 0 and one of class 2, among six, five and four real ones; each draw another one."
+    there = torch.tensor([0] * 6 + [1] * 5 + [2] * 4)
+    real, drawn = torch.arange(15.)[:, None].expand(15, 2), []
+    measured("FD[own]", lambda x, y: drawn.append(x[:, 0].long()) or float(len(x)), real[:4], real, real=real, draws=0,
+             classes=(torch.tensor([2, 0, 0, 0]), there))
+    floors = drawn[1:]
+    assert len(floors) == 5 and all(there[f].tolist() == [0, 0, 0, 2] and len(set(f.tolist())) == 4 for f in floors)
+    assert len({tuple(f.tolist()) for f in floors}) > 1

@@ -149,6 +149,7 @@ def measured(
     b, # of the reference, [m,d]
     *,
     real=None, # features of other real pictures, for the floor; at least as many as `a`
+    classes=None, # (class of each of `a`, of each of `real`): the floor is drawn with the classes of `a`
     blocks=None, # groups of the judged pictures, as in `spread`
     draws: int = 200, # bootstrap samples; 0: no interval
     how: dict | None = None, # for the record
@@ -164,7 +165,7 @@ def measured(
     if draws:
         half = 1.959964 * spread(lambda rows: fn(a[rows], b), n, blocks=blocks, draws=draws, seed=seed)
         low, high = value - half, value + half
-    floors = _floors(fn, real, b, n, seed) if real is not None else []
+    floors = _floors(fn, real, b, n, seed, classes=classes) if real is not None else []
     return Number(name, value, n, low, high, sum(floors) / len(floors) if floors else None, max(floors, default=None), dict(how or {}) | {"seed": seed}, note)
 
 def bias_of(a, n): # features, their number
@@ -172,10 +173,16 @@ def bias_of(a, n): # features, their number
     from sdcourse.evaluation.stats import bias
     return bias(a.shape[1], n)
 
-def _floors(fn, real, b, n, seed, times=5):
+def _floors(fn, real, b, n, seed, times=5, classes=None):
     if len(real) < n: raise UserError(f"{len(real)} real images for the floor of {n}: give at least as many")
     g = torch.Generator().manual_seed(seed)
-    return [fn(real[torch.randperm(len(real), generator=g)[:n]], b) for _ in range(times)]
+    orders = [torch.randperm(len(real), generator=g) for _ in range(times)]
+    if classes: orders = [_alike(order, *classes) for order in orders]
+    return [fn(real[order[:n]], b) for order in orders]
+
+def _alike(order, asked, there): # the first rows in that order that have the same classes as `asked`
+    counts = torch.as_tensor(asked).bincount().tolist()
+    return torch.cat([order[there[order] == k][:m] for k, m in enumerate(counts)])
 
 # %% ../../nbs/evaluation/distances.ipynb #5c3ab36c
 def paired(

@@ -103,6 +103,7 @@ class Case:
     a: torch.Tensor # features of the judged pictures, [n,d]
     b: torch.Tensor | None # of the reference, [m,d]; None for stored statistics
     train: torch.Tensor | None = None # of the training set: for floors and memorisation
+    classes: tuple | None = None # class asked of each judged picture, [n], and of each of `train`, [m]: floors are drawn alike
     blocks: list | None = None # the group of each judged picture
     distance: object = None # perceptual: (uint8, uint8) -> [n]
     how: dict = field(default_factory=dict) # for the record
@@ -111,7 +112,13 @@ class Case:
     seed: int = 0 # of bootstrap and floors
 
     def label(self, name): return ("FID" if name == "FD" else name) if self.extractor.name == "inception" and name in ("FD",) else f"{name}[{self.extractor.name}]"
-    def real(self): return self.train if self.train is not None and len(self.train) >= len(self.a) else None
+    def real(self): # [m,d], or None where there are fewer than judged ones, in all or of a class
+        if self.train is None or len(self.train) < len(self.a): return None
+        if self.classes is None: return self.train
+        most = 1 + max(int(x.max()) for x in self.classes)
+        asked, there = (x.bincount(minlength=most) for x in self.classes)
+        return self.train if (asked <= there).all() else None
+
     def need(self, what, there):
         if there is None or there is False: raise UserError(what)
 
@@ -136,7 +143,8 @@ def fd(c: Case):
         half = 1.959964 * spread(lambda r: fn(c.a[r], b), len(c.a), blocks=c.blocks, draws=draws, seed=c.seed) if draws else None
         value = fn(c.a, b)
         return [Number(c.label("FD"), value, len(c.a), half and value - half, half and value + half, how=dict(c.how, seed=c.seed))]
-    return [measured(c.label("FD"), fn, c.a, b, real=c.real(), blocks=c.blocks, draws=draws, how=c.how, force=c.force, seed=c.seed)]
+    return [measured(c.label("FD"), fn, c.a, b, real=c.real(), classes=c.classes, blocks=c.blocks, draws=draws,
+                     how=c.how, force=c.force, seed=c.seed)]
 
 def _with(x, how):
     from sdcourse.evaluation.stats import Stats
@@ -147,7 +155,8 @@ def kernel(c: Case):
     c.need("KID needs the pictures of the reference, and statistics hold none", c.b)
     found = kid(c.a, c.b)
     only = lambda x, y: mmd2(*(cubic(p.double(), q.double()) for p, q in ((x, x), (y, y), (x, y))))
-    floors = _floors(only, c.real(), c.b, len(c.a), c.seed) if c.real() is not None else []
+    real = c.real()
+    floors = _floors(only, real, c.b, len(c.a), c.seed, classes=c.classes) if real is not None else []
     half = 1.959964 * found["se"]
     return [Number(c.label("KID"), found["value"], len(c.a), found["value"] - half, found["value"] + half, sum(floors) / len(floors) if floors else None, max(floors, default=None), dict(c.how, seed=c.seed))]
 
@@ -273,7 +282,7 @@ def measure(
 # %% ../../nbs/evaluation/metrics.ipynb #fcd8e7e2
 @cache
 def _real_digits():
-    "tiny-digits, its features of held-out and of training digits, and the share of held-out ones that it reads."
+    "tiny-digits, its features of held-out digits, features and classes of training digits, and its share on held-out ones."
     from sdcourse.evaluation.nets import asked_accuracy
     from sdcourse.plot import to_uint8
     net = extractor_of("tiny-digits")
@@ -281,19 +290,20 @@ def _real_digits():
     pixels = to_uint8(held_out["pixels"])
     share = asked_accuracy(net, pixels, {"digit": held_out["label"]})[0]
     own = replace(share, name=f"{share.name}, real digits")
-    return net, net(pixels), net(to_uint8(train["pixels"])), own
+    return net, net(pixels), (net(to_uint8(train["pixels"])), train["label"]), own
 
 def measure_digits(
     images, # drawn digits, [n,1,8,8] in [-1,1]
     asked, # the digit asked for, [n]
     names=("fd", "kid", "prdc", "memorisation"), # keys of `METRICS`
 ) -> dict: # name -> `Number`: the share of the asked digit, the network's own share on held-out digits, the measures
-    "What `sdcourse evaluate` says with tiny-digits against the digits; `UserError` for fewer than six images."
+    "Drawn digits against held-out ones, read by tiny-digits; `UserError` for fewer than six."
     from sdcourse.evaluation.nets import asked_accuracy
     from sdcourse.plot import to_uint8
-    net, held_out, train, own = _real_digits()
+    net, held_out, (train, label), own = _real_digits()
     pixels = to_uint8(images)
+    asked = torch.as_tensor(asked)
     share = asked_accuracy(net, pixels, {"digit": asked})[0]
-    case = Case(None, None, net, net(pixels), held_out, train=train, how=dict(net.how))
+    case = Case(None, None, net, net(pixels), held_out, train=train, classes=(asked, label), how=dict(net.how), draws=0)
     found = measure(case, names)[0] if names else []
     return {n.name: n for n in (share, own, *found)}
