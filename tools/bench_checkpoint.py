@@ -1,10 +1,14 @@
-"""What a checkpoint costs, beside a plain write of as many bytes and beside an earlier commit:   python tools/bench_checkpoint.py [--mb 500] [--before 37ffe71]
+"""What a checkpoint costs, beside a plain write of as many bytes and beside an earlier commit:
 
-A quarter is weights, a quarter their average, half optimizer state: Adam in full. Both sides take turns, each save and each resume in a forked process.
-Hashed and read are multiples of the checkpoint's size; read is the system's own count (/proc/self/io) and the size of files that are mapped.
-Seconds are the best of --rounds, by the clock and of the processor; memory is the peak above what the process began with, in the same multiples; it includes mapped files.
+python tools/bench_checkpoint.py [--mb 500] [--before 37ffe71]
+
+A quarter is weights, a quarter their average, half optimizer state: Adam in full. Both sides take turns, each save and
+each resume in a forked process. Hashed, read and memory are multiples of the checkpoint's size. Read is the system's own
+count (/proc/self/io) and the size of files that are mapped. Memory is the peak above what the process began with; it
+includes mapped files. Seconds are the best of --rounds, by the clock and of the processor.
 """
 import argparse, hashlib, json, os, subprocess, tempfile, time, types
+from collections import defaultdict
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,7 +29,8 @@ def _io():
 @contextmanager
 def counted():
     "A dict that will hold the bytes that were hashed (SHA-256), read and written inside."
-    found, real, new = dict(hashed=0, read=0, written=0), hashlib.sha256, hashlib.new
+    real, new = hashlib.sha256, hashlib.new
+    found = dict(hashed=0, read=0, written=0)
     class Counted:
         def __init__(self, data=b""):
             self.inner = real()
@@ -34,7 +39,7 @@ def counted():
             found["hashed"] += memoryview(data).nbytes
             self.inner.update(data)
         def hexdigest(self): return self.inner.hexdigest()
-    def named(name, *args, **kwargs): return Counted(*args) if name == "sha256" else new(name, *args, **kwargs)
+    def named(name, *args): return Counted(*args) if name == "sha256" else new(name, *args)
     hashlib.sha256, hashlib.new = Counted, named
     begin = _io()
     try: yield found
@@ -45,10 +50,12 @@ def counted():
 
 def earlier(commit):
     "The module as it was at a commit, with the size of each file that it maps counted."
-    source = subprocess.run(["git", "show", f"{commit}:sdcourse/train/checkpoint.py"], cwd=ROOT, capture_output=True, text=True)
+    show = ["git", "show", f"{commit}:sdcourse/train/checkpoint.py"]
+    source = subprocess.run(show, cwd=ROOT, capture_output=True, text=True)
     if source.returncode: raise SystemExit(f"--before {commit}: {source.stderr.strip()}")
     module = types.ModuleType("earlier")
-    module.__package__, module.mapped = checkpoint.__package__, 0
+    module.__package__ = checkpoint.__package__
+    module.mapped = 0
     exec(compile(source.stdout, f"checkpoint.py at {commit}", "exec"), module.__dict__)
     load_file = module.load_file
     def mapped(path):
@@ -62,8 +69,10 @@ def content(mb):
     "Weights, average and optimizer state of a model, `mb` million bytes in all."
     n = mb * 1_000_000 // 4 // 4 // 32
     def numbers(seed): return {f"layer.{k}": torch.full((n,), seed + k / 32) for k in range(32)}
-    state = {k: dict(step=torch.tensor(1.), exp_avg=torch.full((n,), k / 7), exp_avg_sq=torch.full((n,), k / 9)) for k in range(32)}
-    return dict(tensors=dict(model=numbers(0), ema=numbers(1)), objects=dict(optimizer=dict(state=state)), state=dict(step=1))
+    def moments(k): return dict(exp_avg=torch.full((n,), k / 7), exp_avg_sq=torch.full((n,), k / 9))
+    optimizer = dict(state={k: moments(k) for k in range(32)})
+    weights = dict(model=numbers(0), ema=numbers(1))
+    return dict(tensors=weights, objects=dict(optimizer=optimizer), state=dict(step=1))
 
 
 def forget(root):
@@ -73,7 +82,10 @@ def forget(root):
             with open(path, "rb") as file: os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def memory(key): return int(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))) * 1024
+def memory(key):
+    "Bytes of this process, now (VmRSS) or at most so far (VmHWM)."
+    rows = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(rows[key].split()[0]) * 1024
 
 
 def measured(fn, module):
@@ -82,9 +94,11 @@ def measured(fn, module):
     if (pid := os.fork()) == 0:
         try:
             torch.set_num_threads(1)
-            start, began, used = memory("VmRSS"), time.perf_counter(), time.process_time()
+            start = memory("VmRSS")
+            began, used = time.perf_counter(), time.process_time()
             with counted() as found: fn()
-            found |= dict(seconds=time.perf_counter() - began, processor=time.process_time() - used, memory=memory("VmHWM") - start)
+            found |= dict(seconds=time.perf_counter() - began, processor=time.process_time() - used)
+            found["memory"] = memory("VmHWM") - start
             found["read"] += getattr(module, "mapped", 0)
             os.write(write, json.dumps(found).encode())
         finally: os._exit(0)
@@ -102,7 +116,8 @@ def resume(module, root):
 
 def plain(root, size):
     "Seconds to write `size` bytes and force them to disk."
-    block, path, began = bytes(2**24), root / "plain", time.perf_counter()
+    block, path = bytes(2**24), root / "plain"
+    began = time.perf_counter()
     with open(path, "wb") as file:
         for _ in range(size // len(block)): file.write(block)
     fsync_path(path)
@@ -119,23 +134,27 @@ def main():
     options = parser.parse_args()
     sides = dict(before=earlier(options.before)) if options.before else {}
     sides["now"] = checkpoint
-    parts, rows, wrote = content(options.mb), {}, []
-    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
-        for name, module in sides.items():
-            for step in (1, 2): measured(lambda: module.save_checkpoint(Path(folder) / name, step, **parts), module)  # forked, so that no freed memory stays here
-        size = sum(p.stat().st_size for p in (Path(folder) / "now/step-00000002").iterdir())
-        for step in range(3, 3 + options.rounds):
-            wrote.append(plain(Path(folder), size))
+    parts, rows, wrote = content(options.mb), defaultdict(list), []
+    with tempfile.TemporaryDirectory() as folder:
+        for step in range(1, 3 + options.rounds):
             for name, module in sides.items():
                 root = Path(folder) / name
-                rows.setdefault(("save", name), []).append(measured(lambda: module.save_checkpoint(root, step, **parts), module))
+                saved = measured(lambda: module.save_checkpoint(root, step, **parts), module)
+                if step < 3: continue  # now there are older ones to keep and to prune
                 forget(root)
-                rows.setdefault(("resume", name), []).append(measured(lambda: resume(module, root), module))
-    print(f"{size / 1e6:.0f} MB, 2 kept; a plain write takes {min(wrote):.2f} s\n\n|  |  | hashed | read | seconds | / plain write | processor s | peak memory |\n|---|---|---|---|---|---|---|---|")
+                rows["save", name].append(saved)
+                rows["resume", name].append(measured(lambda: resume(module, root), module))
+            size = sum(p.stat().st_size for p in (Path(folder) / f"now/step-{step:08}").iterdir())
+            wrote.append(plain(Path(folder), size))
+    print(f"{size / 1e6:.0f} MB, 2 kept; a plain write takes {min(wrote):.2f} s\n")
+    print("|  |  | hashed | read | seconds | / plain write | processor s | peak memory |")
+    print("|---|---|---|---|---|---|---|---|")
     for (what, name), found in sorted(rows.items(), reverse=True):
         best, used = (min(row[key] for row in found) for key in ("seconds", "processor"))
-        hashed, read, peak = (max(row[key] for row in found) / size for key in ("hashed", "read", "memory"))
-        print(f"| {what} | {name} | {hashed:.2f} | {read:.2f} | {best:.2f} | {best / min(wrote):.2f} | {used:.2f} | {peak:.2f} |")
+        times = (max(row[key] for row in found) / size for key in ("hashed", "read", "memory"))
+        hashed, read, peak = (f"{x:.2f}" for x in times)
+        ratio = best / min(wrote)
+        print(f"| {what} | {name} | {hashed} | {read} | {best:.2f} | {ratio:.2f} | {used:.2f} | {peak} |")
 
 
 if __name__ == "__main__": main()

@@ -47,14 +47,15 @@ def _numbers(tensor):
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 def _put_tensors(file, named):
-    "Write tensors as the library does: wide dtypes first, so that every number lies at a multiple of its size."
+    "Write tensors as the library does: wide dtypes first, so that each number lies at a multiple of its size."
     order = sorted(named, key=lambda name: (-named[name].element_size(), name))
     header = {}
     end = 0
     for name in order:
         tensor, start = named[name], end
         end += tensor.nbytes
-        header[name] = dict(dtype=_dtype_name(tensor.dtype), shape=list(tensor.shape), data_offsets=[start, end])
+        place = dict(shape=list(tensor.shape), data_offsets=[start, end])
+        header[name] = dict(dtype=_dtype_name(tensor.dtype)) | place
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     file.write(len(text).to_bytes(8, "little") + text)
@@ -64,7 +65,7 @@ def _put_tensors(file, named):
 def _dump(obj): return json.dumps(obj, indent=1, allow_nan=False) + "\n"
 
 def _content(path, data=None, mmap=False):
-    "The tensors and plain values in a torch file, or in the bytes of another one; code in it is refused, not run."
+    "Tensors and plain values in a torch file, or in the bytes of another one; code is refused, not run."
     try:
         if path.suffix == ".json": return json.loads(data)
         if path.suffix == ".safetensors": return safetensors.torch.load(data)
@@ -72,13 +73,15 @@ def _content(path, data=None, mmap=False):
     except Exception as e:
         why = re.search(r"GLOBAL \S+|(?<=Unsupported global: )\S+ \S+", str(e))
         what = why[0] if why else type(e).__name__
-        raise UserError(f"{path}: holds more than tensors and plain values ({what}); it is not loaded") from None
+        what = f"holds more than tensors and plain values ({what})"
+        raise UserError(f"{path}: {what}; it is not loaded") from None
 
 def _to_disk(path):
     "Force a file to disk, and ask the system to forget its copy in memory."
     fsync_path(path)
     if not hasattr(os, "posix_fadvise"): return
-    with suppress(OSError), open(path, "rb") as file: os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    with suppress(OSError), open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 def _write(folder, step, tensors, objects, state):
     "Write all files of a checkpoint, the manifest last, and force them to disk."
@@ -160,7 +163,9 @@ def _newest(root, look):
     for folder in _steps(root):
         try: return folder, look(folder), skipped
         except _Broken as e: skipped.append(str(e))
-    if skipped: raise UserError(f"{root}: none of {len(skipped)} checkpoints is valid, the newest: {skipped[0]}, or start anew with --resume never")
+    if skipped:
+        none = f"{root}: none of {len(skipped)} checkpoints is valid, the newest: {skipped[0]}"
+        raise UserError(f"{none}, or start anew with --resume never")
     return None, None, []
 
 def latest_checkpoint(
@@ -189,7 +194,7 @@ def _discard(folder):
     shutil.rmtree(tmp, ignore_errors=True)
 
 def _prune(root, step, keep):
-    "Leave `keep` checkpoints up to `step`, which was proved just now; older ones are judged by manifest and sizes, later steps not at all."
+    "Leave `keep` checkpoints up to `step`, just proved; older ones are judged by manifest and sizes."
     kept = 1
     for folder in [p for p in _steps(root) if int(p.name[5:]) < step]:
         if kept < keep and not _defect(folder, _listed): kept += 1
@@ -220,7 +225,8 @@ def save_checkpoint(
             for p in (root, root.parent): fsync_path(p)
             verify_checkpoint(final)
     except OSError as e:
-        raise UserError(f"{final}: not saved ({e}); older checkpoints are intact; free some disk space or choose another --out") from e
+        remedy = "free some disk space or choose another --out"
+        raise UserError(f"{final}: not saved ({e}); older checkpoints are intact; {remedy}") from e
     finally: shutil.rmtree(tmp, ignore_errors=True)
     _prune(root, step, keep)
     return final
@@ -256,5 +262,5 @@ def load_latest(
     *,
     need=(), # names of tensors and objects that must be there
 ) -> tuple: # (path or None, what `load_checkpoint` returns or None, a reason for each newer one that was passed over)
-    "Find the newest valid checkpoint and load it, with one proof for both; `UserError` as for `latest_checkpoint` and `load_checkpoint`."
+    "Find and load the newest valid checkpoint with one proof; `UserError` as for the other two."
     return _newest(root, partial(load_checkpoint, need=need))
