@@ -34,9 +34,9 @@ PLANTED = {
         ('weights: what is not used is not said', '        if other: log.info(', '        if False: log.info(', 'test_pictures_and_tars'),
     ],
     ('sdcourse/train/flow_dit.py', 'tests/test_sampling_weights.py'): [
-        ('weights: ignored', 'if split == "train" and self.weights: data.weights', 'if False: data.weights', 'test_three_epochs_hold_each_item_as_often_as_it_weighs'),
-        ('weights: refused after the start', 'if self.weights: self.weights.check(', 'if False: self.weights.check(', 'test_no_file_is_refused_before_the_run_has_a_folder'),
-        ('weights: the content may change', 'return {"weights_sha256": self.weights.sha256} if self.weights else {}', 'return {}', 'test_a_resume_with_other_weights_is_refused'),
+        ('weights: ignored', 'if split == "train" and self.weights: data.weights', 'if False: data.weights', 'test_caches'),
+        ('weights: refused after the start', 'if self.weights: self.weights.check(', 'if False: self.weights.check(', 'test_refused_before_anything_begins'),
+        ('weights: the content may change', 'return {"weights_sha256": self.weights.sha256} if self.weights else {}', 'return {}', 'test_the_file_is_remembered'),
     ],
     ('sdcourse/train/sd15.py', 'tests/test_sampling_weights.py'): [
         ('weights: ignored by sd15', 'if split == "train" and self.weights: data.weights', 'if False: data.weights', 'test_captioned_pictures'),

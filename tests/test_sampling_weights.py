@@ -1,12 +1,14 @@
 """`--weights FILE`: each training item is drawn as often as it weighs, by id; exact on resume, for any number of ranks."""
 import json
 from collections import Counter
-from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pytest
 import torch
 
+import toy
 import sdcourse.train.loop as loop
 from hostile import picture
 from sdcourse.config import resolve
@@ -14,53 +16,56 @@ from sdcourse.core import UserError, write_json
 from sdcourse.data import shards as sh
 from sdcourse.data.sampling_weights import SamplingWeights
 from sdcourse.train import sd15
-from sdcourse.train.checkpoint import latest_checkpoint, load_checkpoint
 from sdcourse.train.flow_dit import Config, Task
 from sdcourse.train.order import Order, Plan, micro_rows, order_of, rank_rows
 from test_flow_dit import latents_folder
+from test_resume import outcome, same, watched
 
-N, BATCH = 512, 128 # items of the synthetic set, items of a step: four steps an epoch
+N, FIRST = 50, 100 # items of the toy set, and its first id
 
 
 def weight(i): return 3. if i % 7 == 0 else 0.5
 
 
-def table(path, ids=range(N), **more):
+def table(path, ids=range(FIRST, FIRST + N), **more):
     "Weights that follow the id, in another order than the items."
     write_json(path, {"weights": {str(i): weight(i) for i in reversed(ids)} | more})
     return path
 
 
-def config(out, **over):
-    small = dict(data="synthetic", latent=(1, 8), size="tiny/8", max_steps=12, batch_size=BATCH, warmup_steps=0, device="cpu", num_samples=0)
-    return resolve(Config, overrides=dict(out=str(out), threads=1, ema_decay=0.9, **small | over))
+@dataclass
+class WeightedConfig(toy.ToyConfig):
+    weights: str = ""
 
 
-@contextmanager
-def watched():
-    "The ids of the training items, as they come to the device."
-    ids, place = [], loop.Run.place
-    def seen(self, batch, data, items):
-        if data is self.data: ids.extend(int(i) for i in batch["id"])
-        return place(self, batch, data, items)
-    loop.Run.place = seen
-    try: yield ids
-    finally: loop.Run.place = place
+class Weighted(toy.ToyTask):
+    "The toy with what flow_dit and sd15 do."
+    @cached_property
+    def weights(self): return SamplingWeights(self.config.weights) if self.config.weights else None
+
+    def fixed(self): return {"weights_sha256": self.weights.sha256} if self.weights else {}
+
+    def dataset(self, split):
+        data = super().dataset(split)
+        if split == "train" and self.weights: data.weights = self.weights.of(data.ids)
+        return data
 
 
-def tensors(out): return load_checkpoint(latest_checkpoint(out / "checkpoints")[0])["tensors"]
+def run(out, weights, **over):
+    cfg = WeightedConfig(**vars(toy.config(out, batch_size=10, max_steps=15)) | dict(weights=str(weights)) | over)
+    return loop.train(Weighted(cfg))
 
 
 # ---- what is drawn
 def test_three_epochs_hold_each_item_as_often_as_it_weighs(tmp_path):
-    with watched() as ids: loop.train(Task(config(tmp_path / "run", weights=str(table(tmp_path / "w.json")))))
+    with watched() as steps: run(tmp_path / "run", table(tmp_path / "w.json"))
+    ids = np.concatenate(steps) - FIRST
     assert len(ids) == 3 * N
-    w = np.array([weight(i) for i in range(N)])
+    w = np.array([weight(i) for i in range(FIRST, FIRST + N)])
     due = N * w / w.sum()
     for epoch in range(3):
         counts = np.bincount(ids[epoch * N:(epoch + 1) * N], minlength=N)
         assert (counts >= np.floor(due)).all() and (counts <= np.ceil(due)).all() and counts.sum() == N
-    assert abs(np.bincount(ids, minlength=N)[::7].sum() / (3 * N) - due[::7].sum() / N) < 0.01
 
 
 def test_the_scale_does_not_matter_and_equal_weights_are_a_permutation(tmp_path):
@@ -82,6 +87,9 @@ def test_any_number_of_ranks_draws_the_same():
 
 
 # ---- every kind of data
+def flow_dit(**over): return Task(resolve(Config, overrides=dict(size="tiny/4", device="cpu") | over))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     "Nine captioned pictures, as a folder and as tars."
@@ -98,7 +106,7 @@ def folder(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["data", "tars"])
 def test_pictures_and_tars(folder, kind, caplog):
-    task = Task(config("", data=str(folder / kind), vae="tiny-vae", image_size=32, weights=str(folder / "w.json")))
+    task = flow_dit(data=str(folder / kind), vae="tiny-vae", image_size=32, weights=str(folder / "w.json"))
     with caplog.at_level("INFO", "sdcourse"): task.check()
     assert [r.message.split(": ")[1] for r in caplog.records] == ["1 of its 10 ids are no training items and not used"]
     data = task.dataset("train")
@@ -107,7 +115,7 @@ def test_pictures_and_tars(folder, kind, caplog):
 
 def test_caches(tmp_path):
     write_json(tmp_path / "w.json", {f"item{i:02}": i + 1 for i in reversed(range(24))})
-    task = Task(config("", data=str(latents_folder(tmp_path / "z")), weights=str(tmp_path / "w.json")))
+    task = flow_dit(data=str(latents_folder(tmp_path / "z")), weights=str(tmp_path / "w.json"))
     task.check()
     assert order_of(task.dataset("train"), 8, 0).weights == tuple(i + 1. for i in range(24))
 
@@ -142,12 +150,12 @@ def test_bad_files(tmp_path, content, words):
     assert "\n" not in str(e.value) and str(e.value).startswith(f"--weights {tmp_path}")
 
 
-def test_no_file_is_refused_before_the_run_has_a_folder(tmp_path):
+def test_refused_before_anything_begins(tmp_path):
     for name in ("nowhere.json", "."):
-        with pytest.raises(UserError, match="cannot be read"): loop.train(Task(config(tmp_path / "run", weights=str(tmp_path / name))))
-    with pytest.raises(UserError, match="training items"):
-        loop.train(Task(config(tmp_path / "run", weights=str(table(tmp_path / "w.json", range(N - 1))))))
-    assert not (tmp_path / "run").exists()
+        with pytest.raises(UserError, match="cannot be read"): flow_dit(weights=str(tmp_path / name)).check()
+    digits = flow_dit().dataset("train").ids
+    with pytest.raises(UserError, match="1 of 1,437 training items"): flow_dit(weights=str(table(tmp_path / "w.json", digits[1:]))).check()
+    flow_dit(weights=str(table(tmp_path / "w.json", digits))).check()
 
 
 def test_an_item_may_be_called_weights(tmp_path):
@@ -158,37 +166,46 @@ def test_an_item_may_be_called_weights(tmp_path):
 # ---- stop and go on
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    "A training of twelve steps with a checkpoint after each fifth."
+    "A training of 15 steps with a checkpoint after each fourth."
     home = tmp_path_factory.mktemp("whole")
-    loop.train(Task(config(home / "run", weights=str(table(home / "w.json")), checkpoint_every=5, keep=9)))
+    run(home / "run", table(home / "w.json"), checkpoint_every=4, keep=9)
     return home
 
 
-def test_a_resumed_run_ends_with_the_same_weights(whole, tmp_path):
-    with watched() as ids:
-        loop.train(Task(config(tmp_path / "run", weights=str(whole / "w.json"), resume=str(whole / "run/checkpoints/step-00000005"))))
-    assert len(ids) == 7 * BATCH
-    a, b = tensors(whole / "run"), tensors(tmp_path / "run")
-    assert all(torch.equal(a[k][n], b[k][n]) for k in a for n in a[k]) and a.keys() == b.keys()
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_ends_with_the_same_weights(whole, tmp_path, workers):
+    start = whole / "run/checkpoints/step-00000008"
+    with watched() as steps: run(tmp_path / "run", whole / "w.json", resume=str(start), num_workers=workers)
+    (a, b, _), (c, d, _) = outcome(whole / "run"), outcome(tmp_path / "run")
+    assert len(steps) == 7 and same(a, c) and same(b, d)
 
 
 def test_a_resume_with_other_weights_is_refused(whole, tmp_path):
     "Another file by its name, and another content by its SHA-256; --force goes on."
     def resume(weights, **over):
-        start = str(whole / "run/checkpoints/step-00000005")
-        return loop.train(Task(config(tmp_path / "run", weights=weights, resume=start, max_steps=12, **over)))
-    with pytest.raises(UserError, match="weights: .*w.json -> .*v.json"): resume(str(table(tmp_path / "v.json")))
+        return run(tmp_path / "run", weights, resume=str(whole / "run/checkpoints/step-00000008"), **over)
+    with pytest.raises(UserError, match="weights: .*w.json -> .*v.json"): resume(table(tmp_path / "v.json"))
     with pytest.raises(UserError, match=r"weights: .*w.json -> \)"): resume("")
     before = (whole / "w.json").read_text()
     try:
         table(whole / "w.json", one_more=1)
-        with pytest.raises(UserError, match=r"other files \(weights_sha256 differs\)") as e: resume(str(whole / "w.json"))
+        with pytest.raises(UserError, match=r"other files \(weights_sha256 differs\)") as e: resume(whole / "w.json")
         assert "\n" not in str(e.value) and not (tmp_path / "run/config.yaml").exists()
-        assert resume(str(whole / "w.json"), force=True).step == 12
+        assert resume(whole / "w.json", force=True).step == 15
     finally: (whole / "w.json").write_text(before)
 
 
-def test_the_file_is_remembered(whole):
-    from yaml import safe_load
-    facts = safe_load((whole / "run/config.yaml").read_text())["facts"]
-    assert facts["weights_sha256"] == SamplingWeights(whole / "w.json").sha256
+def test_checkpoints_of_before_know_no_files(whole):
+    "What an older version wrote has no entry; without weights it goes on."
+    task = Weighted(WeightedConfig())
+    loop._same_files({"state": {}}, task)
+    with pytest.raises(UserError, match="weights_sha256 differs"): loop._same_files({"state": {"fixed": {"weights_sha256": "ab"}}}, task)
+
+
+def test_the_file_is_remembered(tmp_path):
+    ids = flow_dit().dataset("train").ids
+    task = flow_dit(weights=str(table(tmp_path / "w.json", ids)))
+    want = SamplingWeights(tmp_path / "w.json").sha256
+    assert task.fixed() == {"weights_sha256": want} and task.facts()["weights_sha256"] == want
+    (tmp_path / "w.json").unlink()
+    assert task.fixed() == {"weights_sha256": want} # of the bytes that were read
