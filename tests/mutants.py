@@ -150,7 +150,7 @@ class Run:
         "For the last line of .ci/run; an interrupted run leaves the rest as failed."
         out = ROOT / "build" / "results"
         out.mkdir(parents=True, exist_ok=True)
-        tried = len(self.caught) + len(self.alive) or len(self.bugs)
+        tried = len(self.caught) + len(self.alive) or len(self.bugs) - len(self.idle())
         caught = len(self.caught)
         counts = {"passed": 0, "failed": tried - caught, "caught": caught, "total": tried, "kept": self.kept}
         (out / "mutants.json").write_text(json.dumps(counts), encoding="utf-8")
@@ -166,6 +166,8 @@ class Run:
         return found
 
     def attempt(self, bug): return Attempt((bug.test,), (bug.file, bug.old, bug.new), bug=bug)
+
+    def idle(self): return [b for b in self.bugs if self.green.get(b.test) == "skipped"]
 
     def ready(self, attempt): return not attempt.bug or self.green.get(attempt.bug.test) == "passed"
 
@@ -232,7 +234,7 @@ class Run:
 
     def end(self):
         "What came of it; the exit code."
-        idle = [b for b in self.bugs if self.green.get(b.test) == "skipped"]
+        idle = self.idle()
         tried = len(self.caught) + len(self.alive)
         left = len(self.bugs) - len(idle) - tried
         if idle:
