@@ -10,7 +10,7 @@ import hashlib, json, os, re, subprocess, sys, time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-LIMIT = 900 # seconds for one notebook
+LIMIT = 3600 # seconds: a notebook that hangs
 UNWANTED = { # what a stored text must not hold
     "an absolute path": r"(?<![\w.:/~-])/(?:home|root|work|Users|tmp|var|usr|opt|mnt|private|data)/[\w.]",
     "a progress bar": r"\r|\b(?:it/s|s/it)\b|[█▏▎▍▌▋▊▉]",
