@@ -132,7 +132,8 @@ def test_unknown_task_as_a_process():
     done = python("-m", "sdcourse.train", "flow_ditt")
     assert (done.returncode, done.stdout) == (2, "") and done.stderr == "error: flow_ditt: unknown task; did you mean 'flow_dit'?\n"
 
-FEW = {"flow_dit": ["--num-samples", "20", "--num-inference-steps", "4"], "sd15": ["--num-samples", "0", "--num-inference-steps", "4"]} # pictures of the validation
+FEW = { # pictures of the validation, and drawn ones to train on
+    "flow_dit": ["--num-samples", "20", "--num-inference-steps", "4"], "sd15": ["--num-samples", "0", "--num-inference-steps", "4"], "vae": ["--share", "0.05"]}
 
 @pytest.mark.parametrize("task", list(cli.TASKS))
 def test_smoke_run_leaves_a_whole_run_folder_and_is_not_repeated(task, tmp_path):
