@@ -1,5 +1,5 @@
 """A data folder is absent or whole, whatever interrupts its making; jobs run in parallel until told to stop."""
-import contextlib, io, json, os, shutil, subprocess, sys, threading
+import contextlib, io, os, shutil, subprocess, sys, threading
 
 import pytest
 import torch

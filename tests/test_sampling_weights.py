@@ -6,7 +6,6 @@ from functools import cached_property
 
 import numpy as np
 import pytest
-import torch
 
 import toy
 import sdcourse.train.loop as loop
