@@ -83,7 +83,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 class Patient(Handler):
     "Answers on one connection until the other side has no more questions."
-    protocol_version = "HTTP/1.1"
+    protocol_version, disable_nagle_algorithm = "HTTP/1.1", True # as real servers: a body does not wait for the receipt of its headers
 
 
 class Server(http.server.ThreadingHTTPServer):
