@@ -110,7 +110,7 @@ def test_what_does_not_fit_is_refused(world, tmp_path):
     refused("holds pictures, which a VAE has to encode: make a cache .sdcourse cache latents", data=str(world / "data"))
     refused("--image-size 18: is no multiple of 4", data=str(world / "data"), vae=str(world / "vae"), image_size=18)
     refused("is not the VAE that made", data=str(world / "one"), vae=str(tiny_models.tiny_vae(tmp_path / "other", seed=1)))
-    refused("--encode-batch 0", data=str(world / "one"), encode_batch=0)
+    refused("encode_batch 0", data=str(world / "one"), encode_batch=0)
     refused("--vae nowhere: no such folder", data=str(world / "one"), vae="nowhere")
     Task(config("x", data=str(world / "one"), vae=str(world / "vae"))).check()
     (tmp_path / "features").mkdir()
