@@ -90,8 +90,8 @@ def test_a_rank_that_hangs(tmp_path):
 
 def test_a_frozen_rank(tmp_path):
     "A process that cannot speak is named by the one that can."
-    hook = "step = loop.step\ndef one(r):\n    step(r)\n    if rank == 1 and r.step == 5: os.kill(os.getpid(), 19)\nloop.step = one"
-    started = ranks.toy(tmp_path / "run", hook=hook, hang_seconds=10.0)
+    hook = "step = loop.step\ndef one(r):\n    step(r)\n    if rank == 1 and r.step == 5: time.sleep(1.5); os.kill(os.getpid(), 19)\nloop.step = one"
+    started = ranks.toy(tmp_path / "run", hook=hook, hang_seconds=3.0) # it speaks every 0.3 s
     try:
         out, err = started[0].communicate()
     finally:
