@@ -141,7 +141,7 @@ FEW = { # pictures of the validation, and drawn ones to train on
 @pytest.mark.parametrize("task", list(TASKS))
 def test_smoke_run_leaves_a_whole_run_folder_and_is_not_repeated(task, tmp_path):
     line = ["-m", "sdcourse.train", task, "--preset", "tiny", "--max-steps", "30", "--log-every", "10", "--batch-size", "32", "--threads", "1", *FEW.get(task, ()), "--out", str(tmp_path/"run")]
-    done = warm.run(line, first=warm.MODELS) # test_flow_dit and test_sd15 start theirs as a reader does
+    done = warm.run(line, first=warm.MODELS, timeout=warm.LONG) # test_flow_dit and test_sd15 start theirs as a reader does
     assert done.returncode == 0, done.stderr
     found = {p.name for p in (tmp_path/"run").iterdir()}
     assert {"config.yaml", "metrics.jsonl", "checkpoints", "samples", "export", "README.md"} <= found

@@ -343,7 +343,7 @@ loop.step = one
 loop.train(Task(resolve(Config, overrides=dict(out=sys.argv[1], size="tiny/8", batch_size=16, max_steps=500, validate_every=25, checkpoint_every=50, log_every=10, num_samples=0, num_inference_steps=2, device="cpu"))))
 print(json.dumps([seen[50], seen[500]]))
 """
-    done = warm.run(["-c", code, tmp_path / "run"], first=warm.MODELS)
+    done = warm.run(["-c", code, tmp_path / "run"], first=warm.MODELS, timeout=warm.LONG)
     assert done.returncode == 0, done.stderr[-2000:]
     before, after = json.loads(done.stdout.splitlines()[-1])
     assert after - before <= max(0.02 * before, 16e6), (before, after)

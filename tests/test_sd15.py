@@ -288,7 +288,7 @@ def test_micro_batches_and_ranks_change_nothing(tmp_path, scenes, model):
     for name, micro in (("whole", 8), ("parts", 3)): train(sd15.Task(config(tmp_path / name, **common, micro_batch=micro)))
     options = {k: v for k, v in config(tmp_path / "ranks", **common, micro_batch=4).__dict__.items() if k in {*common, "out", "image_size", "encode_batch", "lr", "ema_decay", "checkpoint_every", "num_samples", "num_inference_steps", "micro_batch", "log_every"}}
     words = [w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", str(v))]
-    ends = ranks.finish(ranks.start(["-m", "sdcourse.train", "sd15", "--preset", "tiny", *words, "--no-flip", "--threads", "1"], 2, first=warm.MODELS))
+    ends = ranks.finish(ranks.start(["-m", "sdcourse.train", "sd15", "--preset", "tiny", *words, "--no-flip", "--threads", "1"], 2, first=warm.MODELS), warm.LONG)
     assert [c for c, _, _ in ends] == [0, 0], ends[0][2][-3000:]
     want = weights(tmp_path / "whole")
     for name in ("parts", "ranks"):

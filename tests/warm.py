@@ -19,7 +19,8 @@ import sdcourse.models.sd, sdcourse.models.dit
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from transformers import CLIPTextModel, CLIPTokenizer
 """
-LIMIT = 250 # seconds that a child may take: less than the limit of a test, many times what it takes
+LIMIT = 120 # seconds that a child may take: less than half the limit of a test, and ten times what most take
+LONG = 280 # for those that train for real
 MOST = 1 << 20 # bytes of a request
 
 
