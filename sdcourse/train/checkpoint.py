@@ -68,7 +68,7 @@ def _content(path, data=None, mmap=False):
     "Tensors and plain values in a torch file, or in the bytes of another one; code is refused, not run."
     try:
         if path.suffix == ".json": return json.loads(data)
-        if path.suffix == ".safetensors": return safetensors.torch.load(data)
+        if path.suffix == ".safetensors": return dict(sorted(safetensors.torch.load(data).items()))
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as e:
         why = re.search(r"GLOBAL \S+|(?<=Unsupported global: )\S+ \S+", str(e))
