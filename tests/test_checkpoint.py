@@ -96,6 +96,7 @@ def test_a_safetensors_file_is_the_library_s_own(tmp_path):
         save_file(found, tmp_path/"theirs")
         if step < 2: assert path.read_bytes() == (tmp_path/"theirs").read_bytes()
         back = load_file(path)
+        assert list(load_checkpoint(path.parent)["tensors"]["model"]) == sorted(found)  # the library gives them in any order
         assert back.keys() == found.keys() and all(torch.equal(back[k], t) and back[k].dtype == t.dtype for k, t in found.items())
 
 def test_checkpoints_of_before_load(tmp_path):
