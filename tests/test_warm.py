@@ -59,4 +59,8 @@ def test_the_parent_ends_with_who_started_it():
     one.kill()
     one.communicate()
     gone = lambda p: not p.is_running() or p.status() == psutil.STATUS_ZOMBIE # nobody may be there to bury it
-    while not all(map(gone, both)): time.sleep(0.01)
+    end = time.monotonic() + 60
+    while not all(map(gone, both)) and time.monotonic() < end: time.sleep(0.01)
+    left = [p for p in both if not gone(p)]
+    for p in left: p.kill()
+    assert not left
