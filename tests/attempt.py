@@ -29,7 +29,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("sdcourse", "tests", "tools", "nbs", "slurm", "data_manifests", ".ci", "settings.ini", "setup.py",
-    "pyproject.toml", "constraints.txt", "Makefile", "README.md", "LOG.md", "LICENSE")
+    "pyproject.toml", "constraints.txt", "Makefile", "README.md", "LOG.md", "log", "LICENSE")
 LEFT_OUT = shutil.ignore_patterns(".ipynb_checkpoints", "runs", "*.gif")
 LIMIT = 300 # seconds for one test
 LATE = 124 # exit code of an attempt that was ended; `timeout` has the same
