@@ -109,8 +109,8 @@ def took(name, work):
         except SystemExit as e: assert not e.code
     found[name] = [time.process_time() - start, sorted({"torch", "numpy", "diffusers", "transformers", "torchvision", "sklearn"} & set(sys.modules))]
 def page(*words):
-    from sdcourse.train.__main__ import main
-    assert main([*words, "--help"]) == 0
+    from sdcourse.cli import main
+    assert main(["train", *words, "--help"]) == 0
 took("all", page)
 took("torch", lambda: __import__("torch"))
 for task in sys.argv[1:]: took(task, lambda: page(task))
