@@ -178,7 +178,7 @@ class Cluster:
             if time.monotonic() > end: raise AssertionError(f"{what}: not within {seconds} s\n" + "\n".join(f"-- {p.name}\n{p.read_text()[-800:]}" for p in self.dir.glob("*.out")))
             time.sleep(0.2)
 
-    def wait(self, job, state="COMPLETED", seconds=100):
+    def wait(self, job, state="COMPLETED", seconds=300):
         "Until a job is in a final state, which must be `state`; what SLURM knows of it."
         final = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
         self.until(lambda: self.show(job)["JobState"] in final and not self.run("squeue", "-h", "-j", job.split("_")[0], "-t", "R,CG,PD").strip(), seconds, f"the end of job {job}")
