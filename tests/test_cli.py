@@ -136,11 +136,11 @@ def test_unknown_task_as_a_process():
     assert (done.returncode, done.stdout) == (2, "") and done.stderr == "error: flow_ditt: unknown task; did you mean 'flow_dit'?\n"
 
 FEW = { # pictures of the validation, and drawn ones to train on
-    "flow_dit": ["--num-samples", "20", "--num-inference-steps", "4"], "sd15": ["--num-samples", "0", "--num-inference-steps", "4"], "vae": ["--share", "0.05"]}
+    "flow_dit": ["--num-samples", "20", "--num-inference-steps", "4"], "sd15": ["--num-samples", "0", "--num-inference-steps", "4"], "vae": ["--share", "0.01"]}
 
 @pytest.mark.parametrize("task", list(TASKS))
 def test_smoke_run_leaves_a_whole_run_folder_and_is_not_repeated(task, tmp_path):
-    line = ["-m", "sdcourse.train", task, "--preset", "tiny", "--max-steps", "30", "--log-every", "10", "--batch-size", "32", "--threads", "1", *FEW.get(task, ()), "--out", str(tmp_path/"run")]
+    line = ["-m", "sdcourse.train", task, "--preset", "tiny", "--max-steps", "30", "--log-every", "10", "--batch-size", "8", "--threads", "1", *FEW.get(task, ()), "--out", str(tmp_path/"run")]
     done = warm.run(line, first=warm.MODELS, timeout=warm.LONG) # test_flow_dit and test_sd15 start theirs as a reader does
     assert done.returncode == 0, done.stderr
     found = {p.name for p in (tmp_path/"run").iterdir()}
