@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COPIED = ("sdcourse", "tests", "tools", "nbs", "slurm", "data_manifests", ".ci", "settings.ini", "setup.py",
     "pyproject.toml", "constraints.txt", "Makefile", "README.md", "LOG.md", "log", "LICENSE")
 LEFT_OUT = shutil.ignore_patterns(".ipynb_checkpoints", "runs", "*.gif")
-LIMIT = 300 # seconds for one test
+LIMIT = 400 # seconds for one test, more than pytest gives it
 LATE = 124 # exit code of an attempt that was ended; `timeout` has the same
 STARTED_WITH = dict(os.environ)
 SLOW = ("numpy", "torch", "PIL.Image", "yaml", "safetensors.torch", "scipy.stats", "scipy.ndimage", "scipy.optimize",
