@@ -200,6 +200,13 @@ def end_all(group):
             with suppress(ChildProcessError): os.waitpid(pid, 0)
 
 
+def code_of(pid):
+    "The exit code of a child; what was adopted and ends before it is reaped, as PID 1 would do."
+    while True:
+        ended, status = os.wait()
+        if ended == pid: return os.waitstatus_to_exitcode(status) & 255
+
+
 def watch(work, attempt, fork):
     "Fork the child, wait for it, end what it leaves behind; its exit code."
     def late(*_): raise TimeoutError
@@ -210,7 +217,7 @@ def watch(work, attempt, fork):
     pid = os.fork()
     if not pid: guarded(child, work, attempt.tests, fork)
     signal.alarm(attempt.limit)
-    try: return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) & 255
+    try: return code_of(pid)
     except TimeoutError: return LATE
     finally:
         signal.alarm(0)

@@ -182,9 +182,11 @@ def test_readme_links_lead_somewhere():
 
 
 # ---- make
-def make(*args, **kwargs):
+def make(*args):
+    "As a person would call it, also when this runs under a `make` that hands its flags down."
     if not shutil.which("make"): pytest.skip("make is not installed")
-    return subprocess.run(["make", *args], cwd=ROOT, capture_output=True, text=True, **kwargs)
+    env = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES")}
+    return subprocess.run(["make", *args], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
 def test_make_help_names_every_target():
