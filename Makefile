@@ -32,7 +32,7 @@ lab: $(VENV)/.dev     ## JupyterLab on the lessons
 	$(PY) -m jupyterlab $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS) nbs/00_diffusion.ipynb
 
 check: $(VENV)/.dev   ## export in sync, notebooks clean, outputs fresh, README fresh, ruff
-	$(PY) tools/check.py
+	$(PY) tools/in_step.py
 
 sync: $(VENV)/.dev    ## mend what check finds: export, clean, run stale notebooks, write README
 	$(PY) -c "from nbdev.doclinks import nbdev_export; nbdev_export()"

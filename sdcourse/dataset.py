@@ -15,12 +15,11 @@ import numpy as np
 import torch
 
 from .core import UserError, nearest, read_json
-from .data.images import SUFFIXES, BadImage, open_image
-from .data.imagenet import centre_crop
+from .data.images import SUFFIXES, BadImage, centre_crop, open_image
 from .data.manifests import _check_rows, shown, table_rows, walk
 from .data.scan import excluded
 from .data.shards import TarSet
-from .train.order import key, permutation
+from .engine.order import key, permutation
 
 # %% ../nbs/01_dataset.ipynb #e0f2f2e3
 def _split_of(name):

@@ -125,12 +125,12 @@ class Cluster:
             (self.dir / f"hosts-{host}").write_text(f"127.0.0.1 {host}\n127.0.0.1 localhost slurmctl {' '.join(self.names)}\n")
         try:
             self.spawn("munged", "slurmctl", "munged", "--foreground", "--force", f"--key-file={self.dir}/munge.key", f"--socket={self.dir}/munge.sock", f"--pid-file={self.dir}/munged.pid", f"--seed-file={self.dir}/munge.seed", f"--log-file={self.dir}/munged.log")
-            self.until(lambda: not subprocess.run(["munge", "-S", self.dir / "munge.sock", "-n"], capture_output=True).returncode, 20, "munged")
+            self.until(lambda: not subprocess.run(["munge", "-S", self.dir / "munge.sock", "-n"], capture_output=True).returncode, 120, "munged")
             self.spawn("slurmctld", "slurmctl", "slurmctld", "-D", "-f", self.dir / "slurm.conf")
             for n in self.names:
                 (self.dir / f"spool-{n}").mkdir()
                 self.boot(n)
-            self.until(self.ready, 60, "the nodes")
+            self.until(self.ready, 300, "the nodes")
         except BaseException:
             self.__exit__()
             raise
@@ -178,7 +178,7 @@ class Cluster:
             if time.monotonic() > end: raise AssertionError(f"{what}: not within {seconds} s\n" + "\n".join(f"-- {p.name}\n{p.read_text()[-800:]}" for p in self.dir.glob("*.out")))
             time.sleep(0.2)
 
-    def wait(self, job, state="COMPLETED", seconds=300):
+    def wait(self, job, state="COMPLETED", seconds=600): # a slow machine needs minutes for what a quick one does in seconds
         "Until a job is in a final state, which must be `state`; what SLURM knows of it."
         final = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL"}
         self.until(lambda: self.show(job)["JobState"] in final and not self.run("squeue", "-h", "-j", job.split("_")[0], "-t", "R,CG,PD").strip(), seconds, f"the end of job {job}")

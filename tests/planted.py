@@ -3,11 +3,18 @@
 `old` occurs exactly once in the file. `tests/mutants.py` plants them one at a time.
 """
 PLANTED = {
-    ('tools/test.py', 'tests/test_repo.py'): [
-        ('test.py: a hung notebook is waited for', 'timer = threading.Timer(SILENCE, end, [child])', 'timer = threading.Timer(3600, end, [child])', 'test_what_hangs_is_ended_and_what_is_slow_is_not'),
-        ('test.py: what is slow is ended', '            timer.cancel()\n            print(', '            print(', 'test_what_hangs_is_ended_and_what_is_slow_is_not'),
-        ('test.py: a stage without a result passes', '            bad += 1\n    print(f"{good} passed', '            pass\n    print(f"{good} passed', 'test_the_last_line_counts_what_ran'),
-        ('test.py: survivors pass', 'bad += found["failed"]', 'bad += found["failed"] * (stage != "mutants")', 'test_the_last_line_counts_what_ran'),
+    ('sdcourse/engine/meter.py', 'tests/test_floors.py'): [
+        ('floors: a lower one imports from above', 'import torch\n', 'import torch\nfrom ..dataset import pictures\n', 'test_no_arrow_leads_up'),
+        ('floors: two modules know each other', 'import torch\n', 'import torch\nfrom .loop import step\n', 'test_no_circle'),
+    ],
+    ('sdcourse/models/shipped.py', 'tests/test_floors.py'): [
+        ('floors: a name above, as a text', 'LIMIT = 24_000_000', 'QUALITY = "sdcourse.train.vae:quality"\nLIMIT = 24_000_000', 'test_no_arrow_leads_up'),
+    ],
+    ('sdcourse/data/scan.py', 'tests/test_floors.py'): [
+        ('floors: above, inside a function', '    from PIL import', '    from ..dataset import pictures\n    from PIL import', 'test_no_arrow_leads_up'),
+    ],
+    ('nbs/engine/02_meter.ipynb', 'tests/test_floors.py'): [
+        ('floors: a notebook exports elsewhere', '#| default_exp engine.meter', '#| default_exp train.meter', 'test_notebooks_lie_where_their_modules_lie'),
     ],
     ('sdcourse/core.py', 'tests/test_lesson_folder.py'): [
         ('lessons: code that changed finds the old training', "*package, Path(f'{lesson}.ipynb')", "*package", 'test_what_is_found_again'),
@@ -15,7 +22,7 @@ PLANTED = {
         ('lessons: text trains again', 'if path.suffix != ".ipynb": return path.read_bytes()', 'return path.read_bytes()', 'test_what_is_found_again'),
         ('lessons: a reader finds a finished training', 'if not (root := os.environ.get("SDCOURSE_KEEP")):', 'if not (root := os.environ.get("SDCOURSE_KEEP", "kept")):', 'test_a_reader_begins_anew'),
     ],
-    ('sdcourse/train/order.py', 'tests/test_order.py'): [
+    ('sdcourse/engine/order.py', 'tests/test_order.py'): [
         ('noise is the same in every step', 'g.manual_seed(key(self.seed, self.scope, self.step, stream, b))', 'g.manual_seed(key(self.seed, self.scope, stream, b))', 'test_draws_depend_on_everything_else'),
         ('noise depends on the split', 'return x[self.rows.start - first * BLOCK:][:len(self.rows)].to(self.dtype)', 'return x[:len(self.rows)].to(self.dtype)', 'test_draws_do_not_depend_on_the_split'),
         ('all blocks share one seed', 'self.step, stream, b))', 'self.step, stream, 0))', 'test_blocks_are_independent'),
@@ -42,11 +49,11 @@ PLANTED = {
         ('weights: ignored by sd15', 'if split == "train" and self.weights: data.weights', 'if False: data.weights', 'test_captioned_pictures'),
         ('weights: with buckets they are ignored', '(lambda c: c.weights and c.buckets,', '(lambda c: False,', 'test_what_weights_do_not_go_with'),
     ],
-    ('sdcourse/train/loop.py', 'tests/test_sampling_weights.py'): [
+    ('sdcourse/engine/loop.py', 'tests/test_sampling_weights.py'): [
         ('resume: other files pass', 'if checkpoint and not cfg.force: _same_files', 'if False: _same_files', 'test_a_resume_with_other_weights_is_refused'),
         ('resume: --force does not help', 'if checkpoint and not cfg.force: _same_files', 'if checkpoint: _same_files', 'test_a_resume_with_other_weights_is_refused'),
     ],
-    ('sdcourse/train/optim.py', 'tests/test_optim.py'): [
+    ('sdcourse/engine/optim.py', 'tests/test_optim.py'): [
         ('the schedule ends one step late', 'max(1, cfg.max_steps - 1 - cfg.warmup_steps)', 'max(1, cfg.max_steps - cfg.warmup_steps)', 'test_lr_ends_at_the_configured_value_in_the_last_step'),
         ('a NaN reaches the weights', 'None, bad.float()', 'None, torch.zeros_like(bad).float()', 'test_a_bad_step_leaves_weights_and_moments'),
         ('EMA with the decay on the wrong side', 'torch._foreach_lerp_(self.params, self.source, 1 - d)', 'torch._foreach_lerp_(self.params, self.source, d)', 'test_ema_closed_form_after_1000_steps'),
@@ -62,7 +69,7 @@ PLANTED = {
     ('sdcourse/__init__.py', 'tests/test_loop.py'): [
         ('threads that wait keep their core', 'os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")', 'os.environ', 'test_threads_that_wait_leave_their_core'),
     ],
-    ('sdcourse/train/loop.py', 'tests/test_loop.py'): [
+    ('sdcourse/engine/loop.py', 'tests/test_loop.py'): [
         ('the processor is left as it is', 'use_cpu(cfg.threads or before.get("threads", 0), self.device.type)', 'pass', 'test_a_run_sets_up_the_processor'),
         ('loss not divided under accumulation', 'loss.sum() * (run.ranks.world / cfg.batch_size)', 'loss.mean()', 'test_accumulation_equals_one_batch'),
         ('mean of means under uneven accumulation', 'loss.sum() * (run.ranks.world / cfg.batch_size)', 'loss.mean() * (run.ranks.world / len(run.micros))', 'test_accumulation_equals_one_batch'),
@@ -78,10 +85,10 @@ PLANTED = {
         ('a missing average is made up', '        if saved.keys() != tensors.keys():', '        if saved and saved.keys() != tensors.keys():', 'test_keys_must_fit_the_model'),
         ('a host sync in the step', '    guarded_step(run.optimizer, bad)', '    guarded_step(run.optimizer, bad); loss.mean().item()', 'test_no_host_read_inside_the_step'),
     ],
-    ('sdcourse/train/loop.py', 'tests/test_ranks.py'): [
+    ('sdcourse/engine/loop.py', 'tests/test_ranks.py'): [
         ('gradients of ranks are averaged twice', '(run.ranks.world / cfg.batch_size)', '(1 / cfg.batch_size)', 'test_two_ranks_equal_one'),
     ],
-    ('sdcourse/train/loop.py', 'tests/test_resume.py'): [
+    ('sdcourse/engine/loop.py', 'tests/test_resume.py'): [
         ('a stop by a person is requeued', '0 if asked else run.cfg.requeue_code)', 'run.cfg.requeue_code)', 'test_every_way_to_stop'),
         ('a stopped run looks finished to the scheduler', '0 if asked else run.cfg.requeue_code)', '0)', 'test_every_way_to_stop'),
         ('a resume takes the threads that it finds', 'cfg.threads or before.get("threads", 0)', 'cfg.threads', 'test_a_resume_keeps_the_number_of_threads'),
@@ -92,12 +99,12 @@ PLANTED = {
         ('data start anew on resume', 'self.micros, self.step, cfg.max_steps, getattr', 'self.micros, 0, cfg.max_steps, getattr', 'test_resumed_equals_uninterrupted'),
         ('a resume proves its checkpoint twice', 'path, checkpoint, skipped = load_latest(root, need=need)', 'path, checkpoint, skipped = load_latest(root) and load_latest(root, need=need)', 'test_a_resume_hashes_each_byte_once'),
     ],
-    ('sdcourse/train/stop.py', 'tests/test_resume.py'): [
+    ('sdcourse/engine/stop.py', 'tests/test_resume.py'): [
         ('the end of the job is no deadline', 'if end.isdigit() else float("inf")', 'if False else float("inf")', 'test_the_end_of_the_job_is_a_deadline'),
         ('a signal during the imports is lost', 'StopFlag): self.raise_(outer.reason)', 'StopFlag): pass', 'test_a_signal_before_the_run_is_built_is_not_lost'),
         ('SIGUSR1 kills', 'SIGNALS = (signal.SIGTERM, signal.SIGUSR1)', 'SIGNALS = (signal.SIGTERM,)', 'test_readers_outlive_a_signal_to_the_whole_group'),
     ],
-    ('sdcourse/dist.py', 'tests/test_dist.py'): [
+    ('sdcourse/engine/dist.py', 'tests/test_dist.py'): [
         ('shards are split by the local rank', 'return units[self.rank::self.world]', 'return units[self.local_rank::self.world]', 'test_whole_units_go_to_each_global_rank_once'),
         ('ranks of srun train alone', '    if env.get("SLURM_STEP_ID"):', '    if env.get("SLURM_STEP"):', 'test_the_three_ways'),
         ('a batch script without srun trains alone', '    for k in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):', '    for k in ():', 'test_a_wrong_environment_names_the_variable'),
@@ -107,25 +114,25 @@ PLANTED = {
         ('all jobs of a node share a port', '10_000 + (7 * job + step) % 20_000', '29_500', 'test_ports_are_outside_the_ephemeral_range_and_differ_between_neighbours'),
         ('two ranks on one GPU pass', 'if (first := found.index(place)) < r:', 'if (first := found.index(place)) > r:', 'test_the_gpu_of_a_rank'),
     ],
-    ('sdcourse/dist.py', 'tests/test_ranks.py'): [
+    ('sdcourse/engine/dist.py', 'tests/test_ranks.py'): [
         ('the stop flag is not agreed on', 'dist.ReduceOp.MAX', 'dist.ReduceOp.MIN', 'test_a_flag_on_one_rank_stops_both_at_the_same_step'),
     ],
-    ('sdcourse/dist.py', 'tests/test_faults.py'): [
+    ('sdcourse/engine/dist.py', 'tests/test_faults.py'): [
         ('a lost rank is a page of trace', '    if ranks.world > 1 and isinstance(e, RuntimeError) and (', '    if False and (', 'test_a_killed_rank'),
         ('a full disk is known to rank 0 only', '        found = self.gather(error)\n', '        found = [error]\n', 'test_a_full_disk'),
         ('ranks with other options train together', '            if a == b: continue\n', '            continue\n', 'test_ranks_that_do_not_agree_are_refused'),
     ],
-    ('sdcourse/train/loop.py', 'tests/test_faults.py'): [
+    ('sdcourse/engine/loop.py', 'tests/test_faults.py'): [
         ('a checkpoint that one node does not see is ignored', '    ranks.same("checkpoint", checkpoint and checkpoint["state"]["step"])\n', '', 'test_ranks_that_do_not_agree_are_refused'),
         ('a validation that raises on one rank ends the run', '    except Exception as e:\n        log.warning("validation', '    except KeyError as e:\n        log.warning("validation', 'test_validation_tracker_and_hub_may_fail_on_one_rank'),
         ('a rank that fails to validate is not waited for', '    total, seen = run.ranks.total(sums).tolist()\n', '    total, seen = run.ranks.total(sums).tolist() if sums[1] else (0., 0.)\n', 'test_validation_tracker_and_hub_may_fail_on_one_rank'),
     ],
-    ('sdcourse/train/watch.py', 'tests/test_faults.py'): [
+    ('sdcourse/engine/watchdog.py', 'tests/test_faults.py'): [
         ('waiting counts as hanging', 'return idle > self.seconds and all(now - since > self.seconds / 2 for _, since in self.others.values())', 'return idle > self.seconds', 'test_waiting_for_a_slow_rank_is_no_hang'),
         ('a hang is never noticed', 'if self._stuck(): return self._give_up()', 'self._stuck()', 'test_a_rank_that_hangs'),
         ('nobody says where the others stand', '        if self.store and idle > self.seconds / 2: self._look()\n', '        if False: pass\n', 'test_a_frozen_rank'),
     ],
-    ('sdcourse/sweep.py', 'tests/test_sweep.py'): [
+    ('sdcourse/commands/sweep.py', 'tests/test_sweep.py'): [
         ('runs that end together lose a row', '        fcntl.flock(lock, fcntl.LOCK_EX)\n        all_ = rows(found, out)\n', '        all_ = rows(found, out); import time; time.sleep(0.2)\n', 'test_runs_that_end_together_leave_one_whole_table'),
         ('a run that was never started is finished', 'else f"at step {last[\'step\']}" if last else "not started"', 'else "finished"', 'test_a_run_that_is_missing_has_a_row_that_says_so'),
         ('a wrong value is found when its turn comes', '    for w in words: parse_args(', '    for w in words[:1]: parse_args(', 'test_what_is_wrong_is_refused_before_anything_trains'),
@@ -138,15 +145,15 @@ PLANTED = {
     ('slurm/train.sbatch', 'tests/test_slurm.py'): [
         ('a stopped job is not requeued', ' --requeue-code=75', '', 'test_a_job_that_must_give_way'),
     ],
-    ('sdcourse/train/record.py', 'tests/test_resume.py'): [
+    ('sdcourse/engine/run_folder.py', 'tests/test_resume.py'): [
         ('the log is not cut on resume', '        if run.ranks.main: self.metrics.truncate(run.step)\n', '', 'test_killed_between_checkpoints_truncates_the_log'),
     ],
-    ('sdcourse/train/record.py', 'tests/test_loop.py'): [
+    ('sdcourse/engine/run_folder.py', 'tests/test_loop.py'): [
         ('the export is the raw model', 'task.export(run.best, tmp)', 'task.export(run.module, tmp)', 'test_export_is_the_average'),
         ('bad steps are never noticed', '        if bad < run.cfg.max_bad_steps: return', '        return', 'test_too_many_bad_steps_end_the_run_with_the_ids'),
         ('bad steps in a row are forgotten between log lines', 'run.meter.bad[2] = run.meter.bad[1]', 'run.meter.bad[1:3] = 0', 'test_a_row_of_bad_steps_is_counted_across_log_lines'),
     ],
-    ('sdcourse/train/meter.py', 'tests/test_loop.py'): [
+    ('sdcourse/engine/meter.py', 'tests/test_loop.py'): [
         ('a NaN loss reaches the log', 'here = (bucket[:, None] == torch.arange(BUCKETS, device=t.device)) & ~bad', 'here = (bucket[:, None] == torch.arange(BUCKETS, device=t.device))', 'test_bad_step_counts_but_changes_nothing'),
     ],
     ('sdcourse/train/flow_dit.py', 'tests/test_flow_dit.py'): [
@@ -155,7 +162,7 @@ PLANTED = {
         ('conditions are kept at rate p', 'torch.where(draws.bernoulli("cond_drop", self.cond_drop), self.dit.config.num_classes, label)', 'torch.where(draws.bernoulli("cond_drop", self.cond_drop), label, self.dit.config.num_classes)', 'test_class_dropping'),
         ("the density's mean is ignored", 'Density(config.density, config.density_mean, config.density_std, config.density_shift)', 'Density(config.density, 0., config.density_std, config.density_shift)', 'test_density_options_reach_the_loss'),
     ],
-    ('sdcourse/train/checkpoint.py', 'tests/test_checkpoint.py'): [
+    ('sdcourse/engine/checkpoint.py', 'tests/test_checkpoint.py'): [
         ('checkpoint: old one pruned before the new one is written', '            tmp.mkdir()\n', '            _prune(root, step, keep); tmp.mkdir()\n', 'test_order_of_a_save'),
         ('checkpoint: written in place, no rename', '            tmp.mkdir()\n            _write(tmp, step, tensors, objects, state)\n            if os.path.lexists(final): _discard(final)\n            os.rename(tmp, final)\n', '            if os.path.lexists(final): _discard(final)\n            final.mkdir()\n            _write(final, step, tensors, objects, state)\n', 'test_death_before_every_call'),
         ('checkpoint: hashes not compared', '    if found != digest:', '    if False:', 'test_every_flipped_byte_is_seen'),
@@ -220,7 +227,7 @@ PLANTED = {
         ('what is free is a fact', 'for k, kind in kinds(type(cfg)).items() if not kind.free}', 'for k in kinds(type(cfg))}', 'test_what_a_type_says'),
         ('bool is accepted as a number', '    if kind is int and type(value) in (int, str): return int(value)', '    if kind is int: return int(value)', 'test_yaml_mistakes_name_file_and_key'),
     ],
-    ('sdcourse/train/track.py', 'tests/test_track.py'): [
+    ('sdcourse/engine/trackers.py', 'tests/test_trackers.py'): [
         ('resume keeps rows after the checkpoint', 'if row["step"] <= step))', 'if True))', 'test_resume_drops_newer_rows_and_steps_stay_monotone'),
         ("resume drops the checkpoint's own row", 'if row["step"] <= step))', 'if row["step"] < step))', 'test_resume_drops_newer_rows_and_steps_stay_monotone'),
         ('torn last line is kept', 'text.split("\\n")[:-1]', 'filter(None, text.split("\\n"))', 'test_a_torn_last_line_is_dropped_and_the_rest_stays_byte_for_byte'),
@@ -293,10 +300,12 @@ PLANTED = {
         ('unknown class id let through', '        if not 0 <= int(y) < k: raise UserError(', '        if not 0 <= int(y) <= k: raise UserError(', 'test_refusals'),
         ('id2label forgotten when saved', '        self.register_to_config(id2label=id2label)', '        pass', 'test_fresh_process'),
     ],
-    ('sdcourse/data/worlds.py', 'tests/test_worlds.py'): [
+    ('sdcourse/data/sets/digits.py', 'tests/test_digits.py'): [
         ('the last fifth is held out', 'held_out = data.tensors["id"] % HELD_OUT == 0', 'held_out = data.tensors["id"] >= 1437', 'test_every_fifth_digit_is_held_out'),
         ('digits lie on their side', 'torch.from_numpy(data.images).float()[:, None]', 'torch.from_numpy(data.images).float()[:, None].mT', 'test_a_row_is_the_digit_with_that_id'),
         ('pixels in [0, 2]', '[:, None] / 8 - 1', '[:, None] / 8', 'test_pixels_are_float32_in_minus_one_to_one'),
+    ],
+    ('sdcourse/data/items.py', 'tests/test_digits.py'): [
         ("a batch is sorted behind the loader's back", 'rows = torch.as_tensor(indices, dtype=torch.long)', 'rows = torch.as_tensor(indices, dtype=torch.long).sort().values', 'test_a_batch_is_its_rows'),
         ('the fingerprint does not look at the values', ' + v.contiguous().cpu().numpy().tobytes())', ')', 'test_fingerprint_sees_values_names_types_and_shapes'),
     ],
@@ -331,7 +340,7 @@ PLANTED = {
     ('sdcourse/cli.py', 'tests/test_cli.py'): [
         ('wrong input exits 0', '        return e.code\n', '        return 0\n', 'test_a_mistake_is_one_line_on_stderr_and_exit_code_2'),
     ],
-    ('sdcourse/doctor.py', 'tests/test_repo.py'): [
+    ('sdcourse/commands/doctor.py', 'tests/test_repo.py'): [
         ('what only an extra needs counts as missing everywhere', 'for name, of in asked if of == extra]', 'for name, of in asked]', 'test_doctor_finds_other_versions_and_missing_packages'),
         ('the doctor calls a build suffix another version', 'v.split("+")[0] != pinned[n].split("+")[0]]', 'v + "+cpu" != pinned[n]]', 'test_doctor_finds_other_versions_and_missing_packages'),
     ],
@@ -347,10 +356,14 @@ PLANTED = {
     ('Makefile', 'tests/test_repo.py'): [
         ('make log: some headings only', 'grep -i -e "$(WORD)"', 'grep -i -e "the $(WORD)"', 'test_headings_of_the_log_tell_its_story'),
     ],
-    ('tools/check.py', 'tests/test_repo.py'): [
+    ('tools/in_step.py', 'tests/test_repo.py'): [
         ('a stale module passes', 'for p in sorted(have - want)]', 'for p in sorted(have - have)]', 'test_export_in_step'),
     ],
     ('tools/test.py', 'tests/test_repo.py'): [
+        ('test.py: a hung notebook is waited for', 'timer = threading.Timer(SILENCE, end, [child])', 'timer = threading.Timer(3600, end, [child])', 'test_what_hangs_is_ended_and_what_is_slow_is_not'),
+        ('test.py: what is slow is ended', '            timer.cancel()\n            print(', '            print(', 'test_what_hangs_is_ended_and_what_is_slow_is_not'),
+        ('test.py: a stage without a result passes', '            bad += 1\n    print(f"{good} passed', '            pass\n    print(f"{good} passed', 'test_the_last_line_counts_what_ran'),
+        ('test.py: survivors pass', 'bad += found["failed"]', 'bad += found["failed"] * (stage != "mutants")', 'test_the_last_line_counts_what_ran'),
         ('a notebook that never ran passes', 'if str(p) not in completed]', 'if not p]', 'test_false_passes_of_nbdev_test_are_seen'),
     ],
     ('tests/conftest.py', 'tests/test_offline.py'): [
@@ -387,7 +400,7 @@ PLANTED = {
         ('image folder: a picture that open_image refuses ends the run', '        except BadImage as e: raise Failed(str(e)) from None\n', '', 'test_a_picture_that_open_image_refuses_is_a_bad_one'),
         ('image folder: further files come after the whole', '    if finish: finish(work.folder, rows)\n    counts = {s: len(r) for s, r in rows.items()}\n    work.publish(origin | ({"count": sum(counts.values()), "splits": origin["splits"] | {"counts": counts}} if rows else {}))', '    counts = {s: len(r) for s, r in rows.items()}\n    work.publish(origin | ({"count": sum(counts.values()), "splits": origin["splits"] | {"counts": counts}} if rows else {}))\n    if finish: finish(work.out, rows)', 'test_further_files_are_part_of_the_whole'),
     ],
-    ('sdcourse/data/scenes.py', 'tests/test_scenes.py'): [
+    ('sdcourse/data/sets/scenes.py', 'tests/test_scenes.py'): [
         ('scenes: the seed is ignored', 'x += np.uint64(seed % 2**64) * np.uint64(0x8CB92BA72F3D8DD7)', 'x += np.uint64(0)', 'test_a_scene_is_a_function_of_seed_and_number'),
         ('scenes: drawn from a global generator', '    return (x >> np.uint64(11)) * 2.0**-53', '    return np.random.random(x.shape)', 'test_a_scene_is_a_function_of_seed_and_number'),
         ('scenes: held-out pairs leak into training', '    colour = (colour + held_out(shape, colour)) % len(COLOURS)\n', '', 'test_held_out_pairs_are_only_in_test'),
@@ -403,7 +416,7 @@ PLANTED = {
         ('scenes: captions of the neighbour', 'row = {"id": number, "text": captions(known, i),', 'row = {"id": number, "text": captions(known, i - 1),', 'test_prepared_folder_shows_what_its_captions_say'),
         ('scenes: validation scenes are trained on', '"val": 10 * k + 1,', '"val": 10 * k + 2,', 'test_held_out_pairs_are_only_in_test'),
     ],
-    ('sdcourse/data/faces.py', 'tests/test_faces.py'): [
+    ('sdcourse/data/sets/faces.py', 'tests/test_faces.py'): [
         ('faces: lipstick is not drawn', '        if a["Wearing_Lipstick"]: self.lips = pick(LIPSTICKS, p[0])\n', '', 'test_every_attribute_is_visible_where_it_belongs'),
         ('faces: earrings shift the background', '        if k.a["Wearing_Earrings"]:\n', '        if k.a["Wearing_Earrings"]:\n            pen.oval(0.9, -0.9, 0.1, 0.1, (0, 0, 0))\n', 'test_every_attribute_is_visible_where_it_belongs'),
         ('faces: smiling only with open mouths', 'half, thick = 0.125 + 0.045 * a["Smiling"],', 'half, thick = 0.125 + 0 * a["Smiling"],', 'test_a_smile_is_wider_and_higher'),
@@ -416,7 +429,7 @@ PLANTED = {
         ('faces: boxes of an upright face', '    pen = Pen(size, **view)\n    corners, points', '    pen = Pen(size, **(view | {"angle": 0.0, "scale": 0.2}))\n    corners, points', 'test_box_and_landmarks_lie_on_the_face'),
         ('faces: attributes in another order', 'ATTRIBUTES = tuple(RATES)', 'ATTRIBUTES = tuple(sorted(RATES, reverse=True))', 'test_the_forty_names_are_celebas'),
     ],
-    ('sdcourse/data/celeba.py', 'tests/test_celeba.py'): [
+    ('sdcourse/data/sets/celeba.py', 'tests/test_celeba.py'): [
         ('celeba: the split is not stratified', 'test_size=0.2, random_state=seed, stratify=groups)', 'test_size=0.2, random_state=seed)', 'test_thirty_thousand_become_24000_3000_3000_as_in_the_system_we_follow'),
         ('celeba: another seed', 'def split_hq(\n    names, # 40 attribute names\n    values, # bool [n,40]\n    seed: int = 42,', 'def split_hq(\n    names, # 40 attribute names\n    values, # bool [n,40]\n    seed: int = 43,', 'test_thirty_thousand_become_24000_3000_3000_as_in_the_system_we_follow'),
         ('celeba: val and test exchanged', '    out[val], out[test] = "val", "test"', '    out[val], out[test] = "test", "val"', 'test_thirty_thousand_become_24000_3000_3000_as_in_the_system_we_follow'),
@@ -437,13 +450,7 @@ PLANTED = {
         ('celeba: small photographs are taken', '>= options.min_side or s == 0]', '>= 0]', 'test_no_extra_shows_a_person_or_picture_of_val_or_test'),
         ('celeba: a truncated JPEG is copied', '    image = open_image(data := path.read_bytes()) # decodes all of it\n', '    image, data = None, path.read_bytes()\n', 'test_a_truncated_picture_is_reported_and_not_used'),
     ],
-    ('sdcourse/data/imagenet.py', 'tests/test_imagenet.py'): [
-        ('imagenet: bilinear instead of bicubic', 'round(image.height * scale)), Resampling.BICUBIC)', 'round(image.height * scale)), Resampling.BILINEAR)', 'test_the_crop_is_adms'),
-        ('imagenet: no halving before the resize', '    while min(image.size) >= 2 * size:', '    while False:', 'test_the_crop_is_adms'),
-        ('imagenet: halving one time too few', '    while min(image.size) >= 2 * size:', '    while min(image.size) > 2 * size:', 'test_the_crop_is_adms'),
-        ('imagenet: the corner instead of the middle', '(image.width - size) // 2, (image.height - size) // 2', '0, 0', 'test_the_crop_is_adms'),
-        ('imagenet: sizes cut instead of rounded', '(round(image.width * scale), round(image.height * scale))', '(int(image.width * scale), int(image.height * scale))', 'test_the_crop_is_adms'),
-        ('imagenet: grey pictures stay grey', '    image = image.convert("RGB")\n', '', 'test_grey_cmyk_and_palette_become_rgb'),
+    ('sdcourse/data/sets/imagenet.py', 'tests/test_imagenet.py'): [
         ('imagenet: classes in the order of the validation part', '    synsets = sorted(p.name for p in (data / "train").iterdir() if p.is_dir())', '    synsets = sorted((p.name for p in (data / "train").iterdir() if p.is_dir()), reverse=True)', 'test_classes_are_sorted_synsets_and_validation_may_be_flat'),
         ('imagenet: a row of another row group', '_group(path, where[0])[where[1]]', '_group(path, 0)[where[1] % 37]', 'test_digits_survive_the_way_through_parquet'),
         ('imagenet: held-out digits are trained on', '{"train": "train", "test": "validation"}[split], label', '"train", label', 'test_digits_survive_the_way_through_folders'),
@@ -452,7 +459,15 @@ PLANTED = {
         ('imagenet: an unknown validation class becomes class 0', '    if lost := next((r for r in rows if r[1] not in label), None):', '    label.setdefault("n02", 0)\n    if lost := next((r for r in rows if r[1] not in label), None):', 'test_a_validation_class_that_training_lacks_is_refused'),
         ('imagenet: crops of pictures that were turned upright', ', upright=False), size)', '), size)', 'test_what_is_cropped_are_the_pixels_as_they_are_stored'),
     ],
-    ('sdcourse/data/photos.py', 'tests/test_photos.py'): [
+    ('sdcourse/data/images.py', 'tests/test_imagenet.py'): [
+        ('imagenet: bilinear instead of bicubic', 'round(image.height * scale)), Resampling.BICUBIC)', 'round(image.height * scale)), Resampling.BILINEAR)', 'test_the_crop_is_adms'),
+        ('imagenet: no halving before the resize', '    while min(image.size) >= 2 * size:', '    while False:', 'test_the_crop_is_adms'),
+        ('imagenet: halving one time too few', '    while min(image.size) >= 2 * size:', '    while min(image.size) > 2 * size:', 'test_the_crop_is_adms'),
+        ('imagenet: the corner instead of the middle', '(image.width - size) // 2, (image.height - size) // 2', '0, 0', 'test_the_crop_is_adms'),
+        ('imagenet: sizes cut instead of rounded', '(round(image.width * scale), round(image.height * scale))', '(int(image.width * scale), int(image.height * scale))', 'test_the_crop_is_adms'),
+        ('imagenet: grey pictures stay grey', '    image = image.convert("RGB")\n', '', 'test_grey_cmyk_and_palette_become_rgb'),
+    ],
+    ('sdcourse/data/sets/photos.py', 'tests/test_photos.py'): [
         ('photos: regions touch', 'GAP = 4 #', 'GAP = 0 #', 'test_regions_are_a_jpeg_block_apart'),
         ('photos: crops split at random, not by region', 'split=split.get(k, "train")', 'split=split.get(i, "train")', 'test_no_crop_of_one_split_touches_another'),
         ('photos: crops leave their regions', 'x, y = (left + u[:, 1] * (right - left - side)).astype(int)', 'x, y = (left + u[:, 1] * (right - left)).astype(int)', 'test_crops_are_squares_large_enough_for_their_captions'),
@@ -525,7 +540,7 @@ PLANTED = {
         ('prepare: the deadline is not passed on', 'cfg.max_seconds) as flag: make(', '0) as flag: make(', 'test_every_set_stops_goes_on_and_refuses_other_options'),
         ('prepare: a source that may not be read is a crash', '    except OSError as e: raise disk_error(e, out) from None # a source that may not be read', '    except ImportError as e: raise disk_error(e, out) from None', 'test_what_the_system_refuses_is_one_line'),
     ],
-    ('sdcourse/data/unsplash.py', 'tests/test_unsplash.py'): [
+    ('sdcourse/data/sets/unsplash.py', 'tests/test_unsplash.py'): [
         ('unsplash: a short body passes', '    except httpx2.RemoteProtocolError:\n', '    except httpx2.RemoteProtocolError:\n        return b"".join(parts)\n', 'test_patience_ends'),
         ('unsplash: no deadline', 'if time.monotonic() > end:', 'if False:', 'test_no_server_holds_an_attempt_for_ever'),
         ('unsplash: no time limit for silence', 'timeout=cfg.timeout, limits', 'timeout=30, limits', 'test_no_server_holds_an_attempt_for_ever'),
@@ -652,11 +667,11 @@ PLANTED = {
         ('batch: items without a label shift the others', 'if labels and len(labels) < len(items):', 'if False:', 'test_all_items_have_a_label_or_none'),
         ('batch: texts of other items', '"texts": [x["texts"] for x in items]}', '"texts": [x["texts"] for x in items[::-1]]}', 'test_items_stay_paired_over_three_epochs_and_two_ranks'),
     ],
-    ('sdcourse/train/order.py', 'tests/test_dataset.py'): [
+    ('sdcourse/engine/order.py', 'tests/test_dataset.py'): [
         ('order: positions begin anew in each batch', 'range(first + rows.start, first + rows.stop)', 'range(rows.start, rows.stop)', 'test_random_crops_depend_on_seed_and_position_alone'),
         ('order: positions are those of the rank', 'range(first + rows.start, first + rows.stop)', 'range(first, first + len(rows))', 'test_random_crops_depend_on_seed_and_position_alone'),
     ],
-    ('sdcourse/train/loop.py', 'tests/test_dataset.py'): [
+    ('sdcourse/engine/loop.py', 'tests/test_dataset.py'): [
         ('loop: the data set is never asked for positions', 'getattr(self.data, "by_position", False)', 'False', 'test_the_engine_trains_on_random_crops_and_resumes_bitwise'),
         ('loop: held-out crops have no position', 'if getattr(data, "by_position", False) else chunks', 'if False else chunks', 'test_the_engine_trains_on_random_crops_and_resumes_bitwise'),
         ('loop: an error of a worker is a page of traceback', 'raise UserError(str(e).strip().splitlines()[-1]', 'raise UserError(str(e)', 'test_training_goes_on_without_the_bad_ones_or_says_which'),
@@ -664,12 +679,12 @@ PLANTED = {
     ('sdcourse/data/shards.py', 'tests/test_dataset.py'): [
         ('shards: class names stay behind', 'if (Path(folder)/"classes.json").is_file(): write_json', 'if False: write_json', 'test_a_folder_and_its_tars_give_the_same_items_bitwise'),
     ],
-    ('sdcourse/data/latents.py', 'tests/test_flow_dit.py'): [
+    ('sdcourse/cache/latents.py', 'tests/test_flow_dit.py'): [
         ('latents with the sign of the shift wrong', '- shift) * scale', '+ shift) * scale', 'test_latents_are_sampled_mirrored_and_scaled'),
         ('flips are frozen', 'draws.bernoulli("flip", 0.5 if flip else 0.)', 'draws.bernoulli("flip", 0.)', 'test_latents_are_sampled_mirrored_and_scaled'),
         ('the posterior is not sampled', 'mean + std * draws.normal("posterior", mean.shape[1:])', 'mean', 'test_latents_are_sampled_mirrored_and_scaled'),
     ],
-    ('sdcourse/data/latents.py', 'tests/test_latents.py'): [
+    ('sdcourse/cache/latents.py', 'tests/test_latents.py'): [
         ('online: the flip is not drawn', 'x = torch.where(mirrored(draws, flip)[:, None, None, None], x.flip(-1), x)', 'x = x', 'test_online_flips_are_those_of_the_cache'),
         ('online: encode batches are ignored', 'x.split(self.encode_batch)', 'x.split(len(x))', 'test_cached_training_is_online_training_bit_by_bit'),
         ('online: held-out pictures are cut at random', 'crop = "center" if self.transform.crop == "random" else self.transform.crop', 'crop = self.transform.crop', 'test_random_crops_differ_between_epochs_and_never_in_validation'),
@@ -678,7 +693,7 @@ PLANTED = {
         ('cached: any VAE may decode', 'if vae and weights_id(vae_folder(vae)) != index["key"]["weights"]', 'if vae and False', 'test_what_does_not_fit_is_refused'),
         ('any cache is taken for latents', 'if index["kind"] != "latents"', 'if False', 'test_what_does_not_fit_is_refused'),
     ],
-    ('sdcourse/data/store.py', 'tests/test_store.py'): [
+    ('sdcourse/cache/store.py', 'tests/test_store.py'): [
         ('cache: batches come in the order of the files', '.setdefault(k, here[k].new_empty(len(order), *here[k].shape[1:]))[torch.from_numpy(group)]', '.setdefault(k, here[k].new_empty(len(order), *here[k].shape[1:]))[torch.from_numpy(np.sort(order)[: len(group)])]', 'test_each_row_comes_back_under_its_id_in_any_order'),
         ('cache: a changed row is not planned again', 'new = [r for r in wanted if before.get(r[0]) != r]', 'new = [r for r in wanted if r[0] not in before]', 'test_growth_plans_only_what_is_new'),
         ('cache: what is gone stays', 'for gone in index["dropped"].get(split, ()): found.pop(gone, None)', 'pass', 'test_growth_plans_only_what_is_new'),
@@ -694,7 +709,7 @@ PLANTED = {
         ('joined: a missing row is the last one', 'if (at < 0).any()', 'if False', 'test_joined_sets_give_one_item_and_notice_strangers'),
         ('cache: the fingerprint forgets the key', 'facts = [self.kind, self.key, self.columns,', 'facts = [self.kind, self.columns,', 'test_the_fingerprint_follows_key_and_rows'),
     ],
-    ('sdcourse/data/cache.py', 'tests/test_cache.py'): [
+    ('sdcourse/cache/fill.py', 'tests/test_fill.py'): [
         ('cache: the mirror is the mirrored latent', 'for x in ((pixels, pixels.flip(-1)) if mirror else (pixels,))]', 'for x in ((pixels, pixels) if mirror else (pixels,))]', 'test_latents_are_the_moments_of_picture_and_mirror'),
         ('cache: labels of other rows', 'labels = [r[2] for r in rows]', 'labels = [r[2] for r in rows][::-1]', 'test_latents_are_the_moments_of_picture_and_mirror'),
         ('cache: the settings are not compared', 'check_key(out, index["key"], key |', 'check_key(out, key, key |', 'test_a_cache_of_other_settings_is_refused[resolution-over2-size: 16 -> 8]'),
@@ -713,7 +728,7 @@ PLANTED = {
         ('cache: random crops are frozen', 'if self.crop == "random": raise', 'if False: raise', 'test_wrong_input_is_refused_in_one_line_before_anything_is_written'),
         ('cache: stored as it was computed', 'return tensors | fits(floats, DTYPES[dtype], [r[0] for r in rows])', 'return tensors', 'test_smaller_formats_round_once[fp16-kind0-0.0009765625]'),
     ],
-    ('sdcourse/dist.py', 'tests/test_cache.py'): [
+    ('sdcourse/engine/dist.py', 'tests/test_fill.py'): [
         ('a stop of one rank stays its own', 'elif store.check([self.note]): self.flag.raise_(store.get(self.note).decode())', '', 'test_asked_to_stop_it_leaves_soon_and_goes_on_later[SIGUSR1 to one rank]'),
     ],
     ('sdcourse/data/parallel.py', 'tests/test_parallel.py'): [
@@ -733,14 +748,14 @@ PLANTED = {
     ('sdcourse/data/images.py', 'tests/test_parallel.py'): [
         ('images: a bad picture breaks the pool', '    def __reduce__(self): return type(self), (self.kind, self.detail) # it comes from other processes too\n', '', 'test_errors_travel_between_processes'),
     ],
-    ('sdcourse/data/unsplash.py', 'tests/test_prepare.py'): [
+    ('sdcourse/data/sets/unsplash.py', 'tests/test_prepare.py'): [
         ('unsplash: terms of another set', 'origin("unsplash-lite", folder)', 'origin("unsplash-lite")', 'test_every_set_carries_a_manifest_and_every_change_is_found'),
     ],
     ('sdcourse/data/manifests.py', 'tests/test_prepare.py'): [
         ('manifests: a neighbour counts as the source', 'if any(e["path"].startswith(inner) for', 'if any(True for', 'test_a_source_that_describes_itself_is_the_origin'),
         ('manifests: manifests of other programs are an error', ' or not {"layouts", "licence"} <= found.keys(): continue', ': continue', 'test_a_source_that_describes_itself_is_the_origin'),
     ],
-    ('sdcourse/data/encoders.py', 'tests/test_encoders.py'): [
+    ('sdcourse/models/files.py', 'tests/test_encoders.py'): [
         ('encoders: files may swap their contents', 'f"{p.name} {_hash(p)}\\n"', 'f"{_hash(p)}\\n"', 'test_names_and_contents_are_kept_apart'),
         ('encoders: the config is no part of a model', 'files_id([folder / "config.json", *weight_files(folder)])', 'files_id(weight_files(folder))', 'test_the_key_knows_what_decides'),
         ('encoders: any file in a folder of blobs is known by its name', ' and re.fullmatch("[0-9a-f]{64}", real.name) else', ' else', 'test_a_blob_of_the_hub_is_known_by_its_name'),
@@ -754,6 +769,9 @@ PLANTED = {
         ('encoders: missing weights are random', '    if missing: raise', '    if False: raise', 'test_weights_are_never_made_up'),
         ('encoders: infinite weights pass', '    if bad: raise UserError(f"{folder}: {bad[0]}', '    if False: raise UserError(f"{folder}: {bad[0]}', 'test_weights_that_do_not_fit_are_refused'),
         ('encoders: variants are not found', ', variant=variant, **', ', **', 'test_weights_of_a_variant'),
+        ('latents: a scale of one where the config has none', '"scaling_factor": 0.18215', '"scaling_factor": 1.0', 'test_what_a_published_config_leaves_out'),
+    ],
+    ('sdcourse/cache/encoder.py', 'tests/test_encoders.py'): [
         ('encoders: the model stays in float32', 't.data = t.data.to(dtype)', 'pass', 'test_overflow_is_done_once_more_in_float32'),
         ('encoders: no second try', '    if bad.any() and encoder.precision != "fp32":', '    if False:', 'test_overflow_is_done_once_more_in_float32'),
         ('encoders: an overflow changes its neighbours', 't[bad] = again[name][bad]', 't[:] = again[name]', 'test_only_the_row_that_overflows_changes'),
@@ -762,24 +780,27 @@ PLANTED = {
         ('encoders: infinity is stored', '    if bad.any(): raise UserError(f"{_some(list(names), bad)}', '    if False: raise UserError(f"{_some(list(names), bad)}', 'test_values_fit_their_storage'),
         ('encoders: outputs are views', 't.cpu().float().contiguous()', 't.cpu().float()', 'test_outputs_can_be_saved'),
         ('encoders: the precision is not in the key', 'code=1, precision=precision', 'code=1', 'test_the_key_knows_what_decides'),
+    ],
+    ('sdcourse/cache/vae.py', 'tests/test_encoders.py'): [
+        ('latents: pixels from 0 to 1', '.float() / 127.5 - 1', '.float() / 255', 'test_latents_are_the_posterior_of_diffusers'),
         ('latents: the clamp hides an infinite variance', 'torch.where(raw.isfinite(), d.std, torch.nan)', 'd.std', 'test_an_infinite_variance_is_seen_through_the_clamp'),
         ('latents: one draw is kept', '{"mean": d.mean,', '{"mean": d.sample(),', 'test_latents_are_the_posterior_of_diffusers'),
-        ('latents: pixels from 0 to 1', '.float() / 127.5 - 1', '.float() / 255', 'test_latents_are_the_posterior_of_diffusers'),
-        ('latents: a scale of one where the config has none', '"scaling_factor": 0.18215', '"scaling_factor": 1.0', 'test_what_a_published_config_leaves_out'),
         ('latents: odd sizes pass', 'if batch.shape[2] % down or batch.shape[3] % down:', 'if False:', 'test_wrong_pixels_are_refused'),
+    ],
+    ('sdcourse/cache/vision.py', 'tests/test_encoders.py'): [
+        ('features: another way to resize', 'backend="pil"', 'backend="torchvision"', 'test_features_are_those_of_transformers'),
         ('features: the layer is not in the key', '"what": what, "layer": layer, "processor"', '"what": what, "processor"', 'test_the_key_knows_what_decides'),
         ('features: the processor is not in the key', 'type(self.processor).__name__, **steps}', 'type(self.processor).__name__}', 'test_the_key_knows_what_decides'),
         ('features: code of a model folder is run', 'trust_remote_code=False', 'trust_remote_code=True', 'test_no_code_of_a_model_folder_is_run'),
-        ('features: another way to resize', 'backend="pil"', 'backend="torchvision"', 'test_features_are_those_of_transformers'),
         ('features: CLIP without its projection', '"clip": "CLIPVisionModelWithProjection"', '"clip": "CLIPVisionModel"', 'test_features_are_those_of_transformers'),
         ('features: the layer is ignored', 'else found.hidden_states[self.layer]', 'else found.last_hidden_state', 'test_features_are_those_of_transformers'),
         ('features: padding has no mask', 'if "pixel_attention_mask" in inputs:', 'if False:', 'test_patches_of_different_number_have_a_mask'),
         ('features: registers count as patches', '1 + getattr(c, "num_register_tokens", 0)', '1', 'test_features_are_those_of_transformers'),
     ],
-    ('sdcourse/data/encoders.py', 'tests/test_prompts.py'): [
+    ('sdcourse/cache/encoder.py', 'tests/test_text.py'): [
         ('encoders: what was float32 comes back as float16', 't.data = t.data.to(dtype)', 't.data = t.data.to(self.dtype)', 'test_a_clipped_t5_is_noticed'),
     ],
-    ('sdcourse/data/prompts.py', 'tests/test_prompts.py'): [
+    ('sdcourse/cache/text.py', 'tests/test_text.py'): [
         ('prompts: SDXL reads the last layer', '("StableDiffusionXL", "penultimate")', '("StableDiffusionXL", "last")', 'test_sdxl'),
         ('prompts: SD3 reads the last layer', '("StableDiffusion3", "penultimate")', '("StableDiffusion3", "last")', 'test_sd3'),
         ('prompts: SD1.5 reads the penultimate layer', '("StableDiffusion", "last")', '("StableDiffusion", "penultimate")', 'test_sd15'),
@@ -841,7 +862,7 @@ PLANTED = {
         ('features: every rank takes all', 'rows=ranks.mine(range(len(pictures))) if ranks else None', 'rows=None', 'test_any_batch_and_number_of_ranks_see_the_same_set'),
         ('features: weights without a name', 'h.hexdigest()[:16]', '"0" * 16', 'test_weights_come_from_the_file_that_is_named'),
     ],
-    ('sdcourse/evaluation/pairs.py', 'tests/test_pairs.py'): [
+    ('sdcourse/evaluation/pairwise.py', 'tests/test_pairwise.py'): [
         ('PSNR: of the root', '.mean((1, 2, 3)).log10()', '.mean((1, 2, 3)).sqrt().log10()', 'test_psnr_and_ssim_by_hand'),
         ('SSIM: a wider window', '(2 * 1.5**2)', '(2 * 2.5**2)', 'test_psnr_and_ssim_by_hand'),
         ('SSIM: without its constants', 'c1, c2 = 0.01**2, 0.03**2', 'c1, c2 = 0., 1e-9', 'test_psnr_and_ssim_by_hand'),
@@ -850,17 +871,19 @@ PLANTED = {
         ('LPIPS: weights of another network', 'if wrong: raise', 'if False: raise', 'test_what_cannot_be_compared_is_one_line'),
         ('variety: of a picture with itself', 'torch.triu_indices(n, n, 1)', 'torch.triu_indices(n, n, 0)', 'test_variety_compares_each_pair_once'),
     ],
-    ('sdcourse/tiny.py', 'tests/test_tiny.py'): [
+    ('sdcourse/commands/tiny.py', 'tests/test_tiny.py'): [
         ('tiny: configs name a folder of this machine', 'if k != "_name_or_path"}', 'if k}', 'test_a_model_of_two_presets_goes_on_from_the_first'),
         ('tiny: the second preset begins anew', '*(["--model", f"{done[-1]}/export"] if done else [])', '*(["--model", "new"] if done else [])', 'test_a_model_of_two_presets_goes_on_from_the_first'),
-        ('tiny: hashes are not compared', 'if sha256(place/file) != said:', 'if not sha256(place/file):', 'test_a_file_that_is_not_as_listed_is_refused'),
-        ('tiny: a file too many is no matter', 'sorted(there ^ listed.keys())', 'sorted(listed.keys() - there)', 'test_a_file_that_is_not_as_listed_is_refused'),
         ('tiny: infinite weights are stored', 'if not v.isfinite().all(): raise UserError(f"{path}: {k}', 'if False: raise UserError(f"{path}: {k}', 'test_what_does_not_fit_float16_is_refused'),
         ('tiny: weights are stored in float32', 'v.half() if v.is_floating_point() else v', 'v', 'test_a_build_that_was_stopped_ends_the_same_in_float16'),
         ('tiny: a stopped build is stored', 'if not (Path(place)/"export").is_dir(): return 0', 'if not Path(out).is_dir(): return 0', 'test_a_build_that_was_stopped_ends_the_same_in_float16'),
         ('tiny: size before the model card', 'bytes=size, files', 'bytes=size - 1, files', 'test_a_build_that_was_stopped_ends_the_same_in_float16'),
     ],
-    ('sdcourse/evaluation/nets.py', 'tests/test_tiny.py'): [
+    ('sdcourse/models/shipped.py', 'tests/test_tiny.py'): [
+        ('tiny: hashes are not compared', 'if sha256(place/file) != said:', 'if not sha256(place/file):', 'test_a_file_that_is_not_as_listed_is_refused'),
+        ('tiny: a file too many is no matter', 'sorted(there ^ files.keys())', 'sorted(listed.keys() - there)', 'test_a_file_that_is_not_as_listed_is_refused'),
+    ],
+    ('sdcourse/evaluation/judges.py', 'tests/test_tiny.py'): [
         ('a network sees pixels from 0 to 1', 'return x / 127.5 - 1', 'return x / 255', 'test_digits_that_it_never_saw'),
         ('tiny: resized without antialiasing', 'mode="bicubic", antialias=True', 'mode="nearest"', 'test_pictures_of_other_sizes_are_resized_with_antialiasing'),
         ('answers are shifted by one', 'dict(zip(self.attributes, (p.argmax(1) for p in parts)))', 'dict(zip(self.attributes, ((p.argmax(1) + 1) % p.shape[1] for p in parts)))', 'test_scenes_of_held_out_pairs_and_people_never_seen'),
@@ -868,23 +891,23 @@ PLANTED = {
         ('LPIPS[tiny]: features are not scaled', '/ (x.double().square().sum(1, keepdim=True).sqrt() + 1e-10)', '/ 1.0', 'test_lpips_of_equal_pairs_is_zero_and_it_grows_with_noise'),
         ('LPIPS[tiny]: the last stage only', 'hidden_states[1:])', 'hidden_states[-1:])', 'test_lpips_sees_every_stage'),
     ],
-    ('sdcourse/train/nets.py', 'tests/test_tiny.py'): [
+    ('sdcourse/train/judge.py', 'tests/test_tiny.py'): [
         ('-1 is the first answer', 'return (losses * there).sum(1) / there.sum(1)', 'return losses.mean(1)', 'test_minus_one_is_no_question'),
     ],
-    ('sdcourse/data/labelled.py', 'tests/test_tiny.py'): [
+    ('sdcourse/data/sets/labelled.py', 'tests/test_tiny.py'): [
         ('people are on both sides', '>= 8) == (split == "test")', '>= 8) == (split == "test") or True', 'test_training_and_test_people_do_not_meet'),
     ],
-    ('sdcourse/train/export.py', 'tests/test_generate.py'): [
+    ('sdcourse/commands/export.py', 'tests/test_generate.py'): [
         ('export: raw weights for averaged ones', 'found["ema" if weights == "ema" and "ema" in found else "model"]', 'found["model"]', 'test_a_checkpoint_draws_with_averaged_weights_what_the_export_draws'),
         ('export: averaged weights for raw ones', 'found["ema" if weights == "ema" and "ema" in found else "model"]', 'found["ema"]', 'test_an_exported_checkpoint_is_that_checkpoint'),
         ('export: half a model stays after a refusal', 'finally: shutil.rmtree(new, ignore_errors=True)', 'finally: new.mkdir(exist_ok=True) if not out.exists() else None', 'test_exports_refuse_in_one_line_and_leave_nothing'),
         ('export: writes into what is there', 'if out.exists(): raise UserError(f"{out}: is there already', 'if False: raise UserError(f"{out}: is there already', 'test_exports_refuse_in_one_line_and_leave_nothing'),
     ],
-    ('sdcourse/train/export.py', 'tests/test_sd15.py'): [
+    ('sdcourse/commands/export.py', 'tests/test_sd15.py'): [
         ('export: a part is everything', 'if cfg.part: _part(task, model, cfg.part).save_pretrained(new)', 'if False: pass', 'test_export_draws_in_plain_diffusers_what_the_task_draws'),
         ('export: adapters are taken for a part', 'if getattr(task.config, "lora_rank", 0): raise', 'if False: raise', 'test_lora_of_both_networks_comes_out_as_it_was_trained'),
     ],
-    ('sdcourse/evaluation/generate.py', 'tests/test_generate.py'): [
+    ('sdcourse/commands/generate.py', 'tests/test_generate.py'): [
         ('generate: the seed is the place in the list', 'seed=key(cfg.seed, "picture", r["id"]) % 2**32) for r, n in zip(rows, names)]', 'seed=key(cfg.seed, "picture", i) % 2**32) for i, (r, n) in enumerate(zip(rows, names))]', 'test_a_picture_depends_on_its_id_and_not_on_the_others'),
         ('generate: one seed for each batch', 'image_generators([r["seed"] for r in rows])', 'image_generators([rows[0]["seed"]] * len(rows))', 'test_stable_diffusion_is_its_own_pipeline'),
         ('generate: --seed is ignored', 'key(cfg.seed, "picture"', 'key(0, "picture"', 'test_options_reach_the_pipeline'),
@@ -932,7 +955,7 @@ PLANTED = {
     ('slurm/pipeline.sh', 'tests/test_slurm.py'): [
         ('the jobs of a pipeline do not wait for each other', '${before:+--dependency=afterok:$before --kill-on-invalid-dep=yes}', '${before:+--dependency=after:$before}', 'test_a_pipeline_of_four_jobs'),
     ],
-    ('sdcourse/models/published.py', 'tests/test_published.py'): [
+    ('sdcourse/models/dit_452m.py', 'tests/test_dit_452m.py'): [
         ('published: frequencies of time in float64', 'torch.tensor(10000, dtype=torch.float32) ** ((2 * torch.arange(dim)).float() / dim)', '(torch.tensor(10000.).double() ** ((2 * torch.arange(dim)).double() / dim) * (1 + 1e-7)).float()', 'test_it_computes_the_same_function[over0-size0]'),
         ('published: sines and cosines change places', '% 2 == 0, angles.sin(), angles.cos())', '% 2 == 0, angles.cos(), angles.sin())', 'test_it_computes_the_same_function[over0-size0]'),
         ('published: the accident of eps is mended', 'RMSNorm(dim, eps=dim)', 'RMSNorm(dim)', 'test_it_computes_the_same_function[over0-size0]'),
@@ -976,11 +999,13 @@ PLANTED = {
         ('sd15: complete captions are all of them', '"complete": (3,)', '"complete": (3, 2)', 'test_complete_captions_say_everything'),
         ('sd15: adapters of the text encoder are forgotten', 'save_lora(folder, unet=module.unet, text=module.text)', 'save_lora(folder, unet=module.unet, text=None)', 'test_lora_of_both_networks_comes_out_as_it_was_trained'),
     ],
-    ('sdcourse/models/sd.py', 'tests/test_sd15.py'): [
-        ('sd15: prompts of any text encoder', 'if known.get("weights") != weights_id(home/"text_encoder"):', 'if False:', 'test_prompts_of_another_text_encoder_are_refused'),
+    ('sdcourse/models/home.py', 'tests/test_sd15.py'): [
         ('sd: a file with holes passes', 'if lacking := [f"{k}.{n}" for k, m in parts.items() for n, p in m.named_parameters() if p.is_meta]:', 'if lacking := []:', 'test_one_file_is_taken_apart_and_trains_alike'),
     ],
-    ('sdcourse/lora.py', 'tests/test_lora.py'): [
+    ('sdcourse/cache/text.py', 'tests/test_sd15.py'): [
+        ('sd15: prompts of any text encoder', 'if known.get("weights") != weights_id(home/"text_encoder"):', 'if False:', 'test_prompts_of_another_text_encoder_are_refused'),
+    ],
+    ('sdcourse/models/lora.py', 'tests/test_lora.py'): [
         ('lora: only the first kind of layer', 'target_modules=list(modules))', 'target_modules=list(modules)[:1])', 'test_the_published_size'),
         ('lora: the size is that of one side', 'total += r * (base.weight.shape[1] * k + base.weight.shape[0])', 'total += 2 * r * base.weight.shape[0]', 'test_the_published_size'),
         ('lora: alpha is the rank', 'lora_alpha=alpha or rank', 'lora_alpha=rank', 'test_kohya_names'),
@@ -994,7 +1019,7 @@ PLANTED = {
         ('buckets: too small ones are put somewhere', 'if small := np.flatnonzero(self.groups < 0).tolist():', 'if small := []:', 'test_too_small_is_said'),
         ('buckets: the crop is always in the corner', 'for p, n, b in zip(place, now, size))', 'for p, n, b in zip((0, 0), now, size))', 'test_a_crop_is_a_part_of_the_picture'),
     ],
-    ('sdcourse/train/order.py', 'tests/test_buckets.py'): [
+    ('sdcourse/engine/order.py', 'tests/test_buckets.py'): [
         ('buckets: each cycle begins with the same items', 'first = (cycle * len(self.members[b]) + int(self.before[at]))', 'first = (cycle * 0 + int(self.before[at]))', 'test_every_batch_is_of_one_bucket_and_no_item_is_lost'),
         ('buckets: turns are not spread', 'turns = np.argsort(due, kind="stable")', 'turns = np.arange(len(due))', 'test_every_batch_is_of_one_bucket_and_no_item_is_lost'),
     ],

@@ -13,10 +13,10 @@ import torch
 
 torch.set_num_threads(1)
 sys.path.insert(0, str(Path(__file__).parent))
-import sdcourse.train.loop as loop  # noqa: E402
+import sdcourse.engine.loop as loop  # noqa: E402
 import toy  # noqa: E402
 from sdcourse.core import UserError  # noqa: E402
-from sdcourse.dist import launched  # noqa: E402
+from sdcourse.engine.dist import launched  # noqa: E402
 
 out, rank = Path(sys.argv[1]), launched().rank
 over = {k: ast.literal_eval(v) for k, v in (a.split("=", 1) for a in sys.argv[2:])}

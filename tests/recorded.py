@@ -9,10 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-from sdcourse.train.stop import StopFlag
+from sdcourse.engine.stop import StopFlag
 
 StopFlag().__enter__() # as the command does in its first line
-import sdcourse.train.loop as loop  # noqa: E402
+import sdcourse.engine.loop as loop  # noqa: E402
 
 sys.argv = sys.argv[2:] if sys.argv[1] == "-m" else sys.exit(__doc__)
 folder, step, place = Path(os.environ["RECORDED"]), loop.step, loop.Run.place

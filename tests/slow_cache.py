@@ -5,7 +5,7 @@ SLOW=0.05 NOTES=FILE python tests/slow_cache.py latents DATA OUT --model FOLDER 
 import os, sys, time
 
 from sdcourse import cli
-from sdcourse.data import cache
+from sdcourse.cache import fill as cache
 
 finite, rank = cache.finite, int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 

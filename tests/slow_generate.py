@@ -5,7 +5,7 @@ SLOW=0.05 NOTES=FILE python tests/slow_generate.py MODEL OUT --classes all
 import os, sys, time
 
 from sdcourse import cli
-from sdcourse.evaluation import generate
+from sdcourse.commands import generate
 
 real, rank = generate.draw, int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 

@@ -9,7 +9,7 @@ from PIL import Image
 from sdcourse.core import UserError
 from sdcourse.data.buckets import Bucketed, bucket_of, bucket_sizes, fitted
 from sdcourse.dataset import pictures
-from sdcourse.train.order import BucketOrder, Order, Plan, micro_rows, order_of, rank_rows
+from sdcourse.engine.order import BucketOrder, Order, Plan, micro_rows, order_of, rank_rows
 
 SHAPES = [(64, 64), (96, 64), (128, 64), (64, 100), (70, 140), (64, 64), (200, 100), (65, 64), (100, 70), (64, 128), (90, 90)]
 
@@ -101,9 +101,9 @@ def test_too_small_is_said(data):
 
 def test_it_trains(tmp_path, data, built):
     from sdcourse.config import resolve
+    from sdcourse.engine.loop import train
     from sdcourse.models import tiny_sd
     from sdcourse.train import sd15
-    from sdcourse.train.loop import train
     model = built(tiny_sd.make_pipeline)
     over = dict(model=str(model), data=str(data), image_size=64, buckets=True, bucket_step=16, crop="random", max_steps=6, batch_size=4, micro_batch=3, encode_batch=4, checkpoint_every=0, num_samples=0, num_inference_steps=2, validation_prompts=("x",))
     task = sd15.Task(resolve(sd15.Config, preset="tiny", overrides=over | dict(out=str(tmp_path / "run"))))

@@ -8,9 +8,9 @@ from PIL import Image
 
 from sdcourse import cli
 from sdcourse.core import UserError
-from sdcourse.data import celeba, faces
-from sdcourse.data.celeba import STRATA, balance, crop_face, face_square, frequency, read_attributes, read_identities, read_mapping, split_hq, strata
 from sdcourse.data.imagefolder import read_lines
+from sdcourse.data.sets import celeba, faces
+from sdcourse.data.sets.celeba import STRATA, balance, crop_face, face_square, frequency, read_attributes, read_identities, read_mapping, split_hq, strata
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"Guarantees of sdcourse.train.checkpoint: whatever dies, whatever rots, the newest whole checkpoint is found, and nothing else counts."
+"Guarantees of sdcourse.engine.checkpoint: whatever dies, whatever rots, the newest whole checkpoint is found, and nothing else counts."
 import io, json, os, random, re, resource, shutil, signal, sys
 
 import pytest
@@ -7,8 +7,8 @@ from bench_checkpoint import counted, measured
 from safetensors.torch import load_file, save_file
 
 from sdcourse.core import UserError, sha256
-from sdcourse.train import checkpoint
-from sdcourse.train.checkpoint import checkpoint_bytes, latest_checkpoint, load_checkpoint, load_latest, save_checkpoint, verify_checkpoint
+from sdcourse.engine import checkpoint
+from sdcourse.engine.checkpoint import checkpoint_bytes, latest_checkpoint, load_checkpoint, load_latest, save_checkpoint, verify_checkpoint
 
 FILES = "manifest.json model.safetensors optimizer.pt state.json".split()
 

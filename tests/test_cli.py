@@ -10,8 +10,8 @@ import warm
 from sdcourse import cli
 from sdcourse.config import TrainConfig, from_dict, resolve
 from sdcourse.core import UserError
+from sdcourse.engine.trackers import read_metrics
 from sdcourse.train.__main__ import TASKS
-from sdcourse.train.track import read_metrics
 
 @dataclass
 class Config(TrainConfig):
@@ -32,7 +32,7 @@ def trained(monkeypatch):
         return Result()
     monkeypatch.setitem(TASKS, "toy", "toy_task_module")
     monkeypatch.setitem(sys.modules, "toy_task_module", types.SimpleNamespace(Config=Config, Task=lambda cfg: cfg))
-    monkeypatch.setitem(sys.modules, "sdcourse.train.loop", types.SimpleNamespace(train=fake))
+    monkeypatch.setitem(sys.modules, "sdcourse.engine.loop", types.SimpleNamespace(train=fake))
     for name in ("RANK", "WORLD_SIZE"): monkeypatch.delenv(name, raising=False)
     return seen
 
@@ -72,12 +72,12 @@ def test_a_mistake_is_one_line_on_stderr_and_exit_code_2(trained, capsys, line, 
 
 def test_a_refusal_of_the_engine_is_one_line_too(trained, capsys, monkeypatch):
     def refuse(task): raise UserError("runs/x: holds other files; choose another --out")
-    monkeypatch.setattr(sys.modules["sdcourse.train.loop"], "train", refuse)
+    monkeypatch.setattr(sys.modules["sdcourse.engine.loop"], "train", refuse)
     assert train("toy") == 2 and capsys.readouterr().err == "error: runs/x: holds other files; choose another --out\n"
 
 def test_a_bug_keeps_its_trace(trained, monkeypatch):
     def bug(task): raise ZeroDivisionError
-    monkeypatch.setattr(sys.modules["sdcourse.train.loop"], "train", bug)
+    monkeypatch.setattr(sys.modules["sdcourse.engine.loop"], "train", bug)
     with pytest.raises(ZeroDivisionError): train("toy")
 
 def test_more_ranks_than_images_are_refused_before_the_engine(trained, capsys, monkeypatch):

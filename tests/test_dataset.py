@@ -14,14 +14,12 @@ import toy
 from hostile import picture
 from nobody import OpenFolder, as_nobody
 from sdcourse.core import UserError
-from sdcourse.data import scan as scans
-from sdcourse.data import shards as sh
-from sdcourse.data.images import BadImage
-from sdcourse.data.imagenet import centre_crop
+from sdcourse.data import scan as scans, shards as sh
+from sdcourse.data.images import BadImage, centre_crop
 from sdcourse.data.prepare import Work
 from sdcourse.dataset import Squares, Transform, pictures, splits
-from sdcourse.train.loop import collate, train
-from sdcourse.train.order import Order, Plan, micro_rows, rank_rows
+from sdcourse.engine.loop import collate, train
+from sdcourse.engine.order import Order, Plan, micro_rows, rank_rows
 
 class Never:
     reason = ""

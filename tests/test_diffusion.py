@@ -188,7 +188,7 @@ def test_m_and_shift_point_to_noise():
 
 
 def test_published_sd3_times_are_found_again():
-    "Index sigmoid(N(-0.5, 1)) into descending, shifted noise levels (prior system 001) is m = +0.5 and shift 3 here."
+    "Index sigmoid(N(-0.5, 1)) into descending, shifted noise levels (SD3-LoRA-CelebA) is m = +0.5 and shift 3 here."
     levels = shift_time(torch.linspace(1, 0.001, 1000), 3.0)
     theirs = levels[(torch.sigmoid(torch.special.ndtri(uniforms()) - 0.5) * 1000).long().clamp(max=999)]
     ours = Density(mean=0.5, shift=3.0).sample(uniforms(seed=1))

@@ -12,8 +12,8 @@ import pytest
 import ranks
 import warm
 from sdcourse.core import UserError
-from sdcourse.dist import Launch, Ranks, _own_gpus, first_host, free_port, gpu_of, join, launched
-from sdcourse.train.order import Order, Plan, micro_rows, rank_rows
+from sdcourse.engine.dist import Launch, Ranks, _own_gpus, first_host, free_port, gpu_of, join, launched
+from sdcourse.engine.order import Order, Plan, micro_rows, rank_rows
 
 TORCHRUN = dict(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", MASTER_ADDR="gpu-3", MASTER_PORT="29400")
 SRUN = dict(SLURM_JOB_ID="4711", SLURM_STEP_ID="0", SLURM_PROCID="3", SLURM_STEP_NUM_TASKS="4", SLURM_LOCALID="1", SLURM_STEP_NODELIST="gpu-a[007-008]", SLURM_NTASKS="4", SLURM_NTASKS_PER_NODE="2")
@@ -93,7 +93,7 @@ WORLD = [(node, local, 2 * node + local) for node, local in itertools.product(ra
 
 @pytest.mark.parametrize("shards", [1, 3, 4, 7, 16])
 def test_whole_units_go_to_each_global_rank_once(shards):
-    "The defect of system 000 was to split by the local rank: both nodes read the same half."
+    "The defect of MetaMorph's SigLIP visualizer was to split by the local rank: both nodes read the same half."
     parts = [Ranks(rank=r, world=4, local_rank=local).mine(range(shards)) for _, local, r in WORLD]
     assert sorted(itertools.chain(*parts)) == list(range(shards)) and max(map(len, parts)) - min(map(len, parts)) <= 1
 
@@ -113,7 +113,7 @@ def test_the_ranks_together_see_every_item_once_per_epoch(items, batch, micro):
 # ---- real launchers
 SAY = """
 import json, os, sys
-from sdcourse.dist import job, launched
+from sdcourse.engine.dist import job, launched
 with job(device="cpu") as j:
     facts = j.ranks.gather((j.ranks.rank, j.ranks.local_rank, j.ranks.mine(list(range(5)))))
     if j.ranks.main: print("FACTS", json.dumps([launched().by, facts]))
@@ -142,7 +142,7 @@ def test_accelerate_on_a_cpu_alone_is_refused(tmp_path):
 
 def test_ranks_that_do_not_come_and_a_port_that_is_taken(tmp_path):
     import socket
-    code = "from sdcourse.dist import join\nfrom sdcourse.core import UserError\nimport sys\ntry: join('cpu', meet=3)\nexcept UserError as e: print(e); sys.exit(e.code)"
+    code = "from sdcourse.engine.dist import join\nfrom sdcourse.core import UserError\nimport sys\ntry: join('cpu', meet=3)\nexcept UserError as e: print(e); sys.exit(e.code)"
     env = os.environ | dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(ranks.free_port()))
     done = warm.run(["-c", code], env=env)
     assert done.returncode == 69 and "rank 0 of 2 met not all others at 127.0.0.1:" in done.stdout, done
@@ -157,4 +157,4 @@ def test_one_import_serves_every_long_command():
     "Nobody else reads a launcher's variables."
     root = Path(__file__).resolve().parent.parent / "sdcourse"
     found = {p.relative_to(root).as_posix() for p in root.rglob("*.py") for name in ("WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID", "SLURM_STEP", "is_initialized") if name in p.read_text()}
-    assert found <= {"dist.py", "check/lesson09.py"}, found
+    assert found <= {"engine/dist.py", "check/lesson09.py"}, found

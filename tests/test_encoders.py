@@ -3,6 +3,7 @@
 The models that are called by hand are frozen too: torch chooses other kernels for weights that require gradients, under `no_grad` as well.
 """
 import json, shutil, subprocess, sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +12,15 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from sdcourse.core import UserError
-from sdcourse.data import encoders as E
-from sdcourse.data.encoders import Features, Latents, finite, fits, open_encoder, weights_id
-from sdcourse.data.prompts import Prompts
+from sdcourse.cache.encoder import bad_rows, finite, fits
+from sdcourse.cache.encoders import open_encoder
+from sdcourse.cache.text import Prompts
+from sdcourse.cache.vae import Latents
+from sdcourse.cache.vision import Features
+from sdcourse.core import UserError, sha256
+from sdcourse.models.files import DTYPES, exact, weights_id
 
-ROOT = E.Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +58,7 @@ def equal(a, b):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_latents_are_the_posterior_of_diffusers(zoo, precision):
     from diffusers import AutoencoderKL
-    dtype = E.DTYPES[precision]
+    dtype = DTYPES[precision]
     vae = AutoencoderKL.from_pretrained(zoo / "vae", torch_dtype=dtype).eval().requires_grad_(False)
     with torch.no_grad(): d = vae.encode((pixels().float() / 127.5 - 1).to(dtype)).latent_dist
     out = Latents(zoo / "vae", precision=precision).encode(pixels())
@@ -109,7 +113,7 @@ def test_settings_of_a_trainer_do_not_matter(zoo):
     try:
         with torch.autocast("cpu", torch.bfloat16): equal(enc.encode(pixels()), plain)
         assert torch.get_float32_matmul_precision() == "medium"
-        with E.exact("cpu"): seen = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark, torch.is_grad_enabled()
+        with exact("cpu"): seen = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark, torch.is_grad_enabled()
         assert seen == ("highest", False, False, False)
     finally: torch.set_float32_matmul_precision("highest")
     assert not any(p.requires_grad for p in enc.model.parameters()) and not enc.model.training
@@ -145,7 +149,7 @@ def loud(zoo, tmp_path):
 def test_overflow_is_done_once_more_in_float32(loud):
     half, x, names = Latents(loud, precision="fp16"), bright(), ["a.png", "b.png", "c.png"]
     plain = half.encode(x)
-    assert E.bad_rows(plain).tolist() == [False, True, False]
+    assert bad_rows(plain).tolist() == [False, True, False]
     weights = [p.clone() for p in half.model.parameters()]
     out = finite(half, x, names)
     with half.in_float32(): full = half.encode(x)
@@ -178,7 +182,7 @@ def test_an_infinite_variance_is_seen_through_the_clamp(zoo, tmp_path):
     enc = Latents(tmp_path / "m", precision="fp16")
     x = pixels()
     with torch.no_grad(): assert enc.model.encode((x.float() / 127.5 - 1).half()).latent_dist.std.isfinite().all()
-    assert E.bad_rows(enc.encode(x)).all()
+    assert bad_rows(enc.encode(x)).all()
     assert finite(enc, x, "abc")["std"].isfinite().all() and enc.retried == 3
 
 
@@ -189,7 +193,7 @@ def test_what_is_not_finite_in_float32_is_named(zoo, tmp_path):
     for precision in ("fp32", "bf16"):
         enc = Latents(tmp_path / "m", precision=precision)
         with pytest.raises(UserError, match=r"^b\.png: the latents are not finite, in float32 neither"): finite(enc, bright(), ["a.png", "b.png", "c.png"])
-        assert {p.dtype for p in enc.model.parameters()} == {E.DTYPES[precision]}
+        assert {p.dtype for p in enc.model.parameters()} == {DTYPES[precision]}
     many = torch.full((9, 3, 32, 32), 255, dtype=torch.uint8)
     with pytest.raises(UserError, match=r"^0, 1, 2, 3, 4 and 4 more: "): finite(enc, many, range(9))
 
@@ -225,7 +229,7 @@ def by_hand(folder, model, name="pil"):
 def test_features_are_those_of_transformers(zoo, folder, whole, special, precision):
     from transformers import AutoModel, CLIPVisionModel, CLIPVisionModelWithProjection
     cls = {"clip_projection": CLIPVisionModelWithProjection, "clip_vision": CLIPVisionModel}.get(folder, AutoModel)
-    model = cls.from_pretrained(zoo / folder, dtype=E.DTYPES[precision]).eval().requires_grad_(False)
+    model = cls.from_pretrained(zoo / folder, dtype=DTYPES[precision]).eval().requires_grad_(False)
     x = by_hand(zoo / folder, model)["pixel_values"].to(model.dtype)
     with torch.no_grad():
         half = model.vision_model if whole else model
@@ -297,7 +301,7 @@ def test_a_blob_of_the_hub_is_known_by_its_name(zoo, tmp_path):
     shutil.copytree(zoo / "vae", tmp_path / "snap")
     file, blobs = tmp_path / "snap/diffusion_pytorch_model.safetensors", tmp_path / "blobs"
     blobs.mkdir()
-    name = E.sha256(file)
+    name = sha256(file)
     file.rename(blobs / name)
     file.symlink_to(blobs / name)
     assert weights_id(tmp_path / "snap") == weights_id(zoo / "vae") # the same as by content
@@ -384,8 +388,8 @@ def test_what_is_missing_is_said_in_one_line(tmp_path, kind, make, text):
 
 def test_a_missing_folder_needs_no_heavy_package(tmp_path):
     code = f"""import sys
+from sdcourse.cache.encoders import open_encoder
 from sdcourse.core import UserError
-from sdcourse.data.encoders import open_encoder
 for kind in ("latents", "prompts", "features"):
     for where in ({str(tmp_path)!r}, {str(tmp_path / 'none')!r}, "nobody/nothing"):
         try: open_encoder(kind, where)

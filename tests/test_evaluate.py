@@ -13,7 +13,7 @@ import tiny_models
 import warm
 from sdcourse import cli
 from sdcourse.core import UserError, read_json
-from sdcourse.data.worlds import digits
+from sdcourse.data.sets.digits import digits
 from sdcourse.evaluation.distances import kid, prdc
 from sdcourse.evaluation.metrics import (METRICS, Case, Digits, clip_cosines, extractor_of, features_over, measure,
                                          measure_digits, open_set, pixels_of)

@@ -7,7 +7,7 @@ from PIL import Image
 
 from sdcourse import cli
 from sdcourse.core import UserError
-from sdcourse.data.faces import ATTRIBUTES, BEARDS, HAIR, LASTING, FacesOptions, Pen, draw_face, geometry, hq_numbers, people, wild_view
+from sdcourse.data.sets.faces import ATTRIBUTES, BEARDS, HAIR, LASTING, FacesOptions, Pen, draw_face, geometry, hq_numbers, people, wild_view
 
 BODY, PICTURE = np.where(np.arange(12) == 0, 0.25, 0.45), np.full(16, 0.4)
 EYES, MOUTH, CHEEKS, HEAD, HAIRY, ALL = (-0.4, -0.2, 0.4, 0.15), (-0.24, 0.26, 0.24, 0.52), (-0.45, 0.0, 0.45, 0.45), (-0.6, -0.75, 0.6, 1.0), (-0.7, -0.8, 0.7, 1.0), (-1, -1, 1, 1)

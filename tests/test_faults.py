@@ -11,10 +11,10 @@ import pytest
 
 import ranks
 import warm
-from sdcourse.dist import LOST
-from sdcourse.train.checkpoint import latest_checkpoint, load_checkpoint
-from sdcourse.train.track import read_metrics
-from sdcourse.train.watch import HUNG
+from sdcourse.engine.checkpoint import latest_checkpoint, load_checkpoint
+from sdcourse.engine.dist import LOST
+from sdcourse.engine.trackers import read_metrics
+from sdcourse.engine.watchdog import HUNG
 
 
 def report(out): return [json.loads(Path(f"{out}.rank{r}.json").read_text()) for r in (0, 1)]
@@ -135,7 +135,7 @@ def test_a_small_disk(small_disk):
     assert step_of(small_disk / "run") == 4
     (small_disk / "film").write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 4_000))
     with pytest.raises(UserError, match="disk has .* free"): run(small_disk / "run", max_steps=12, keep=1, force=True)
-    import sdcourse.train.loop as loop
+    import sdcourse.engine.loop as loop
     loop.preflight, whole = (lambda *_: []), loop.preflight
     try:
         with pytest.raises(UserError, match="intact"): run(small_disk / "run", max_steps=12, checkpoint_every=4, keep=1, force=True)

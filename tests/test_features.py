@@ -103,7 +103,7 @@ class Colours:
 SHARES = """
 import sys
 from sdcourse.dataset import pictures
-from sdcourse.dist import join
+from sdcourse.engine.dist import join
 from sdcourse.evaluation.features import stats_of
 from sdcourse.evaluation.stats import save_stats
 sys.path[:0] = {path!r}

@@ -10,15 +10,15 @@ import torch
 from PIL import Image
 
 import warm
+from sdcourse.cache.store import FORMAT, extend_plan, write_shard
 from sdcourse.config import resolve
 from sdcourse.core import UserError
-from sdcourse.data.store import FORMAT, extend_plan, write_shard
-from sdcourse.data.worlds import digits
+from sdcourse.data.sets.digits import digits
 from sdcourse.diffusion import Density
+from sdcourse.engine.loop import Run, step, train
+from sdcourse.engine.order import Draws
+from sdcourse.engine.trackers import read_metrics
 from sdcourse.train.flow_dit import Config, FlowMatching, Task, source, synthetic_latents
-from sdcourse.train.loop import Run, step, train
-from sdcourse.train.order import Draws
-from sdcourse.train.track import read_metrics
 
 COMMAND = ["-m", "sdcourse.train", "flow_dit"]
 
@@ -185,7 +185,7 @@ def test_no_host_read_inside_the_step():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_no_sync_on_a_gpu(): # P6
-    run = Run(Task(config(data="synthetic", device="cuda", max_steps=40, size="S/2")), __import__("sdcourse.dist").dist.join("cuda"))
+    run = Run(Task(config(data="synthetic", device="cuda", max_steps=40, size="S/2")), __import__("sdcourse.engine.dist").dist.join("cuda"))
     for _ in range(5):
         step(run)
     torch.cuda.set_sync_debug_mode("error")

@@ -16,13 +16,13 @@ import ranks
 import tiny_models
 import warm
 from sdcourse.cli import main
+from sdcourse.commands.generate import CopyOptions, GenerateOptions, copy_images, generate, open_pipeline, plan
 from sdcourse.config import resolve
 from sdcourse.core import UserError
 from sdcourse.dataset import pictures
-from sdcourse.evaluation.generate import CopyOptions, GenerateOptions, copy_images, generate, open_pipeline, plan
-from sdcourse.train.checkpoint import load_checkpoint
+from sdcourse.engine.checkpoint import load_checkpoint
+from sdcourse.engine.loop import train
 from sdcourse.train.flow_dit import Config, Task
-from sdcourse.train.loop import train
 
 SLOW = Path(__file__).parent / "slow_generate.py"
 DIGITS = tuple("0123456789")
@@ -177,7 +177,7 @@ def test_killed_it_goes_on_and_ends_with_the_same_bytes(run, tmp_path):
 def test_asked_to_stop_it_leaves_between_batches_and_goes_on_later(run, whole, tmp_path, how):
     "R7: on both ranks, with the code of a requeue, and a file STOP with 0."
     out = tmp_path / "o"
-    procs = ranks.start([SLOW, run, out, *words(batch=1), "--requeue-code", "75"], 2, first=warm.MODELS, SLOW="0.3", NOTES=str(tmp_path / "n"))
+    procs = ranks.start([SLOW, run, out, *words(batch=1), "--requeue-code", "75"], 2, first=warm.MODELS, SLOW="1", NOTES=str(tmp_path / "n"))
     end = time.monotonic() + warm.LIMIT
     while not list(out.glob("test/*.png")):
         assert time.monotonic() < end and all(p.poll() is None for p in procs), [p.communicate() for p in procs]

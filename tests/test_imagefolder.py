@@ -18,7 +18,7 @@ from PIL import Image
 from sdcourse.data.imagefolder import Job, build
 from sdcourse.data.manifests import load_manifest
 from sdcourse.data.prepare import Prepare
-from sdcourse.train.stop import StopFlag
+from sdcourse.engine.stop import StopFlag
 def make(i):
     time.sleep(0.02)
     if i == 7: raise ValueError("seven")

@@ -9,8 +9,9 @@ from PIL import Image
 from sdcourse import cli
 from sdcourse.core import UserError
 from sdcourse.data.imagefolder import read_lines
-from sdcourse.data.imagenet import NAMES, centre_crop, read_folders, read_parquet
-from sdcourse.data.worlds import digits
+from sdcourse.data.images import centre_crop
+from sdcourse.data.sets.digits import digits
+from sdcourse.data.sets.imagenet import NAMES, read_folders, read_parquet
 
 SIZES = [(500, 375), (375, 500), (256, 256), (257, 255), (512, 512), (511, 513), (1024, 768), (1023, 771), (2048, 1365), (100, 80), (80, 333), (64, 64), (31, 47), (300, 1000), (999, 257), (640, 427), (427, 640), (1500, 258), (200, 200), (769, 1025)]
 

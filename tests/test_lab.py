@@ -47,7 +47,7 @@ def test_progress_is_a_widget(lab):
     assert not lab_shot.errors(said) and all(o["kind"] != "stream" for cell in said for o in cell)
 
 
-@pytest.mark.parametrize("path", ["nbs/engine/check.ipynb", "nbs/00_diffusion.ipynb"])
+@pytest.mark.parametrize("path", ["nbs/check/00_check.ipynb", "nbs/00_diffusion.ipynb"])
 def test_a_lesson_runs_from_top_to_bottom(lab, path):
     said = run_all(lab, path)
     assert not lab_shot.errors(said)

@@ -6,17 +6,17 @@ import pytest
 import torch
 
 import tiny_models
+from sdcourse.cache.fill import LatentOptions, cache
+from sdcourse.cache.latents import CachedLatents, OnlineLatents, draw_latents, latent_source
+from sdcourse.cache.store import Cache
 from sdcourse.config import resolve
 from sdcourse.core import UserError
-from sdcourse.data.cache import LatentOptions, cache
-from sdcourse.data.latents import CachedLatents, OnlineLatents, draw_latents, latent_source
-from sdcourse.data.store import Cache
 from sdcourse.dataset import Transform
+from sdcourse.engine.loop import Run, step, train
+from sdcourse.engine.order import Draws
+from sdcourse.engine.trackers import read_metrics
 from sdcourse.train.flow_dit import Config, Task
-from sdcourse.train.loop import Run, step, train
-from sdcourse.train.order import Draws
-from sdcourse.train.track import read_metrics
-from test_cache import pictures
+from test_fill import pictures
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,8 @@
 import torch
 
 from sdcourse.config import resolve
+from sdcourse.engine.order import Draws
 from sdcourse.train.flow_dit import Config, FlowMatching, Task
-from sdcourse.train.order import Draws
 
 
 def task(**over):

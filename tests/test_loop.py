@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 import warm
 from toy import ToyTask, config, run
 
-import sdcourse.train.loop as loop
+import sdcourse.engine.loop as loop
 from sdcourse.core import UserError
-from sdcourse.dist import Ranks
-from sdcourse.train.checkpoint import latest_checkpoint, load_checkpoint
-from sdcourse.train.loop import Run, step
-from sdcourse.train.optim import lr_at
-from sdcourse.train.track import read_metrics
+from sdcourse.engine.checkpoint import latest_checkpoint, load_checkpoint
+from sdcourse.engine.dist import Ranks
+from sdcourse.engine.loop import Run, step
+from sdcourse.engine.optim import lr_at
+from sdcourse.engine.trackers import read_metrics
 
 
 def weights(folder, n=None):
@@ -296,7 +296,7 @@ def test_dry_run_leaves_nothing(tmp_path, caplog):
 
 
 def test_preflight_refuses_what_does_not_fit(tmp_path, monkeypatch):
-    import sdcourse.train.preflight as preflight
+    import sdcourse.engine.preflight as preflight
     monkeypatch.setattr(preflight, "free_memory", lambda device: 100)
     with pytest.raises(UserError, match="need .* has 100 B free"):
         run(tmp_path)
@@ -331,9 +331,9 @@ def test_memory_of_the_process_is_flat(tmp_path):
     code = """
 import json, sys
 import psutil, torch
-import sdcourse.train.loop as loop
-from sdcourse.train.flow_dit import Config, Task
+import sdcourse.engine.loop as loop
 from sdcourse.config import resolve
+from sdcourse.train.flow_dit import Config, Task
 torch.set_num_threads(1)
 step, seen = loop.step, {}
 def one(r):

@@ -12,8 +12,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sdcourse import lora
-from sdcourse.models import tiny_sd
+from sdcourse.models import lora, tiny_sd
 from sdcourse.models.dit import image_generators
 
 @pytest.fixture(scope="module")

@@ -46,7 +46,7 @@ def test_the_schema_is_a_schema():
 def test_digits_are_what_the_manifest_says():
     import sklearn.datasets
     assert m.verify(DIGITS, Path(sklearn.datasets.__file__).parent / "data") == []
-    from sdcourse.data.worlds import digits
+    from sdcourse.data.sets.digits import digits
     assert {s: len(digits(s)) for s in ("train", "test")} == DIGITS["splits"]["counts"]
 
 STEPS = [ # layout of a shipped manifest, what makes it, what is made from it, and a file to take away; the numbers are those of the default options

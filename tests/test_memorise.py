@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from sdcourse.data.worlds import digits
+from sdcourse.data.sets.digits import digits
 from sdcourse.evaluation.memorise import memorisation, neighbours
 
 

@@ -1,4 +1,5 @@
 """Planted bugs: caught means that a test failed, nothing outlives a bug, kept verdicts fall with what they depend on."""
+import ast
 import json
 import os
 import subprocess
@@ -218,3 +219,11 @@ def test_changed_files_come_first():
     changed = [b.file in recent for b in order]
     assert changed == sorted(changed, reverse=True) and any(changed) and {*order} == {*some}
     assert order == mutants.in_order(some, recent, "a") != mutants.in_order(some, recent, "b")
+
+
+def test_no_group_of_rows_hides_another():
+    "Of two groups under one key Python keeps the last."
+    tree = ast.parse((Path(__file__).parent / "planted.py").read_text(encoding="utf-8"))
+    [table] = [node.value for node in tree.body if isinstance(node, ast.Assign)]
+    keys = [ast.literal_eval(key) for key in table.keys]
+    assert len({*keys}) == len(keys)

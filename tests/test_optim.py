@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from sdcourse.core import UserError
-from sdcourse.train.optim import EMA, build_optimizer, check_master_weights, clip_gradients, guarded_step, lr_at, resolve_precision
+from sdcourse.engine.optim import EMA, build_optimizer, check_master_weights, clip_gradients, guarded_step, lr_at, resolve_precision
 
 CPU = torch.device("cpu")
 

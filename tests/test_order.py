@@ -3,7 +3,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from sdcourse.train.order import Draws, Order, Plan, key, micro_rows, permutation, rank_rows, weighted_epoch
+from sdcourse.engine.order import Draws, Order, Plan, key, micro_rows, permutation, rank_rows, weighted_epoch
 
 
 def split(edges, **kw):

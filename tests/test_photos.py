@@ -7,9 +7,9 @@ from PIL import Image
 
 from sdcourse import cli
 from sdcourse.core import UserError
-from sdcourse.data import photos
 from sdcourse.data.manifests import _check_bytes, load_manifest, verify
-from sdcourse.data.photos import COLUMNS, GAP, PHOTOGRAPHS, PhotosOptions, crops, installed, regions
+from sdcourse.data.sets import photos
+from sdcourse.data.sets.photos import COLUMNS, GAP, PHOTOGRAPHS, PhotosOptions, crops, installed, regions
 
 BASE = [p for p in PHOTOGRAPHS if not p.file.startswith("skimage/")]
 

@@ -6,9 +6,9 @@ import torch
 
 from nobody import OpenFolder, as_nobody
 from sdcourse import cli
-from sdcourse.core import UserError
+from sdcourse.core import UserError, differences
 from sdcourse.data.manifests import described, load_manifest, manifest_folder, origin, verify
-from sdcourse.data.prepare import Failed, Prepare, Stopped, Work, command, differences, save
+from sdcourse.data.prepare import Failed, Prepare, Stopped, Work, command, save
 
 ORIGIN = load_manifest("digits")
 

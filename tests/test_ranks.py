@@ -11,8 +11,8 @@ import torch
 
 import ranks as processes
 import warm
-from sdcourse.train.checkpoint import latest_checkpoint, load_checkpoint
-from sdcourse.train.track import read_metrics
+from sdcourse.engine.checkpoint import latest_checkpoint, load_checkpoint
+from sdcourse.engine.trackers import read_metrics
 
 SCRIPT = Path(__file__).parent / "ranks_train.py"
 

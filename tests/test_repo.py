@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-import budgets, check, lock, outputs, readme
+import budgets, in_step, lock, outputs, readme
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = outputs.notebooks()
 MODULES = budgets.modules()
-TASKS = [n for n, p in MODULES.items() if "class Task" in p.read_text(encoding="utf-8") and n != "sdcourse.train.loop"]
+TASKS = [n for n, p in MODULES.items() if "class Task" in p.read_text(encoding="utf-8") and n != "sdcourse.engine.loop"]
 
 
 def name_of(path): return path.relative_to(ROOT).as_posix()
@@ -24,21 +24,21 @@ def cfg():
 
 
 # ---- one source
-def test_settings_agree(): assert not list(check.settings(ROOT))
+def test_settings_agree(): assert not list(in_step.settings(ROOT))
 
 
 def test_a_drift_is_found(tmp_path):
     for f in ("settings.ini", "pyproject.toml", "constraints.txt"): shutil.copy(ROOT / f, tmp_path)
     (tmp_path / "sdcourse").mkdir()
     shutil.copy(ROOT / "sdcourse/__init__.py", tmp_path / "sdcourse")
-    assert not list(check.settings(tmp_path))
+    assert not list(in_step.settings(tmp_path))
     changes = {"pyproject.toml": ('requires-python = ">=3.11"', 'requires-python = ">=3.9"'), "sdcourse/__init__.py": ('__version__ = "', '__version__ = "9'),
         "constraints.txt": ("\nnumpy==", "\nnumpie=="), "settings.ini": ("requirements = torch>=", "requirements = unheard-of torch>=")}
     for name, (old, new) in changes.items():
         text = (tmp_path / name).read_text(encoding="utf-8")
         assert text.count(old) == 1
         (tmp_path / name).write_text(text.replace(old, new), encoding="utf-8")
-        assert len(list(check.settings(tmp_path))) == 1, name
+        assert len(list(in_step.settings(tmp_path))) == 1, name
         (tmp_path / name).write_text(text, encoding="utf-8")
 
 
@@ -76,14 +76,14 @@ def test_package_imports_only_what_it_declares():
 @pytest.fixture
 def tree(tmp_path):
     "A small checkout: two notebooks and the modules they export."
-    for name in ("core", "check"):
-        (tmp_path / "nbs/engine").mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / f"nbs/engine/{name}.ipynb", tmp_path / "nbs/engine")
+    for name in ("90_core", "check/00_check"):
+        (tmp_path / f"nbs/{name}").parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / f"nbs/{name}.ipynb", tmp_path / f"nbs/{name}.ipynb")
     shutil.copy(ROOT / "settings.ini", tmp_path)
     (tmp_path / "sdcourse").mkdir()
     (tmp_path / "sdcourse/__init__.py").write_text('__version__ = "0.0.0"\n')
     (tmp_path / "sdcourse/by_hand.py").write_text("x = 1\n")
-    assert not list(check.nbdev(tmp_path, "nbdev_export")) and not list(check.nbdev(tmp_path, "nbdev_clean"))
+    assert not list(in_step.nbdev(tmp_path, "nbdev_export")) and not list(in_step.nbdev(tmp_path, "nbdev_clean"))
     return tmp_path
 
 
@@ -94,23 +94,23 @@ def edit(path, old, new):
 
 
 def test_export_in_step(tree):
-    assert check.export(tree) == []
+    assert in_step.export(tree) == []
     edit(tree / "sdcourse/core.py", "difflib", "DIFFLIB")
-    assert check.export(tree) == ["sdcourse/core.py: not what its notebook exports (make sync)"]
+    assert in_step.export(tree) == ["sdcourse/core.py: not what its notebook exports (make sync)"]
     edit(tree / "sdcourse/core.py", "DIFFLIB", "difflib")
-    (tree / "sdcourse/old.py").write_text(f"# {check.MARKER}\n")
-    assert check.export(tree) == ["sdcourse/old.py: no notebook exports it"]
+    (tree / "sdcourse/old.py").write_text(f"# {in_step.MARKER}\n")
+    assert in_step.export(tree) == ["sdcourse/old.py: no notebook exports it"]
     (tree / "sdcourse/old.py").unlink(); (tree / "sdcourse/check/__init__.py").unlink()
-    assert check.export(tree) == ["sdcourse/check/__init__.py: not what its notebook exports (make sync)"]
+    assert in_step.export(tree) == ["sdcourse/check/__init__.py: not what its notebook exports (make sync)"]
 
 
 def test_notebooks_clean(tree):
-    assert check.clean(tree) == []
-    path = tree / "nbs/engine/core.ipynb"
+    assert in_step.clean(tree) == []
+    path = tree / "nbs/90_core.ipynb"
     nb = json.loads(path.read_text(encoding="utf-8"))
     next(c for c in nb["cells"] if c["cell_type"] == "code")["execution_count"] = 7
     path.write_text(json.dumps(nb), encoding="utf-8")
-    assert check.clean(tree) == ["nbs/engine/core.ipynb: not clean (make sync)"]
+    assert in_step.clean(tree) == ["nbs/90_core.ipynb: not clean (make sync)"]
 
 
 def stored(outputs_=(), source="1 + 1"):
@@ -378,7 +378,7 @@ def test_doctor_reports(capsys):
 
 
 def test_doctor_finds_other_versions_and_missing_packages(tmp_path, monkeypatch):
-    from sdcourse import doctor
+    from sdcourse.commands import doctor
     from importlib.metadata import version
     lock = tmp_path / "constraints.txt"
     lock.write_text(f"torch=={version('torch').split('+')[0]}\nnumpy==0.1\nnever-heard-of==1.0\n")
@@ -391,7 +391,7 @@ def test_doctor_finds_other_versions_and_missing_packages(tmp_path, monkeypatch)
 
 
 def test_doctor_names_extras_that_exist():
-    from sdcourse import doctor
+    from sdcourse.commands import doctor
     assert all(doctor.needed(extra) for extra in doctor.LESSONS.values())
 
 

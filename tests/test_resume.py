@@ -11,10 +11,10 @@ import warm
 from bench_checkpoint import counted
 from toy import ToyTask, config, run
 
-import sdcourse.train.loop as loop
-from sdcourse.train.checkpoint import latest_checkpoint, load_checkpoint, verify_checkpoint
-from sdcourse.train.stop import StopFlag, end_of_job
-from sdcourse.train.track import read_metrics
+import sdcourse.engine.loop as loop
+from sdcourse.engine.checkpoint import latest_checkpoint, load_checkpoint, verify_checkpoint
+from sdcourse.engine.stop import StopFlag, end_of_job
+from sdcourse.engine.trackers import read_metrics
 
 
 @contextmanager
@@ -205,7 +205,7 @@ def test_readers_outlive_a_signal_to_the_whole_group(tmp_path):
     code = f"""
 import os, signal, sys
 sys.path[:0] = [{str(Path(__file__).parent)!r}]
-import sdcourse.train.loop as loop
+import sdcourse.engine.loop as loop
 from toy import ToyTask, run
 step = loop.step
 def one(r):

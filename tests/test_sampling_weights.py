@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 
 import toy
-import sdcourse.train.loop as loop
+import sdcourse.engine.loop as loop
 from hostile import picture
 from sdcourse.config import resolve
 from sdcourse.core import UserError, write_json
 from sdcourse.data import shards as sh
 from sdcourse.data.sampling_weights import SamplingWeights
+from sdcourse.engine.order import Order, Plan, micro_rows, order_of, rank_rows
 from sdcourse.train import sd15
 from sdcourse.train.flow_dit import Config, Task
-from sdcourse.train.order import Order, Plan, micro_rows, order_of, rank_rows
 from test_flow_dit import latents_folder
 from test_resume import outcome, same, watched
 

@@ -7,9 +7,9 @@ from PIL import Image
 
 from sdcourse import cli
 from sdcourse.core import UserError
-from sdcourse.data import scenes
 from sdcourse.data.imagefolder import read_lines
-from sdcourse.data.scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scenes, agreement, captions, facts, held_out, paint, read_scenes, scene_numbers
+from sdcourse.data.sets import scenes
+from sdcourse.data.sets.scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, Scenes, agreement, captions, facts, held_out, paint, read_scenes, scene_numbers
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def test_a_scene_is_a_function_of_seed_and_number(known):
     assert np.array_equal(paint(facts([5, 1234]))[1], paint(facts([1234, 8, 9]))[0])
     other = facts(np.arange(2000), seed=1)
     assert 0.8 < (other["shape"][:, 0] != known["shape"][:, 0]).mean() < 0.95
-    text = warm.run(["-c", "from sdcourse.data.scenes import *; import hashlib; print(hashlib.sha256(paint(facts(range(50))).tobytes()).hexdigest())"])
+    text = warm.run(["-c", "from sdcourse.data.sets.scenes import *; import hashlib; print(hashlib.sha256(paint(facts(range(50))).tobytes()).hexdigest())"])
     import hashlib
     assert text.stdout.strip() == hashlib.sha256(paint(facts(np.arange(50))).tobytes()).hexdigest()
 

@@ -10,16 +10,17 @@ import torch
 import torch.nn.functional as F
 
 import ranks
-import sdcourse.tiny as tiny
+from sdcourse.models.files import load_shipped
+from sdcourse.models.shipped import shipped_folder, shipped_home
 import warm
 from sdcourse import cli
 from sdcourse.config import resolve
 from sdcourse.core import UserError
+from sdcourse.engine.loop import train
+from sdcourse.engine.order import Draws
 from sdcourse.models import tiny_sd
-from sdcourse.models.sd import noise_of
+from sdcourse.models.home import noise_of
 from sdcourse.train import sd15, vae
-from sdcourse.train.loop import train
-from sdcourse.train.order import Draws
 
 @pytest.fixture(scope="module")
 def model(built): return built(tiny_sd.make_pipeline)
@@ -56,7 +57,7 @@ def config(out, **over):
 
 
 def weights(out):
-    from sdcourse.train.checkpoint import latest_checkpoint, load_checkpoint
+    from sdcourse.engine.checkpoint import latest_checkpoint, load_checkpoint
     return load_checkpoint(latest_checkpoint(Path(out) / "checkpoints")[0])["tensors"]["model"]
 
 
@@ -69,12 +70,12 @@ def test_autoencoder_reconstructs_held_out_pictures():
     "Asked: 26 dB for scenes and faces, 22 dB for photographs."
     test = vae.worlds("test", 32).tensors
     rows = torch.cat([(test["world"] == k).nonzero()[:100, 0] for k in range(3)])
-    found = vae.measured(tiny.load("tiny-vae"), {k: v[rows] for k, v in test.items()})
+    found = vae.measured(load_shipped("tiny-vae"), {k: v[rows] for k, v in test.items()})
     assert found["psnr_scenes"]["value"] > 36 and found["psnr_faces"]["value"] > 30 and found["psnr_photos"]["value"] > 22, found
 
 
 def test_latents_have_deviation_one():
-    net, x = tiny.load("tiny-vae"), vae.worlds("test", 32, 0.2).tensors["pixels"]
+    net, x = load_shipped("tiny-vae"), vae.worlds("test", 32, 0.2).tensors["pixels"]
     with torch.no_grad(): z = net.encode(x.float() / 127.5 - 1).latent_dist.mean * net.config.scaling_factor
     assert abs(z.std().item() - 1) < 0.1
 
@@ -118,7 +119,7 @@ def test_tokenizer_is_clips_own(model):
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path, model):
-    from sdcourse.data.encoders import weights_id
+    from sdcourse.models.files import weights_id
     again, other = tiny_sd.make_pipeline(tmp_path / "a"), tiny_sd.make_pipeline(tmp_path / "b", seed=1)
     assert weights_id(again / "unet") == weights_id(model / "unet") != weights_id(other / "unet")
     with pytest.raises(UserError, match="not empty"): tiny_sd.make_pipeline(tmp_path / "a")
@@ -128,15 +129,15 @@ def test_the_shipped_model_draws_what_is_asked():
     "Through plain diffusers, from the float16 files; each fact in nine of ten objects, pairs of shape and colour that were never trained included."
     from diffusers import StableDiffusionPipeline
     from sdcourse.core import read_json
-    from sdcourse.evaluation.asked import asked
+    from sdcourse.evaluation.adherence import asked
     from sdcourse.models.dit import image_generators
-    pipe = StableDiffusionPipeline.from_pretrained(tiny.folder("tiny-sd15"))
+    pipe = StableDiffusionPipeline.from_pretrained(shipped_folder("tiny-sd15"))
     pipe.set_progress_bar_config(disable=True)
     assert {p.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters()} == {torch.float32} and pipe.scheduler.config.prediction_type == "epsilon"
     def draw(texts, seeds): return pipe(list(texts), generator=image_generators(list(seeds)), guidance_scale=2., num_inference_steps=20, output_type="pt").images * 2 - 1
     found = asked(draw, 30)
     assert len(found) == 12 and all(n["value"] >= 0.9 for n in found.values()), found
-    assert all(n["low"] >= 0.9 and n["n"] >= 200 for n in read_json(tiny.home() / "manifest.json")["tiny-sd15"]["metrics"].values())
+    assert all(n["low"] >= 0.9 and n["n"] >= 200 for n in read_json(shipped_home() / "manifest.json")["tiny-sd15"]["metrics"].values())
 
 
 # ---- the loss
@@ -262,7 +263,7 @@ def test_lr_grows_with_the_batch():
 
 
 def test_complete_captions_say_everything(model):
-    from sdcourse.data.scenes import captions, facts
+    from sdcourse.data.sets.scenes import captions, facts
     data = sd15.Task(config("", model=str(model), scene_captions="complete")).dataset("train")
     found = data.__getitems__([(i, 7 * i) for i in range(20)])
     known = facts(data.ids[:20])
@@ -324,7 +325,7 @@ def test_export_draws_in_plain_diffusers_what_the_task_draws(tmp_path, scenes, r
     pipe.set_progress_bar_config(disable=True)
     module = task.build()
     assert module.prediction == prediction and pipe.scheduler.config.prediction_type == {"eps": "epsilon", "v": "v_prediction"}[prediction]
-    from sdcourse.train.checkpoint import latest_checkpoint, load_checkpoint
+    from sdcourse.engine.checkpoint import latest_checkpoint, load_checkpoint
     ema = load_checkpoint(latest_checkpoint(run / "checkpoints")[0])["tensors"]["ema"]
     module.load_state_dict(ema, strict=False)
     assert same({f"unet.{k}": v for k, v in pipe.unet.state_dict().items()}, ema)
@@ -351,11 +352,11 @@ def test_only_what_is_asked_trains(model):
 def test_lora_of_both_networks_comes_out_as_it_was_trained(tmp_path, model):
     pytest.importorskip("peft")
     from diffusers import StableDiffusionPipeline
-    from sdcourse.evaluation.generate import GenerateOptions, open_pipeline
+    from sdcourse.commands.generate import GenerateOptions, open_pipeline
     from safetensors.torch import load_file
-    from sdcourse.lora import FILES
+    from sdcourse.commands.export import ExportOptions, export
     from sdcourse.models.dit import image_generators
-    from sdcourse.train.export import ExportOptions, export
+    from sdcourse.models.lora import FILES
     common = dict(model=str(model), lora_rank=2, lora_alpha=8., lora_text=True, lr=1e-2, checkpoint_every=2)
     train(sd15.Task(config(tmp_path / "run", **common)))
     saved = weights(tmp_path / "run")

@@ -116,7 +116,7 @@ def test_ids_that_tars_would_take_apart_survive():
 # ---- each sample once (D2, B13)
 def test_the_engines_plan_sees_every_sample_once_per_epoch_over_ranks_and_workers(packed):
     "Three shuffled epochs of 20 samples in batches of 6 on 2 ranks: batches straddle epochs, nothing is padded or dropped, id and pixels belong together."
-    from sdcourse.train.order import Order, Plan, rank_rows
+    from sdcourse.engine.order import Order, Plan, rank_rows
     folder, out = packed
     data = sh.TarSet(out, "train")
     truth = {r["id"]: open_image(folder / "train" / r["file_name"]).tobytes() for r in rows(folder)}

@@ -93,7 +93,7 @@ def test_any_batches_in_any_order_give_the_two_pass_result(away):
 
 SHARES = """
 import sys, torch
-from sdcourse.dist import join
+from sdcourse.engine.dist import join
 from sdcourse.evaluation.stats import Stats, save_stats
 ranks = join("cpu")
 x = torch.randn(101, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 3

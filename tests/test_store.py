@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from sdcourse.cache.store import FORMAT, Cache, Joined, alone, extend_plan, missing, read_index, shard_plan, write_shard
 from sdcourse.core import UserError
-from sdcourse.data.store import FORMAT, Cache, Joined, alone, extend_plan, missing, read_index, shard_plan, write_shard
 
 COLUMNS = {"x": {"dtype": "float32", "shape": [3]}}
 

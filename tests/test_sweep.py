@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from sdcourse.cli import main
+from sdcourse.commands.sweep import combinations, plan, rows, run_name, sweep, write_table
 from sdcourse.core import UserError
-from sdcourse.sweep import combinations, plan, rows, run_name, sweep, write_table
 
 WORDS = "flow_dit --preset tiny --max-steps 3 --warmup-steps 1 --num-samples 0 --size tiny/8 --device cpu".split()
 

@@ -9,41 +9,45 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from sdcourse import cli, tiny
+from sdcourse import cli
+from sdcourse.commands import tiny
+from sdcourse.models import shipped
+from sdcourse.models.files import load_shipped
+from sdcourse.models.shipped import LIMIT, MODELS, shipped_folder, shipped_home
 from sdcourse.config import resolve
 from sdcourse.core import UserError, read_json
-from sdcourse.data.worlds import digits
-from sdcourse.data.labelled import FACES, _faces, labelled, questions
-from sdcourse.evaluation.nets import Tiny, TinyLpips, asked_accuracy
+from sdcourse.data.sets.digits import digits
+from sdcourse.data.sets.labelled import FACES, _faces, labelled, questions
+from sdcourse.engine.loop import train
+from sdcourse.engine.order import Draws
+from sdcourse.evaluation.judges import Tiny, TinyLpips, asked_accuracy
 from sdcourse.evaluation.stats import wilson
 from sdcourse.plot import to_uint8
-from sdcourse.train import nets
-from sdcourse.train.loop import train
-from sdcourse.train.order import Draws
+from sdcourse.train import judge as nets
 
 
 def test_every_shipped_file_is_in_the_manifest_and_small():
-    known = read_json(tiny.home() / "manifest.json")
-    assert known.keys() == tiny.MODELS.keys() and sum(r.largest for r in tiny.MODELS.values()) <= tiny.LIMIT
-    for name, row in tiny.MODELS.items():
-        place = tiny.folder(name)
+    known = read_json(shipped_home() / "manifest.json")
+    assert known.keys() == MODELS.keys() and sum(r.largest for r in MODELS.values()) <= LIMIT
+    for name, row in MODELS.items():
+        place = shipped_folder(name)
         size = sum(p.stat().st_size for p in place.rglob("*") if p.is_file())
         assert size <= row.largest and size == known[name]["bytes"] and known[name]["seconds"] < 75 * 60 and known[name]["metrics"]
         assert all(v.dtype == torch.float16 for f in place.glob("*.safetensors") for v in load_file(f).values())
         texts = {p.name: p.read_text() for f in ("*.json", "*.md") for p in place.rglob(f) if p.name != "tokenizer.json"}
         assert not [n for n, t in texts.items() if "_name_or_path" in t or re.search(r"[ '\"(|]/[a-z]+/", t)] # no folder of the machine that made it
-    assert {p.name for p in tiny.home().iterdir()} == {*known, "manifest.json"}
+    assert {p.name for p in shipped_home().iterdir()} == {*known, "manifest.json"}
 
 
 @pytest.fixture
 def root(tmp_path):
-    shutil.copytree(tiny.home(), tmp_path / "weights")
+    shutil.copytree(shipped_home(), tmp_path / "weights")
     return tmp_path / "weights"
 
 
 def test_a_file_that_is_not_as_listed_is_refused(root):
     def refused(words):
-        with pytest.raises(UserError, match=words) as e: tiny.load("tiny-digits", root=root)
+        with pytest.raises(UserError, match=words) as e: load_shipped("tiny-digits", root=root)
         assert "\n" not in str(e.value)
     weights = root / "tiny-digits/model.safetensors"
     good = weights.read_bytes()
@@ -56,12 +60,12 @@ def test_a_file_that_is_not_as_listed_is_refused(root):
     refused(r"pytorch_model.bin: is not in the manifest")
     (root / "manifest.json").write_text("{}")
     refused("sdcourse tiny build tiny-digits")
-    with pytest.raises(UserError, match="did you mean 'tiny-scenes'"): tiny.load("tiny-scene")
+    with pytest.raises(UserError, match="did you mean 'tiny-scenes'"): load_shipped("tiny-scene")
 
 
 def test_plain_transformers_loads_them():
     from transformers import AutoModelForImageClassification
-    plain, ours = AutoModelForImageClassification.from_pretrained(tiny.folder("tiny-digits")).float().eval(), tiny.load("tiny-digits")
+    plain, ours = AutoModelForImageClassification.from_pretrained(shipped_folder("tiny-digits")).float().eval(), load_shipped("tiny-digits")
     x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad(): assert torch.equal(plain(x).logits, ours(x).logits)
     assert not any(p.requires_grad for p in ours.parameters()) and next(ours.parameters()).dtype == torch.float32
@@ -98,7 +102,7 @@ def test_photographs_by_regions_never_seen():
 
 
 def test_training_and_test_pictures_do_not_meet():
-    from sdcourse.data.scenes import facts, held_out, scene_numbers
+    from sdcourse.data.sets.scenes import facts, held_out, scene_numbers
     known = facts(scene_numbers("train", 300))
     two = known["shape"] >= 0
     assert not held_out(known["shape"], known["colour"])[two].any()
@@ -108,7 +112,7 @@ def test_training_and_test_pictures_do_not_meet():
 
 
 def test_training_and_test_people_do_not_meet(monkeypatch):
-    from sdcourse.data import faces
+    from sdcourse.data.sets import faces
     seen, real = {}, faces.draw_face
     for split in ("train", "test"):
         drawn = []
@@ -182,9 +186,14 @@ def test_minus_one_is_no_question():
     assert torch.allclose(loss, F.cross_entropy(logits[:, :2], batch["labels"][:, 0], reduction="none", label_smoothing=0.02), atol=1e-6)
 
 
+def lies_in(root, monkeypatch):
+    "All shipped models have this folder."
+    for module in (shipped, tiny): monkeypatch.setattr(module, "shipped_home", lambda: root)
+
+
 def test_a_build_that_was_stopped_ends_the_same_in_float16(tmp_path, monkeypatch):
     "Through the command, with its own root; bitwise."
-    monkeypatch.setattr(tiny, "home", lambda: tmp_path / "weights")
+    lies_in(tmp_path / "weights", monkeypatch)
     (tmp_path / "weights").mkdir()
     words = "--max-steps 6 --batch-size 16 --threads 1 --device cpu".split()
     assert tiny.build(["tiny-digits", *words, "--out", str(tmp_path / "whole")]) == 0
@@ -196,15 +205,15 @@ def test_a_build_that_was_stopped_ends_the_same_in_float16(tmp_path, monkeypatch
     assert (tmp_path / "weights/tiny-digits/model.safetensors").read_bytes() == whole
     assert all(v.dtype == torch.float16 for v in load_file(tmp_path / "weights/tiny-digits/model.safetensors").values())
     said = json.loads((tmp_path / "weights/manifest.json").read_text())["tiny-digits"]
-    assert said["steps"] == 6 and said["metrics"]["digit"]["n"] == 360 and tiny.folder("tiny-digits").name == "tiny-digits"
+    assert said["steps"] == 6 and said["metrics"]["digit"]["n"] == 360 and shipped_folder("tiny-digits").name == "tiny-digits"
     assert said["bytes"] == sum(p.stat().st_size for p in (tmp_path / "weights/tiny-digits").iterdir())
 
 
 def test_a_model_of_two_presets_goes_on_from_the_first(root, tmp_path, monkeypatch):
     "Through the command; the second training begins with what the first one exported."
-    monkeypatch.setattr(tiny, "home", lambda: root)
+    lies_in(root, monkeypatch)
     drawn = lambda draw, n: {"finite": dict(value=float(draw(["a red ring"], [0]).isfinite().all()), n=1)}
-    monkeypatch.setattr("sdcourse.evaluation.asked.asked", drawn)
+    monkeypatch.setattr("sdcourse.evaluation.adherence.asked", drawn)
     words = "--max-steps 2 --batch-size 4 --validate-every 0 --num-samples 0 --num-inference-steps 2 --threads 1 --device cpu --lr 1e-30".split()
     assert tiny.build(["tiny-sd15", *words, "--out", str(tmp_path / "run")]) == 0
     first, last = (tmp_path / n / "export/unet/diffusion_pytorch_model.safetensors" for n in ("run-places", "run"))

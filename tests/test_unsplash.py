@@ -9,9 +9,9 @@ from nobody import OpenFolder, as_nobody
 from test_images import png_claiming
 from sdcourse import cli
 from sdcourse.core import UserError
-from sdcourse.data import unsplash as u
 from sdcourse.data.images import open_image
 from sdcourse.data.manifests import load_manifest, verify
+from sdcourse.data.sets import unsplash as u
 
 QUICK = u.Unsplash(timeout=1, deadline=3, backoff=0.01, retries=2, workers=4, size=64, max_failed=0.9, max_bytes=2_000_000)
 STOP = threading.Event()

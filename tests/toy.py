@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sdcourse.config import TrainConfig
-from sdcourse.train.loop import Task, train
+from sdcourse.engine.loop import Task, train
 
 
 @dataclass

@@ -10,12 +10,12 @@ from pathlib import Path
 
 LOOP = """
 import torch, torch._dynamo # the compiler is imported in the first step of any optimizer: 3 s
-import psutil, sdcourse.train.loop, PIL.Image
-from sdcourse.train.preflight import peak_flops
+import psutil, sdcourse.engine.loop, PIL.Image
+from sdcourse.engine.preflight import peak_flops
 for dtype in (torch.float32, torch.float64): peak_flops(torch.device("cpu"), dtype) # measured once, on one thread
 """
 MODELS = LOOP + """
-import sdcourse.models.sd, sdcourse.models.dit
+import sdcourse.models.home, sdcourse.models.dit
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from transformers import CLIPTextModel, CLIPTokenizer
 """

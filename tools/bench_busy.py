@@ -12,7 +12,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from sdcourse.train.track import read_metrics
+from sdcourse.engine.trackers import read_metrics
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {  # what: (threads, environment)

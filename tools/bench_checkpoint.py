@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from sdcourse.core import fsync_path
-from sdcourse.train import checkpoint
+from sdcourse.engine import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,8 +50,10 @@ def counted():
 
 def earlier(commit):
     "The module as it was at a commit, with the size of each file that it maps counted."
-    show = ["git", "show", f"{commit}:sdcourse/train/checkpoint.py"]
-    source = subprocess.run(show, cwd=ROOT, capture_output=True, text=True)
+    for folder in ("engine", "train"): # where it lay
+        show = ["git", "show", f"{commit}:sdcourse/{folder}/checkpoint.py"]
+        source = subprocess.run(show, cwd=ROOT, capture_output=True, text=True)
+        if source.returncode == 0: break
     if source.returncode: raise SystemExit(f"--before {commit}: {source.stderr.strip()}")
     module = types.ModuleType("earlier")
     module.__package__ = checkpoint.__package__

@@ -16,7 +16,7 @@ import sdcourse # noqa: F401  (guards torchvision)
 from sdcourse.dataset import pictures
 from sdcourse.evaluation.distances import kid
 from sdcourse.evaluation.features import Inception, stats_of
-from sdcourse.evaluation.pairs import Lpips
+from sdcourse.evaluation.pairwise import Lpips
 from sdcourse.evaluation.stats import frechet
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))

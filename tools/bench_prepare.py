@@ -10,10 +10,10 @@ import numpy as np
 import psutil
 from PIL import Image
 
-from sdcourse.data.imagenet import ImageNetOptions, prepare_imagenet
 from sdcourse.data.parallel import cores
-from sdcourse.data.unsplash import Unsplash, prepare
-from sdcourse.train.stop import StopFlag
+from sdcourse.data.sets.imagenet import ImageNetOptions, prepare_imagenet
+from sdcourse.data.sets.unsplash import Unsplash, prepare
+from sdcourse.engine.stop import StopFlag
 
 DIFFERENT = 50 # pictures; the others are copies of them
 

@@ -16,9 +16,10 @@ from sdcourse import cli
 from sdcourse.config import resolve
 from sdcourse.core import use_cpu
 from sdcourse.dataset import pictures
-from sdcourse.dist import Ranks
+from sdcourse.engine import loop
+from sdcourse.engine.dist import Ranks
 from sdcourse.models.tiny_sd import make_pipeline
-from sdcourse.train import loop, sd15
+from sdcourse.train import sd15
 
 
 def prepare(root):
@@ -79,8 +80,8 @@ def ours(root, data, model, batch, cached, **more):
 
 def parts(run, steps):
     "Seconds per step of each part of one of our trainings, each timed alone."
-    from sdcourse.train.optim import clip_gradients, guarded_step
-    from sdcourse.train.order import Draws
+    from sdcourse.engine.optim import clip_gradients, guarded_step
+    from sdcourse.engine.order import Draws
     spent = dict.fromkeys(("read", "encode", "forward and backward", "clip", "AdamW", "EMA"), 0.)
     def timed(name, f):
         start = time.perf_counter()

@@ -9,11 +9,11 @@ from torch import nn
 
 from sdcourse.config import resolve
 from sdcourse.core import read_json, write_json
+from sdcourse.engine.loop import train
+from sdcourse.engine.trackers import read_metrics
 from sdcourse.models import dit
-from sdcourse.models.published import published_time_code, time_frequencies
+from sdcourse.models.dit_452m import published_time_code, time_frequencies
 from sdcourse.train.flow_dit import Config, Task
-from sdcourse.train.loop import train
-from sdcourse.train.track import read_metrics
 
 OUT = Path(__file__).resolve().parent.parent / "nbs/recorded/06b_costs.json"
 reset, code = dit.DiT.reset_parameters, dit.time_code

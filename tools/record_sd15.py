@@ -12,20 +12,20 @@ from pathlib import Path
 import torch
 
 import sdcourse # noqa: F401  (guards torchvision)
-import sdcourse.tiny as tiny
 from sdcourse import cli
 from sdcourse.config import resolve
 from sdcourse.core import read_json, write_json
 from sdcourse.dataset import Transform, pictures
-from sdcourse.evaluation.asked import asked
+from sdcourse.engine.checkpoint import load_checkpoint
+from sdcourse.engine.loop import train
+from sdcourse.engine.order import key
+from sdcourse.engine.trackers import read_metrics
+from sdcourse.evaluation.adherence import asked
+from sdcourse.evaluation.judges import Tiny
 from sdcourse.evaluation.memorise import memorisation
-from sdcourse.evaluation.nets import Tiny
 from sdcourse.evaluation.stats import frechet
+from sdcourse.models.shipped import shipped_folder
 from sdcourse.train import sd15
-from sdcourse.train.checkpoint import load_checkpoint
-from sdcourse.train.loop import train
-from sdcourse.train.order import key
-from sdcourse.train.track import read_metrics
 
 OUT = Path(__file__).resolve().parent.parent / "nbs/recorded/03_sd15.json"
 RUNS = { # name -> options beside those of the lesson
@@ -44,7 +44,7 @@ def quietly(words):
 
 
 def prepare(root):
-    model = tiny.folder("tiny-sd15")
+    model = shipped_folder("tiny-sd15")
     quietly(["prepare", "photos", str(root / "raw"), "--crops", "16"])
     quietly(["prepare", "unsplash", str(root / "raw"), str(root / "data"), "--size", "32"])
     quietly(["cache", "latents", str(root / "data"), str(root / "latents"), "--model", str(model), "--size", "32", "--encode-batch", "64"])

@@ -1,7 +1,7 @@
 """Everything that `make test` does.   python tools/test.py [pytest options]        python tools/test.py slurm        python tools/test.py sum
 
 Two lanes of one thread each run beside each other, for half of the tests wait most of the time:
-  notebooks  tools/check.py (what is generated is in step with its source), then nbdev_test of every notebook
+  notebooks  tools/in_step.py (what is generated is in step with its source), then nbdev_test of every notebook
   tests      pytest, without the tests that read a clock or need a SLURM
 and then, with nothing beside them:
   alone      the tests that read a clock
@@ -112,9 +112,9 @@ def judge(code, lines, wanted):
 
 def notebooks():
     "The lane of the notebooks."
-    import check
+    import in_step
 
-    keep("check", 0, check.main())
+    keep("check", 0, in_step.main())
     command = [sys.executable, str(Path(sys.executable).with_name("nbdev_test")), "--n_workers", "1", "--do_print", "--timing"]
     code, lines = stream(command, "nb", PYTHONPATH=str(ROOT / "tests" / "offline"), **KEPT)
     wanted = expected()

@@ -1,6 +1,6 @@
 """Edit a notebook as text.   python tools/text.py out NB  -> .nbtext/…      python tools/text.py in NB  <- .nbtext/…
 
-The text is jupytext's percent format; it is a working copy and never committed: nbs/engine/core.ipynb is .nbtext/engine/core.py. `in`
+The text is jupytext's percent format; it is a working copy and never committed: nbs/engine/00_order.ipynb is .nbtext/engine/00_order.py. `in`
 keeps cell ids and stored outputs, creates the notebook when it is new, and cleans it.
 """
 import subprocess, sys

@@ -61,7 +61,7 @@ def ex5(
 ): # a Verdict
     "Exercise 5: a schedule that ends in pure noise."
     from sdcourse.diffusion import alphas_cumprod
-    from sdcourse.recipes import zero_terminal_snr
+    from sdcourse.train.objective import zero_terminal_snr
     return compare("ex5", fn, [(alphas_cumprod(),), (alphas_cumprod(10, schedule="linear", start=1e-3, end=0.2),)], zero_terminal_snr, tol=1e-9, hints=[
         (lambda a: (a - a[-1]) * a[0] / (a[0] - a[-1]), "shift and scale the signal coefficient, the root of abar, and square again"),
         (lambda a: (a.sqrt() - a[-1].sqrt()) ** 2, "it must also begin where it did: scale by s[0] / (s[0] - s[-1])"),

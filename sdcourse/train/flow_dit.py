@@ -14,14 +14,16 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
+from ..cache.latents import draw_latents, latent_source
 from ..config import BelowOne, Free, Positive, TrainConfig
 from ..core import UserError
-from ..data.latents import draw_latents, latent_source, vae_folder
+from ..data.items import Items
 from ..data.sampling_weights import SamplingWeights
-from ..data.worlds import CLASSES, Items, digits
+from ..data.sets.digits import CLASSES, digits
 from ..dataset import Transform
 from ..diffusion import Density, add_noise, flow_velocity
-from .loop import Task as BaseTask
+from ..engine.loop import Task as BaseTask
+from ..models.files import vae_folder
 
 # %% ../../nbs/06b_flow_dit.ipynb #4786c7c8
 @dataclass

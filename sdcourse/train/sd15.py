@@ -16,19 +16,21 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
+from ..cache.encoders import open_encoder
+from ..cache.latents import CachedLatents, OnlineLatents, draw_latents
+from ..cache.store import Cache, Joined
+from ..cache.text import same_text
 from ..config import BelowOne, Free, NonNegative, TrainConfig
 from ..core import UserError, read_json
 from ..data.buckets import Bucketed, bucket_sizes
-from ..data.encoders import exact, open_encoder, quiet, vae_facts, weights_id
-from ..data.latents import CachedLatents, OnlineLatents, draw_latents
 from ..data.sampling_weights import SamplingWeights
-from ..data.store import Cache, Joined
 from ..dataset import Transform, pictures, splits
 from ..diffusion import min_snr_weight, snr
-from ..recipes import debiased_weight, dream, offset_noise, perturbed, timestep_probabilities, timesteps, zero_terminal_snr
-from ..lora import TEXT, add_lora, save_lora
-from ..models.sd import model_home, noise_of, same_text, unpacked
-from .loop import Task as BaseTask
+from ..engine.loop import Task as BaseTask
+from ..models.files import exact, quiet, vae_facts, weights_id
+from ..models.home import model_home, noise_of, unpacked
+from ..models.lora import TEXT, add_lora, save_lora
+from .objective import debiased_weight, dream, offset_noise, perturbed, timestep_probabilities, timesteps, zero_terminal_snr
 
 log = logging.getLogger("sdcourse")
 
@@ -60,14 +62,14 @@ class Config(TrainConfig):
     prompts: str = "" # cache of prompts of these captions (sdcourse cache prompts); empty: encode in each step
     caption_column: str = "" # column with captions; empty: texts, text, captions or caption
     image_column: str = "" # of a hub set; empty: the only one that holds pictures
-    max_samples: int = 0 # only so many pictures of each split; 0: all (system 004: --max_train_samples)
+    max_samples: int = 0 # only so many pictures of each split; 0: all (MindONE: --max_train_samples)
     image_size: int = 512 # side of the pictures, pixels
-    crop: Literal["center", "random", "none"] = "center" # of pictures that are encoded in each step (systems 002, 004: center)
+    crop: Literal["center", "random", "none"] = "center" # of pictures that are encoded in each step (finetune-sd, MindONE: center)
     buckets: bool = False # keep the shape of pictures: batches of one width and height each, of the area of --image-size; encodes in each step
     bucket_step: int = 64 # their widths and heights are multiples of it, pixels
     bucket_ratio: float = 2. # longest side over shortest, at most
     bucket_upscale: float = 1. # a picture may be enlarged so many times
-    flip: bool = True # mirror half of the pictures (systems 002, 004)
+    flip: bool = True # mirror half of the pictures (finetune-sd, MindONE)
     encode_batch: int = 8 # pictures that go through the VAE together
     train_text: bool = False # train the text encoder too
     from_scratch: bool = False # begin with random weights in the UNet
@@ -75,21 +77,21 @@ class Config(TrainConfig):
     min_snr_gamma: NonNegative[float] = 0. # weight min(snr, gamma)/snr on the eps loss, 0: none (Hang et al. 2023: 5)
     debiased: bool = False # weight 1/sqrt(snr) on the eps loss (Yu et al. 2023): more of what decides where things are
     zero_terminal_snr: bool = False # a schedule that ends in pure noise; needs --prediction v (Lin et al. 2024)
-    noise_offset: NonNegative[float] = 0. # strength of one more random number per channel (systems 000, 004)
-    input_perturbation: NonNegative[float] = 0. # more noise in the input than in the target (system 004 advises 0.1)
-    timestep_bias: Literal["none", "earlier", "later", "range"] = "none" # steps that are trained more often (system 004)
+    noise_offset: NonNegative[float] = 0. # strength of one more random number per channel (MetaMorph's SigLIP visualizer, MindONE)
+    input_perturbation: NonNegative[float] = 0. # more noise in the input than in the target (MindONE advises 0.1)
+    timestep_bias: Literal["none", "earlier", "later", "range"] = "none" # steps that are trained more often (MindONE)
     timestep_bias_multiplier: float = 1. # how much more often
     timestep_bias_portion: float = 0.25 # share of the steps that earlier and later mean
     timestep_bias_begin: int = 0 # first step of the range
     timestep_bias_end: int = 1000 # one past its last step
     dream: bool = False # train on a part of the network's own error, at the cost of one more forward pass (Zhou et al. 2024)
     dream_detail_preservation: NonNegative[float] = 1. # power of the noise level; large keeps detail
-    scale_lr: bool = False # multiply --lr by the batch of an optimizer step (systems 002, 004)
-    lora_rank: NonNegative[int] = 0 # train adapters of this rank beside frozen weights; 0: the weights themselves (system 004: 4)
+    scale_lr: bool = False # multiply --lr by the batch of an optimizer step (finetune-sd, MindONE)
+    lora_rank: NonNegative[int] = 0 # train adapters of this rank beside frozen weights; 0: the weights themselves (MindONE: 4)
     lora_alpha: NonNegative[float] = 0. # of the factor alpha / rank; 0: the rank
     lora_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0") # ends of the names of the layers that get adapters
-    lora_text: bool = False # adapters in the attention of the text encoder too (system 004)
-    cond_drop: BelowOne[float] = 0.1 # probability of training without the caption (SD 1.5: 0.1; systems 002 and 004: none)
+    lora_text: bool = False # adapters in the attention of the text encoder too (MindONE)
+    cond_drop: BelowOne[float] = 0.1 # probability of training without the caption (SD 1.5: 0.1; finetune-sd and MindONE: none)
     channels_last: Free[bool] = False # memory format of convolutions; faster on GPUs
     guidance_scale: Free[float] = 7.5 # w in u + w (c - u) for samples; 1: none
     num_inference_steps: Free[int] = 25 # of the model's own sampler
@@ -210,7 +212,7 @@ def texts(self: Task, split): # id -> captions
 def dataset(self: Task, split):
     cfg = self.config
     if cfg.data == "scenes":
-        from sdcourse.data.scenes import CaptionedScenes
+        from sdcourse.data.sets.scenes import CaptionedScenes
         known, kinds = split == "train", {"all": (0, 1, 2, 3, 4), "complete": (3,)}[cfg.scene_captions]
         return CaptionedScenes("train" if known else "val", 100_000 if known else 256, size=cfg.image_size, kinds=kinds, order=cfg.seed)
     first = self.bucketed if cfg.buckets and split == "train" else self.source.dataset(split)
@@ -367,7 +369,7 @@ def held_out_texts(self: Task,
 ) -> list:
     "The first different captions of the held-out pictures; of the training pictures where none are held out."
     if self.config.data == "scenes":
-        from sdcourse.data.scenes import captions, facts, scene_numbers
+        from sdcourse.data.sets.scenes import captions, facts, scene_numbers
         known = facts(scene_numbers("test", n))
         return [captions(known, i)[3] for i in range(n)]
     found = self.texts("val" if "val" in splits(self.config.data) else "train")
@@ -376,7 +378,7 @@ def held_out_texts(self: Task,
 @patch
 def measure(self: Task, module):
     n = self.config.num_samples
-    from sdcourse.evaluation.asked import asked
+    from sdcourse.evaluation.adherence import asked
     return asked(lambda texts, seeds: self.images(module, texts, seeds), n) if self.config.data == "scenes" and n else {}
 
 # %% ../../nbs/03_sd15.ipynb #0f31ed67
