@@ -1,7 +1,7 @@
 # sdcourse: `make train` and `make test` are the two that matter; `make help` lists the rest.
 # GNU make 3.81 is enough. Everything is installed into .venv and nowhere else.
 #   PYTHON=/path/to/python3.12   the interpreter of a new environment
-#   NB=nbs/x.ipynb               the notebook for text, nb, outputs, fresh, shot
+#   NB=nbs/x.ipynb               the notebook for text, nb, outputs, fresh, shot, page
 #   ARGS="..."                   more options for train, test (pytest), lab
 
 VENV = .venv
@@ -14,7 +14,7 @@ ifneq ("$(shell cat $(VENV)/.here 2>/dev/null)","$(CURDIR)")
 MOVED = moved
 endif
 
-.PHONY: help train test test-slurm lab check sync fresh outputs readme text nb mutants shot budgets ablations log lock clean moved
+.PHONY: help train test test-slurm lab check sync fresh outputs readme text nb mutants shot page budgets ablations log lock clean moved
 
 help:          ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -34,7 +34,8 @@ lab: $(VENV)/.dev     ## JupyterLab on the lessons
 check: $(VENV)/.dev   ## export in sync, notebooks clean, outputs fresh, README fresh, ruff
 	$(PY) tools/in_step.py
 
-sync: $(VENV)/.dev    ## mend what check finds: export, clean, run stale notebooks, write README
+sync: $(VENV)/.dev    ## mend what check finds: export, clean, run stale notebooks, write README, lay out tools and tests
+	$(PY) -m ruff format --quiet tools tests
 	$(PY) -c "from nbdev.doclinks import nbdev_export; nbdev_export()"
 	$(PY) -c "from nbdev.clean import nbdev_clean; nbdev_clean()"
 	$(PY) tools/outputs.py write $(NB)
@@ -60,6 +61,9 @@ mutants: $(VENV)/.dev ## plant known bugs; each must turn a test red
 
 shot: $(VENV)/.dev    ## NB= run in a real JupyterLab, pictures of the whole page into build/shots
 	$(PY) tools/lab_shot.py "$(NB)"
+
+page: $(VENV)/.dev    ## NB= as one HTML page and its pictures in build/page; nothing runs
+	$(PY) tools/page.py "$(NB)"
 
 budgets: $(VENV)/.base ## import times and sizes beside their budgets
 	$(PY) tools/budgets.py

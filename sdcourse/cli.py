@@ -58,7 +58,7 @@ VERBS = { # what is typed: its row
     "import-flow-dit": Verb("turn the published weights of Latent_Diffusion_Model_Imagenet2012 into a pipeline", "FOLDER OUT",
                             "sdcourse.models.dit_452m:import_weights", "ImportOptions"),
     "copy-images": Verb("lay the pictures of a data set out as generated ones lie", "DATA OUT",
-                        "sdcourse.commands.generate:copy_images", "CopyOptions"),
+                        "sdcourse.commands.copy_images:copy_images", "CopyOptions"),
     "tiny": Verb("build, list or verify the small models that ship with the package", "ACTION"),
     "tiny build": Verb("train one and store it in the package; the options are those of its training", "NAME",
                        "sdcourse.commands.tiny:build", WORDS),

@@ -16,7 +16,7 @@ import torch
 
 from .core import UserError, nearest, read_json
 from .data.images import SUFFIXES, BadImage, centre_crop, open_image
-from .data.manifests import _check_rows, shown, table_rows, walk
+from .data.manifests import check_rows, shown, table_rows, walk
 from .data.scan import excluded
 from .data.shards import TarSet
 from .engine.order import key, permutation
@@ -45,7 +45,7 @@ def _homes(folder, found):
 # %% ../nbs/01_dataset.ipynb #8169a1a4
 def _from_table(folder, table, home, found, column):
     "[(picture, row)] of a table; `UserError` unless rows and pictures belong together."
-    try: problems = list(_check_rows({"columns": [column], "names": column}, table, folder/table, found, {"rows": 0}))
+    try: problems = list(check_rows({"columns": [column], "names": column}, table, folder/table, found, {"rows": 0}))
     except (OSError, UnicodeDecodeError) as e: problems = [f"unreadable: {table} ({getattr(e, 'strerror', None) or 'not UTF-8'})"]
     if problems: raise UserError(f"{folder}: {problems[0]}" + (f" and {len(problems) - 1} more" if problems[1:] else "") + "; mend or remove it (sdcourse verify)")
     prefix = "" if "/" not in table else f"{table.rsplit('/', 1)[0]}/"
@@ -133,7 +133,7 @@ class _Tars:
 
     def _tar(self, i): return self.set.tars[self.set.tar[i]]
     def row(self, i):
-        try: return self.set._caption(i)
+        try: return self.set.fields(i)
         except ValueError as e: raise UserError(f"{self.where(i)}: its caption is broken ({' '.join(str(e).split())}); make the tar again") from None
     def where(self, i): return f"{self.set.id(i)} of {self.set.folder/self._tar(i)}"
     def digest(self, i):

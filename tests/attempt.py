@@ -9,6 +9,7 @@ imports the copy's own. Without `fork` each one starts a Python. A process betwe
 whatever the child leaves behind. A copy consists of hard links to a private snapshot, and the patched file is
 written anew; a test that writes through a link is seen, and the snapshot mended.
 """
+
 import ctypes
 import gc
 import importlib
@@ -28,17 +29,48 @@ from contextlib import redirect_stdout, suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-COPIED = ("sdcourse", "tests", "tools", "nbs", "slurm", "data_manifests", ".ci", "settings.ini", "setup.py",
-    "pyproject.toml", "constraints.txt", "Makefile", "README.md", "LOG.md", "log", "LICENSE")
+COPIED = (
+    "sdcourse",
+    "tests",
+    "tools",
+    "nbs",
+    "slurm",
+    "data_manifests",
+    ".ci",
+    "settings.ini",
+    "setup.py",
+    "pyproject.toml",
+    "constraints.txt",
+    "Makefile",
+    "README.md",
+    "LOG.md",
+    "log",
+    "LICENSE",
+)
 LEFT_OUT = shutil.ignore_patterns(".ipynb_checkpoints", "runs", "*.gif")
-LIMIT = 400 # seconds for one test, more than pytest gives it
-LATE = 124 # exit code of an attempt that was ended; `timeout` has the same
+LIMIT = 400  # seconds for one test, more than pytest gives it
+LATE = 124  # exit code of an attempt that was ended; `timeout` has the same
 STARTED_WITH = dict(os.environ)
-SLOW = ("numpy", "torch", "PIL.Image", "yaml", "safetensors.torch", "scipy.stats", "scipy.ndimage", "scipy.optimize",
-    "matplotlib.pyplot", "sklearn.datasets", "sklearn.model_selection", "transformers.models.clip.modeling_clip",
-    "transformers.models.t5.modeling_t5", "diffusers.models.autoencoders.autoencoder_kl",
-    "diffusers.models.unets.unet_2d_condition", "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
-    "torch.utils.tensorboard", "wandb") # imports that pay when the first child has needed them
+SLOW = (
+    "numpy",
+    "torch",
+    "PIL.Image",
+    "yaml",
+    "safetensors.torch",
+    "scipy.stats",
+    "scipy.ndimage",
+    "scipy.optimize",
+    "matplotlib.pyplot",
+    "sklearn.datasets",
+    "sklearn.model_selection",
+    "transformers.models.clip.modeling_clip",
+    "transformers.models.t5.modeling_t5",
+    "diffusers.models.autoencoders.autoencoder_kl",
+    "diffusers.models.unets.unet_2d_condition",
+    "diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion",
+    "torch.utils.tensorboard",
+    "wandb",
+)  # imports that pay when the first child has needed them
 
 # patch: (file, old, new)
 Attempt = namedtuple("Attempt", "tests patch limit bug", defaults=(None, LIMIT, None))
@@ -50,9 +82,11 @@ Outcome = namedtuple("Outcome", "verdict tail cases seconds")
 def patched(text, old, new, where):
     "The text with the one occurrence of `old` replaced; Python must still compile."
     times = text.count(old)
-    if times != 1: raise SystemExit(f"{where}: {old!r} occurs {times} times, and must occur once")
+    if times != 1:
+        raise SystemExit(f"{where}: {old!r} occurs {times} times, and must occur once")
     text = text.replace(old, new)
-    if where.endswith(".py"): compile(text, where, "exec")
+    if where.endswith(".py"):
+        compile(text, where, "exec")
     return text
 
 
@@ -61,8 +95,10 @@ def snapshot(root, folder):
     folder.mkdir()
     for name in COPIED:
         source = root / name
-        if source.is_dir(): shutil.copytree(source, folder / name, ignore=LEFT_OUT)
-        elif source.exists(): shutil.copy2(source, folder)
+        if source.is_dir():
+            shutil.copytree(source, folder / name, ignore=LEFT_OUT)
+        elif source.exists():
+            shutil.copy2(source, folder)
 
 
 def write_anew(path, text):
@@ -75,7 +111,8 @@ def write_anew(path, text):
 
 def plant(folder, file, old, new):
     path = folder / file
-    for stale in (path.parent / "__pycache__").glob(f"{path.stem}.*"): stale.unlink()
+    for stale in (path.parent / "__pycache__").glob(f"{path.stem}.*"):
+        stale.unlink()
     write_anew(path, patched(path.read_text(encoding="utf-8"), old, new, file))
 
 
@@ -83,12 +120,14 @@ def stamps(folder):
     "{file: (time, size)}; what is written through a hard link changes it."
     found = {}
     for p in folder.rglob("*"):
-        if p.is_file(): found[p] = (p.stat().st_mtime_ns, p.stat().st_size)
+        if p.is_file():
+            found[p] = (p.stat().st_mtime_ns, p.stat().st_size)
     return found
 
 
 # ---- in the child
-def inside(path, folder): return path.startswith(f"{folder}{os.sep}") or path == str(folder)
+def inside(path, folder):
+    return path.startswith(f"{folder}{os.sep}") or path == str(folder)
 
 
 def of_checkout(path):
@@ -116,23 +155,29 @@ def environment(folder):
 
 class Said:
     "A pytest plugin that keeps how each part of each test ended."
-    def __init__(self): self.parts = []
+
+    def __init__(self):
+        self.parts = []
 
     def pytest_runtest_logreport(self, report):
         self.parts.append((report.nodeid, report.when, report.outcome))
 
     def pytest_collectreport(self, report):
-        if not report.passed: self.parts.append((report.nodeid, "collect", report.outcome))
+        if not report.passed:
+            self.parts.append((report.nodeid, "collect", report.outcome))
 
 
 def become(folder):
-    "Look like a Python that was just started in `folder`: nothing of the checkout is imported or on the path."
+    """Look like a Python that was just started in `folder`: nothing of the checkout is imported or on the
+    path.
+    """
     os.environ.clear()
     os.environ.update(environment(folder))
     named = STARTED_WITH.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:] = [str(folder), *(p for p in sys.path if p and p not in named and not of_checkout(p))]
     for name, file in files_of_modules():
-        if of_checkout(file): del sys.modules[name]
+        if of_checkout(file):
+            del sys.modules[name]
     sys.modules["__main__"] = types.ModuleType("__main__")
     sys.dont_write_bytecode = True
     importlib.invalidate_caches()
@@ -141,11 +186,13 @@ def become(folder):
 def run_tests(work, tests):
     "pytest in this process, on the copy; what it says goes into a file."
     import pytest
+
     folder = work / "copy"
     become(folder)
     said = Said()
     options = ["-q", "-p", "no:cacheprovider", f"--rootdir={folder}", f"--basetemp={work / 'tmp'}"]
-    if len(tests) == 1: options.append("-x")
+    if len(tests) == 1:
+        options.append("-x")
     sys.argv = ["pytest", *options, *tests]
     code = int(pytest.main([*options, *tests], plugins=[said]))
     slow = [name for name in SLOW if name in sys.modules]
@@ -156,7 +203,8 @@ def run_tests(work, tests):
 
 def child(work, tests, fork):
     "Never returns: what the forked process does, with its output in a file."
-    for number in (signal.SIGTERM, signal.SIGALRM): signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGALRM):
+        signal.signal(number, signal.SIG_DFL)
     os.setsid()
     out = os.open(work / "out", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -179,46 +227,58 @@ def children():
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):
             state = path.read_text(errors="replace").rpartition(")")[2].split()
-            if int(state[1]) == os.getpid(): found.append(int(path.parent.name))
+            if int(state[1]) == os.getpid():
+                found.append(int(path.parent.name))
     return found
 
 
 def adopt():
     "What loses its parent becomes a child of this process, which ends when its own parent does."
-    if sys.platform != "linux": return
+    if sys.platform != "linux":
+        return
     prctl = ctypes.CDLL(None).prctl
-    prctl(36, 1, 0, 0, 0) # PR_SET_CHILD_SUBREAPER
-    prctl(1, signal.SIGTERM, 0, 0, 0) # PR_SET_PDEATHSIG
+    prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+    prctl(1, signal.SIGTERM, 0, 0, 0)  # PR_SET_PDEATHSIG
 
 
 def end_all(group):
     "Kill a process group, and then everything that it left behind."
-    with suppress(ProcessLookupError): os.killpg(group, signal.SIGKILL)
+    with suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
     while left := children():
         for pid in left:
-            with suppress(ProcessLookupError): os.kill(pid, signal.SIGKILL)
-            with suppress(ChildProcessError): os.waitpid(pid, 0)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            with suppress(ChildProcessError):
+                os.waitpid(pid, 0)
 
 
 def code_of(pid):
     "The exit code of a child; what was adopted and ends before it is reaped, as PID 1 would do."
     while True:
         ended, status = os.wait()
-        if ended == pid: return os.waitstatus_to_exitcode(status) & 255
+        if ended == pid:
+            return os.waitstatus_to_exitcode(status) & 255
 
 
 def watch(work, attempt, fork):
     "Fork the child, wait for it, end what it leaves behind; its exit code."
-    def late(*_): raise TimeoutError
+
+    def late(*_):
+        raise TimeoutError
+
     os.setsid()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     adopt()
     signal.signal(signal.SIGALRM, late)
     pid = os.fork()
-    if not pid: guarded(child, work, attempt.tests, fork)
+    if not pid:
+        guarded(child, work, attempt.tests, fork)
     signal.alarm(attempt.limit)
-    try: return code_of(pid)
-    except TimeoutError: return LATE
+    try:
+        return code_of(pid)
+    except TimeoutError:
+        return LATE
     finally:
         signal.alarm(0)
         end_all(pid)
@@ -227,19 +287,31 @@ def watch(work, attempt, fork):
 def guarded(work, *args):
     "Never returns: a forked process that fails must not go on as its parent would."
     code = 125
-    try: code = work(*args)
-    except SystemExit as e: code = e.code
-    except BaseException: traceback.print_exc()
-    finally: os._exit(code)
+    try:
+        code = work(*args)
+    except SystemExit as e:
+        code = e.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
 
 
 # ---- here
 def warm():
-    "Import pytest and its plugins, but nothing of the checkout; why nothing can be forked from here, or \"\"."
-    if sys.platform != "linux": return "not on Linux"
-    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "IN_TEST": "1", "MPLBACKEND": "agg",
-        "WANDB_MODE": "offline", "TOKENIZERS_PARALLELISM": "false"} # as in conftest.py: an import reads them
+    'Import pytest and its plugins, but nothing of the checkout; why nothing can be forked from here, or "".'
+    if sys.platform != "linux":
+        return "not on Linux"
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "IN_TEST": "1",
+        "MPLBACKEND": "agg",
+        "WANDB_MODE": "offline",
+        "TOKENIZERS_PARALLELISM": "false",
+    }  # as in conftest.py: an import reads them
     import pytest
+
     quiet = ("--collect-only", "--noconftest", "-p", "no:cacheprovider", "-c", os.devnull)
     with tempfile.TemporaryDirectory() as empty, redirect_stdout(io.StringIO()):
         pytest.main([*quiet, f"--rootdir={empty}", empty])
@@ -254,7 +326,8 @@ def preload(names):
     finder = guard.Finder()
     sys.meta_path.insert(0, finder)
     for name in names:
-        with suppress(ImportError): importlib.import_module(name)
+        with suppress(ImportError):
+            importlib.import_module(name)
     sys.meta_path.remove(finder)
     gc.collect()
     gc.freeze()
@@ -271,31 +344,40 @@ def read_said(work):
 def judge(work, said, code, limit):
     "(verdict, last lines, cases): passed, failed, or what went wrong."
     tail = "\n".join((work / "out").read_text(encoding="utf-8", errors="replace").splitlines()[-12:])
-    if code == LATE: return f"no end within {limit} s", tail, {}
-    if not said: return f"pytest exit code {code}", tail, {}
-    if said["strangers"]: return "the copy is not what is imported", f"{said['strangers'][:5]}\n{tail}", {}
+    if code == LATE:
+        return f"no end within {limit} s", tail, {}
+    if not said:
+        return f"pytest exit code {code}", tail, {}
+    if said["strangers"]:
+        return "the copy is not what is imported", f"{said['strangers'][:5]}\n{tail}", {}
     cases = {}
     for test, when, outcome in said["parts"]:
-        if outcome == "failed" and when != "call": cases[test] = "error"
-        elif outcome != "passed" or when == "call": cases[test] = outcome
+        if outcome == "failed" and when != "call":
+            cases[test] = "error"
+        elif outcome != "passed" or when == "call":
+            cases[test] = outcome
     ends = [*cases.values()]
     errors = ends.count("error")
-    if code == 0 and "passed" in ends: return "passed", tail, cases
-    if code == 1 and "failed" in ends and not errors: return "failed", tail, cases
-    if ends and {*ends} == {"skipped"}: return "skipped", tail, cases
+    if code == 0 and "passed" in ends:
+        return "passed", tail, cases
+    if code == 1 and "failed" in ends and not errors:
+        return "failed", tail, cases
+    if ends and {*ends} == {"skipped"}:
+        return "skipped", tail, cases
     return f"not a failing test (exit code {code}, {errors} errors)", tail, cases
 
 
 class Lanes:
     "At most `n` attempts at a time, each in a copy of the checkout as it was at the beginning."
+
     def __init__(self, n, fork, root=ROOT):
         self.n = n
         self.fork = fork
-        self.slow = set() # what children have imported
+        self.slow = set()  # what children have imported
         self.root = root
         self.begun = 0
-        self.running = {} # pid: (attempt, folder)
-        self.doubtful = set() # those that ran while the snapshot was written to
+        self.running = {}  # pid: (attempt, folder)
+        self.doubtful = set()  # those that ran while the snapshot was written to
 
     def __enter__(self):
         self.folder = Path(tempfile.mkdtemp(prefix="mutants-")).resolve()
@@ -308,9 +390,11 @@ class Lanes:
 
     def __exit__(self, *_):
         for pid in self.running:
-            with suppress(ProcessLookupError): os.kill(pid, signal.SIGTERM)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
         for pid in self.running:
-            with suppress(ChildProcessError): os.waitpid(pid, 0)
+            with suppress(ChildProcessError):
+                os.waitpid(pid, 0)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def takes(self, attempt):
@@ -320,17 +404,20 @@ class Lanes:
 
     def begin(self, attempt):
         self.begun += 1
-        if missing := [n for n in SLOW if self.fork and n in self.slow and n not in sys.modules]: self.preload(missing)
+        if missing := [n for n in SLOW if self.fork and n in self.slow and n not in sys.modules]:
+            self.preload(missing)
         work = self.folder / str(self.begun)
         shutil.copytree(self.master, work / "copy", copy_function=os.link)
-        if attempt.patch: plant(work / "copy", *attempt.patch)
+        if attempt.patch:
+            plant(work / "copy", *attempt.patch)
         sys.stdout.flush()
         pid = os.fork()
-        if not pid: guarded(watch, work, attempt, self.fork)
+        if not pid:
+            guarded(watch, work, attempt, self.fork)
         self.running[pid] = (attempt, work)
 
     def preload(self, names):
-        self.slow -= {*names} # those that cannot be imported are not tried again
+        self.slow -= {*names}  # those that cannot be imported are not tried again
         if why := preload(names):
             print(f"each test starts a Python from here on: {why}", flush=True)
             self.fork = False
@@ -344,7 +431,8 @@ class Lanes:
         self.slow.update(said.get("slow", ()))
         shutil.rmtree(work, ignore_errors=True)
         self.mend()
-        if pid not in self.doubtful: return attempt, Outcome(*found, used.ru_utime + used.ru_stime)
+        if pid not in self.doubtful:
+            return attempt, Outcome(*found, used.ru_utime + used.ru_stime)
         self.doubtful.remove(pid)
         self.begin(attempt)
         return self.end()
@@ -353,7 +441,8 @@ class Lanes:
         "(pid, status, usage) of the first of ours that is done."
         while True:
             for pid in self.running:
-                if (done := os.wait4(pid, os.WNOHANG))[0]: return done
+                if (done := os.wait4(pid, os.WNOHANG))[0]:
+                    return done
             time.sleep(0.02)
 
     def mend(self):
@@ -363,10 +452,13 @@ class Lanes:
             path.unlink()
             shutil.copy2(self.spare / path.relative_to(self.master), path)
             self.stamps[path] = (path.stat().st_mtime_ns, path.stat().st_size)
-        if spoilt: self.doubtful.update(self.running)
+        if spoilt:
+            self.doubtful.update(self.running)
 
 
-def needs_cluster(tests): return any("test_slurm" in t for t in tests)
+def needs_cluster(tests):
+    return any("test_slurm" in t for t in tests)
 
 
-if __name__ == "__main__": sys.exit(run_tests(Path(sys.argv[1]), sys.argv[2:]))
+if __name__ == "__main__":
+    sys.exit(run_tests(Path(sys.argv[1]), sys.argv[2:]))

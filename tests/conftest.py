@@ -1,4 +1,5 @@
 """Every test runs offline, on one thread, on the package that lies beside this folder."""
+
 import os, sys
 from pathlib import Path
 
@@ -6,14 +7,29 @@ ROOT = Path(__file__).resolve().parent.parent
 OFFLINE = ROOT / "tests" / "offline"
 
 
-def first(path, *rest): return os.pathsep.join(dict.fromkeys([*map(str, (path, *rest)), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]))
+def first(path, *rest):
+    return os.pathsep.join(
+        dict.fromkeys(
+            [*map(str, (path, *rest)), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        )
+    )
 
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "IN_TEST": "1", "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MPLBACKEND": "agg", "WANDB_MODE": "offline",
-    "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": first(OFFLINE, ROOT)} # child processes: the same package, the same block
-for key in ("HF_TOKEN", "WANDB_API_KEY", "HUGGING_FACE_HUB_TOKEN"): os.environ.pop(key, None)
-for folder in (OFFLINE, ROOT / "tools", ROOT): # the last one comes first
-    if str(folder) not in sys.path: sys.path.insert(0, str(folder))
+os.environ |= {
+    "HF_HUB_OFFLINE": "1",
+    "IN_TEST": "1",
+    "OMP_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "MPLBACKEND": "agg",
+    "WANDB_MODE": "offline",
+    "TOKENIZERS_PARALLELISM": "false",
+    "PYTHONPATH": first(OFFLINE, ROOT),
+}  # child processes: the same package, the same block
+for key in ("HF_TOKEN", "WANDB_API_KEY", "HUGGING_FACE_HUB_TOKEN"):
+    os.environ.pop(key, None)
+for folder in (OFFLINE, ROOT / "tools", ROOT):  # the last one comes first
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
 
 import runpy
 
@@ -21,12 +37,15 @@ runpy.run_path(str(OFFLINE / "sitecustomize.py"))
 
 import pytest
 import sdcourse
+from share import pytest_addoption, pytest_configure  # noqa: F401
 
-if Path(sdcourse.__file__).resolve().parent != ROOT / "sdcourse": raise RuntimeError(f"the tests of {ROOT} would test {sdcourse.__file__}")
+if Path(sdcourse.__file__).resolve().parent != ROOT / "sdcourse":
+    raise RuntimeError(f"the tests of {ROOT} would test {sdcourse.__file__}")
 
 
 @pytest.fixture(scope="session")
-def root(): return ROOT
+def root():
+    return ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -34,20 +53,27 @@ def one_thread():
     "A test that changes the number of threads does not change it for the next one."
     yield
     torch = sys.modules.get("torch")
-    if torch and torch.get_num_threads() != 1: torch.set_num_threads(1)
+    if torch and torch.get_num_threads() != 1:
+        torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory):
-    "`built(make, **options)`: the folder that `make(folder, **options)` fills, made once per session. Who changes one, changes a copy."
+    """`built(make, **options)`: the folder that `make(folder, **options)` fills, made once per session. Who
+    changes one, changes a copy.
+    """
     home, states = tmp_path_factory.mktemp("built"), {}
-    def state(folder): return {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*")}
+
+    def state(folder):
+        return {p: (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*")}
+
     def of(make, **options):
         folder = home / "-".join([make.__name__, *(f"{k}={v}" for k, v in options.items())])
         if folder not in states:
             make(folder, **options)
             states[folder] = state(folder)
         return folder
+
     yield of
     changed = [folder.name for folder, before in states.items() if state(folder) != before]
     assert not changed, f"a test changed what others read: {changed}"

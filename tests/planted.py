@@ -3,6 +3,19 @@
 `old` occurs exactly once in the file. `tests/mutants.py` plants them one at a time.
 """
 PLANTED = {
+    ('tests/share.py', 'tests/test_share.py'): [
+        ('share: both run every file', 'touch(exist_ok=False)', 'touch()', 'test_each_test_runs_once_and_is_reported_once'),
+        ('share: a file is claimed once per test', 'if path not in self.mine:', 'if True:', 'test_each_test_runs_once_and_is_reported_once'),
+        ('share: both begin at the beginning', 'if self.backwards:', 'if False:', 'test_backwards_begins_at_the_end_and_one_alone_does_all'),
+    ],
+    ('README.md', 'tests/test_floors.py'): [
+        ('readme: a module has no line', '  - [meter](', '  [meter](', 'test_readme_shows_a_line_for_each_module'),
+    ],
+    ('tools/page.py', 'tests/test_repo.py'): [
+        ('page: what is hidden is shown', 'if not (c.cell_type == "code" and re.search(HIDDEN, c.source))', 'if True', 'test_a_page_shows_what_a_learner_reads'),
+        ('page: figures lie in the text', '{"enabled": True}', '{"enabled": False}', 'test_a_page_shows_what_a_learner_reads'),
+        ('page: pictures of the text are lost', 'if place.is_file() else', 'if False else', 'test_a_page_shows_what_a_learner_reads'),
+    ],
     ('sdcourse/engine/meter.py', 'tests/test_floors.py'): [
         ('floors: a lower one imports from above', 'import torch\n', 'import torch\nfrom ..dataset import pictures\n', 'test_no_arrow_leads_up'),
         ('floors: two modules know each other', 'import torch\n', 'import torch\nfrom .loop import step\n', 'test_no_circle'),
@@ -357,6 +370,8 @@ PLANTED = {
         ('make log: some headings only', 'grep -i -e "$(WORD)"', 'grep -i -e "the $(WORD)"', 'test_headings_of_the_log_tell_its_story'),
     ],
     ('tools/in_step.py', 'tests/test_repo.py'): [
+        ('check: tools and tests may be laid out anyhow', '    for words in (check, layout):', '    for words in (check,):', 'test_names_and_layout'),
+        ('check: names that are nowhere pass', '    for words in (check, layout):', '    for words in (layout,):', 'test_names_and_layout'),
         ('a stale module passes', 'for p in sorted(have - want)]', 'for p in sorted(have - have)]', 'test_export_in_step'),
     ],
     ('tools/test.py', 'tests/test_repo.py'): [
@@ -378,14 +393,14 @@ PLANTED = {
     ],
     ('tests/mutants.py', 'tests/test_mutants.py'): [
         ('mutants: a verdict outlives the helper of its test', '*used_by(root / file_of(bug.test))]', 'root / file_of(bug.test)]', 'test_a_key_falls_with_what_the_verdict_depends_on'),
-        ('mutants: a survivor keeps its verdict', 'for bug in self.alive: note(bug, None)', 'pass', 'test_what_survives_is_said_and_struck_off'),
-        ('mutants: CI writes into the checkout', 'if os.environ.get("CI", "").lower() in ("1", "true"): return', 'pass', 'test_nothing_is_written_in_ci'),
+        ('mutants: a survivor keeps its verdict', '            note(bug, None)', '            pass', 'test_what_survives_is_said_and_struck_off'),
+        ('mutants: CI writes into the checkout', 'if os.environ.get("CI", "").lower() in ("1", "true"):', 'if False:', 'test_nothing_is_written_in_ci'),
     ],
     ('tests/warm.py', 'tests/test_warm.py'): [
         ('warm: every end is a good one', 'os._exit(code & 0xFF)', 'os._exit(0)', 'test_it_ends_as_a_started_process_does'),
         ('warm: what a start sets is set for the next', '    os.environ.clear()\n', '', 'test_it_is_what_a_started_process_is'),
-        ('warm: children outlive the session', 'for pid, _ in alive.values(): os.kill(pid, signal.SIGKILL)', 'pass', 'test_the_parent_ends_with_who_started_it'),
-        ('warm: a signal goes to the parent', 'if self.poll() is None: os.kill(self.pid, number)', 'if self.poll() is None: os.kill(_parent().process.pid, number)', 'test_signals_and_kills_reach_it'),
+        ('warm: children outlive the session', '                os.kill(pid, signal.SIGKILL)\n            os._exit(0)', '                pass\n            os._exit(0)', 'test_the_parent_ends_with_who_started_it'),
+        ('warm: a signal goes to the parent', 'os.kill(self.pid, number)', 'os.kill(_parent().process.pid, number)', 'test_signals_and_kills_reach_it'),
     ],
     ('sdcourse/data/imagefolder.py', 'tests/test_imagefolder.py'): [
         ('image folder: bad pictures stay in the metadata', 'if j.row and j.name not in bad: rows', 'if j.row: rows', 'test_too_many_bad_ones_stop_the_work'),
@@ -701,13 +716,15 @@ PLANTED = {
         ('cache: a shard of another plan is read', 'if (f.metadata() or {}).get("plan") != shard["plan"]', 'if False', 'test_what_is_not_finished_or_not_a_cache_is_refused'),
         ('cache: a changed plan is believed', 'if hashlib.sha256(text).hexdigest() != shard["plan"]', 'if False', 'test_what_is_not_finished_or_not_a_cache_is_refused'),
         ('cache: shards are written in place', 'with atomic_path(Path(folder)/f"{shard[\'name\']}.safetensors") as tmp: save_file({k: v.contiguous() for k, v in tensors.items()}, tmp,', 'tmp = Path(folder)/f"{shard[\'name\']}.safetensors"; save_file({k: v.contiguous() for k, v in tensors.items()}, tmp,', 'test_a_write_that_fails_leaves_nothing'),
-        ('cache: two commands write at once', 'fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)', 'None', 'test_one_process_at_a_time_and_leftovers_go'),
-        ('cache: half files of a kill stay', 'for p in folder.glob(".*.tmp"): p.unlink()', '', 'test_one_process_at_a_time_and_leftovers_go'),
         ('joined: rows by position, not by id', '_same(batch, other.__getitems__(at[rows]))', '_same(batch, other.__getitems__(rows))', 'test_joined_sets_give_one_item_and_notice_strangers'),
         ('joined: strangers are not noticed', 'if np.asarray(more["id"]).tolist() != np.asarray(batch["id"]).tolist()', 'if False', 'test_joined_sets_give_one_item_and_notice_strangers'),
         ('joined: always the first caption', 'key(self.seed, "caption", p) % len(t)', '0', 'test_joined_sets_give_one_item_and_notice_strangers'),
         ('joined: a missing row is the last one', 'if (at < 0).any()', 'if False', 'test_joined_sets_give_one_item_and_notice_strangers'),
         ('cache: the fingerprint forgets the key', 'facts = [self.kind, self.key, self.columns,', 'facts = [self.kind, self.columns,', 'test_the_fingerprint_follows_key_and_rows'),
+    ],
+    ('sdcourse/engine/work.py', 'tests/test_store.py'): [
+        ('cache: two commands write at once', 'fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)', 'None', 'test_one_process_at_a_time_and_leftovers_go'),
+        ('cache: half files of a kill stay', 'for p in folder.glob(".*.tmp"): p.unlink()', '', 'test_one_process_at_a_time_and_leftovers_go'),
     ],
     ('sdcourse/cache/fill.py', 'tests/test_fill.py'): [
         ('cache: the mirror is the mirrored latent', 'for x in ((pixels, pixels.flip(-1)) if mirror else (pixels,))]', 'for x in ((pixels, pixels) if mirror else (pixels,))]', 'test_latents_are_the_moments_of_picture_and_mirror'),
@@ -718,15 +735,17 @@ PLANTED = {
         ('cache: the empty prompt is missing', 'dict.fromkeys(["", *texts,', 'dict.fromkeys([*texts,', 'test_prompts_are_kept_by_their_words'),
         ('cache: equal captions are computed twice', '{"": [[t] for t in dict.fromkeys(["", *texts, *_lines(self.cfg.more)])]}', '{"": [[t] for t in ["", *texts, *_lines(self.cfg.more)]]}', 'test_prompts_are_kept_by_their_words'),
         ('cache: a picture that changed is not noticed', 'if i is None or data.digest(i) != row[1]', 'if i is None', 'test_a_picture_that_changes_meanwhile_is_noticed'),
-        ('cache: digests are not in the plan', '[[k, d.digest(i), d.row(i).get("label")] for i', '[[k, "", d.row(i).get("label")] for i', 'test_a_changed_picture_is_computed_again_and_a_new_one_added'),
-        ('cache: all ranks compute everything', '_fill_mine(j, out, j.ranks.mine(todo), work)', '_fill_mine(j, out, todo, work)', 'test_two_ranks_share_whole_shards_and_make_the_same_bytes'),
+        ('cache: digests are not in the plan', 'return [data.ids[i], data.digest(i), data.row(i)', 'return [data.ids[i], "", data.row(i)', 'test_a_changed_picture_is_computed_again_and_a_new_one_added'),
         ('cache: the last batch of a shard is lost', 'batches = [rows[i : i + batch] for i in range(0, len(rows), batch)]', 'batches = [rows[i : i + batch] for i in range(0, len(rows) - batch + 1, batch)] or [rows]', 'test_features_are_those_of_the_model'),
-        ('cache: deaf between batches', '            return not j.raised()', '            return True', 'test_asked_to_stop_it_leaves_soon_and_goes_on_later[SIGTERM]'),
         ('cache: half a shard is written', 'if not go_on(len(some)): return False', 'if not go_on(len(some)): break', 'test_asked_to_stop_it_leaves_soon_and_goes_on_later[SIGTERM]'),
-        ('cache: STOP is requeued', 'return cfg.requeue_code if left and stopped != "file STOP" else 0', 'return cfg.requeue_code if left else 0', 'test_asked_to_stop_it_leaves_soon_and_goes_on_later[STOP]'),
-        ('cache: a refused rank lets the others go on', 'except BaseException: j.flag.raise_("another rank was refused"); j.raised(); raise', 'except BaseException: raise', 'test_a_rank_that_is_refused_ends_all_with_its_words'),
-        ('cache: random crops are frozen', 'if self.crop == "random": raise', 'if False: raise', 'test_wrong_input_is_refused_in_one_line_before_anything_is_written'),
+        ('cache: random crops are frozen', '        if self.crop == "random":\n', '        if False:\n', 'test_wrong_input_is_refused_in_one_line_before_anything_is_written'),
         ('cache: stored as it was computed', 'return tensors | fits(floats, DTYPES[dtype], [r[0] for r in rows])', 'return tensors', 'test_smaller_formats_round_once[fp16-kind0-0.0009765625]'),
+    ],
+    ('sdcourse/engine/work.py', 'tests/test_fill.py'): [
+        ('cache: all ranks compute everything', '_do_mine(j, work, j.ranks.mine(todo))', '_do_mine(j, work, todo)', 'test_two_ranks_share_whole_shards_and_make_the_same_bytes'),
+        ('cache: a refused rank lets the others go on', '            j.flag.raise_("another rank was refused")\n            j.raised()\n', '', 'test_a_rank_that_is_refused_ends_all_with_its_words'),
+        ('cache: deaf between batches', '            return not j.raised()', '            return True', 'test_asked_to_stop_it_leaves_soon_and_goes_on_later[SIGTERM]'),
+        ('cache: STOP is requeued', 'return cfg.requeue_code if left and stopped != "file STOP" else 0', 'return cfg.requeue_code if left else 0', 'test_asked_to_stop_it_leaves_soon_and_goes_on_later[STOP]'),
     ],
     ('sdcourse/engine/dist.py', 'tests/test_fill.py'): [
         ('a stop of one rank stays its own', 'elif store.check([self.note]): self.flag.raise_(store.get(self.note).decode())', '', 'test_asked_to_stop_it_leaves_soon_and_goes_on_later[SIGUSR1 to one rank]'),
@@ -835,6 +854,7 @@ PLANTED = {
         ('the number of images is not stored', 'n=np.int64(stats.n), ', '', 'test_pytorch_fid_reads_our_file_and_we_read_its'),
     ],
     ('sdcourse/evaluation/distances.py', 'tests/test_distances.py'): [
+        ('a spread of zero is not known', 'if half is None else (value - half', 'if not half else (value - half', 'test_a_spread_of_zero_is_an_interval_and_an_unknown_one_is_none'),
         ('a floor of any classes', 'if classes: orders =', 'if False: orders =', 'test_a_floor_can_have_the_classes_of_the_judged_pictures'),
         ('KID: pictures are compared with themselves', '(kaa.sum() - kaa.trace()) / (n * (n - 1))', 'kaa.mean()', 'test_kid_is_the_double_loop_over_different_pairs'),
         ('KID: the kernel without its constant', '(a @ b.T / a.shape[1] + 1) ** 3', '(a @ b.T / a.shape[1]) ** 3', 'test_kid_is_the_double_loop_over_different_pairs'),
@@ -908,22 +928,26 @@ PLANTED = {
         ('export: adapters are taken for a part', 'if getattr(task.config, "lora_rank", 0): raise', 'if False: raise', 'test_lora_of_both_networks_comes_out_as_it_was_trained'),
     ],
     ('sdcourse/commands/generate.py', 'tests/test_generate.py'): [
-        ('generate: the seed is the place in the list', 'seed=key(cfg.seed, "picture", r["id"]) % 2**32) for r, n in zip(rows, names)]', 'seed=key(cfg.seed, "picture", i) % 2**32) for i, (r, n) in enumerate(zip(rows, names))]', 'test_a_picture_depends_on_its_id_and_not_on_the_others'),
+        ('generate: the seed is the place in the list', 'seeds = [key(cfg.seed, "picture", r["id"]) % 2**32 for r in rows]', 'seeds = [key(cfg.seed, "picture", i) % 2**32 for i, r in enumerate(rows)]', 'test_a_picture_depends_on_its_id_and_not_on_the_others'),
         ('generate: one seed for each batch', 'image_generators([r["seed"] for r in rows])', 'image_generators([rows[0]["seed"]] * len(rows))', 'test_stable_diffusion_is_its_own_pipeline'),
         ('generate: --seed is ignored', 'key(cfg.seed, "picture"', 'key(0, "picture"', 'test_options_reach_the_pipeline'),
         ('generate: guidance is ignored', 'if cfg.guidance_scale >= 0:', 'if False:', 'test_options_reach_the_pipeline'),
         ('generate: the sampler of a flow DiT is ignored', 'if cfg.sampler: options["sampler"] = cfg.sampler', 'if False: pass', 'test_options_reach_the_pipeline'),
         ('generate: negative prompts are ignored', 'if cfg.negative_prompt:', 'if False:', 'test_stable_diffusion_is_its_own_pipeline'),
-        ('generate: ranks share pictures and not batches', 'j.ranks.mine(todo)]', 'todo]', 'test_two_ranks_draw_the_same_bytes_and_share_the_work'),
-        ('generate: pictures are written in place', 'with atomic_path(home/row["file_name"], sync=False) as tmp: image.save(tmp, "PNG")', '(home/row["file_name"]).write_bytes(b""); __import__("time").sleep(0.05); image.save(home/row["file_name"], "PNG")', 'test_killed_it_goes_on_and_ends_with_the_same_bytes'),
-        ('generate: the table is there before the pictures', 'if not left: write_text(', 'write_text(', 'test_asked_to_stop_it_leaves_between_batches_and_goes_on_later[SIGTERM]'),
+        ('generate: pictures are written in place', 'with atomic_path(self.home/row["file_name"], sync=False) as tmp: image.save(tmp, "PNG")', '(self.home/row["file_name"]).write_bytes(b""); __import__("time").sleep(0.05); image.save(self.home/row["file_name"], "PNG")', 'test_killed_it_goes_on_and_ends_with_the_same_bytes'),
+        ('generate: the table is there before the pictures', '            return\n        lines = [', '        lines = [', 'test_asked_to_stop_it_leaves_between_batches_and_goes_on_later[SIGTERM]'),
+        ('generate: only the missing picture is drawn, in another batch', 'if self.lacking(self.batch(i))]', 'if len(self.lacking(self.batch(i))) == len(self.batch(i))]', 'test_a_missing_picture_is_drawn_again_with_its_batch'),
+        ('generate: settings are not compared', '            if changed:\n', '            if False:\n', 'test_a_folder_of_other_settings_is_refused'),
+        ('generate: the weights of a folder are not compared', 'weights=files_id(files)[:16]', 'weights=""', 'test_another_model_is_refused'),
+        ('generate: what is half is swept away only at the end', 'for p in self.home.glob(".*.tmp"): p.unlink()', 'pass', 'test_a_missing_picture_is_drawn_again_with_its_batch'),
+    ],
+    ('sdcourse/engine/work.py', 'tests/test_generate.py'): [
+        ('generate: ranks share pictures and not batches', '_do_mine(j, work, j.ranks.mine(todo))', '_do_mine(j, work, todo)', 'test_two_ranks_draw_the_same_bytes_and_share_the_work'),
         ('generate: a stop of one rank stays its own', 'if j.raised(): return', 'if j.flag.raised(): return', 'test_asked_to_stop_it_leaves_between_batches_and_goes_on_later[SIGUSR1 to one rank]'),
         ('generate: a file STOP asks for a requeue', 'if left and stopped != "file STOP" else 0', 'if left else 0', 'test_asked_to_stop_it_leaves_between_batches_and_goes_on_later[STOP]'),
-        ('generate: only the missing picture is drawn, in another batch', 'if not all((home/r["file_name"]).is_file() for r in batches[b])]', 'if not any((home/r["file_name"]).is_file() for r in batches[b])]', 'test_a_missing_picture_is_drawn_again_with_its_batch'),
-        ('generate: settings are not compared', 'if changed := differences(read_json(path)["made_by"], now["made_by"]):', 'if changed := "":', 'test_a_folder_of_other_settings_is_refused'),
-        ('generate: the weights of a folder are not compared', 'weights=files_id(files)[:16]', 'weights=""', 'test_another_model_is_refused'),
-        ('generate: what is half is swept away only at the end', 'for p in home.glob(".*.tmp"): p.unlink()', 'pass', 'test_a_missing_picture_is_drawn_again_with_its_batch'),
-        ('copy-images: links are absolute', 'os.path.relpath(found.path(i).resolve(), Path(out).resolve()/cfg.split)', 'found.path(i).resolve()', 'test_the_truth_is_copied_linked_or_resized'),
+    ],
+    ('sdcourse/commands/copy_images.py', 'tests/test_generate.py'): [
+        ('copy-images: links are absolute', 'os.path.relpath(found.path(i).resolve(), final)', 'found.path(i).resolve()', 'test_the_truth_is_copied_linked_or_resized'),
         ('copy-images: other columns are lost', '{k: v for k, v in row.items() if k not in ("texts", "file_name")}', '{"id": row["id"]}', 'test_the_truth_is_copied_linked_or_resized'),
     ],
     ('sdcourse/evaluation/metrics.py', 'tests/test_evaluate.py'): [

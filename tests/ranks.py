@@ -1,4 +1,7 @@
-"""Start ranks by hand: real processes with a launcher's variables and no agent around them, so that each one's own end can be seen."""
+"""Start ranks by hand: real processes with a launcher's variables and no agent around them, so that each
+one's own end can be seen.
+"""
+
 import os
 import socket
 from pathlib import Path
@@ -15,11 +18,22 @@ def free_port():
 
 
 def start(argv, world, *, first=warm.LOOP, **env):
-    "One process per rank, as torchrun would start them on one machine; `first` is imported before they are forked."
+    """One process per rank, as torchrun would start them on one machine; `first` is imported before they are
+    forked.
+    """
     port = str(free_port())
+
     def one(r):
-        mine = dict(RANK=str(r), WORLD_SIZE=str(world), LOCAL_RANK=str(r), MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS="1")
+        mine = dict(
+            RANK=str(r),
+            WORLD_SIZE=str(world),
+            LOCAL_RANK=str(r),
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+            OMP_NUM_THREADS="1",
+        )
         return warm.start(argv, env=os.environ | mine | env, first=first)
+
     return [one(r) for r in range(world)]
 
 

@@ -1,7 +1,9 @@
 """Run by torchrun, srun or by hand: train the toy task with options from the command line (key=value).
 
-stop_rank, stop_step: raise the flag on one rank. hook: lines of Python that plant a fault; they see `loop`, `toy`, `os`, `time` and `rank`.
+stop_rank, stop_step: raise the flag on one rank. hook: lines of Python that plant a fault; they see `loop`,
+`toy`, `os`, `time` and `rank`.
 """
+
 import ast
 import json
 import os
@@ -44,4 +46,6 @@ try:
 except UserError as e:
     print(f"error: {e}", file=sys.stderr)
     sys.exit(e.code)
-Path(f"{out}.rank{rank}.json").write_text(json.dumps(dict(ids=ids, step=result.step, stopped=result.stopped, exit_code=result.exit_code)))
+Path(f"{out}.rank{rank}.json").write_text(
+    json.dumps(dict(ids=ids, step=result.step, stopped=result.stopped, exit_code=result.exit_code))
+)

@@ -1,24 +1,66 @@
 """The benchmark on several ranks says what the exchange of gradients takes; what is slow is never a test."""
+
 import json
 
 import ranks
 
 
 def test_two_ranks_measure_the_exchange_of_gradients(tmp_path):
-    argv = ["flow_dit", "--size", "tiny/8", "--batch", "8", "--steps", "3", "--warmup", "1", "--device", "cpu", "--threads", "1"]
+    argv = [
+        "flow_dit",
+        "--size",
+        "tiny/8",
+        "--batch",
+        "8",
+        "--steps",
+        "3",
+        "--warmup",
+        "1",
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+    ]
     ends = ranks.finish(ranks.start(["-m", "sdcourse.cli", "bench", *argv], 2))
     assert [c for c, _, _ in ends] == [0, 0], ends
     found = json.loads(ends[0][1])
-    assert ends[1][1] == "" and found["ranks"] == 2 and found["batch"] == 8 and 0 < found["nosync_step_s"] and found["sync_share"] < 1 and found["data_per_s"] > 0 and 0 < found["mfu"] < 1
+    assert (
+        ends[1][1] == ""
+        and found["ranks"] == 2
+        and found["batch"] == 8
+        and 0 < found["nosync_step_s"]
+        and found["sync_share"] < 1
+        and found["data_per_s"] > 0
+        and 0 < found["mfu"] < 1
+    )
 
 
 def test_the_textbook_loop_on_two_ranks_is_refused():
-    ends = ranks.finish(ranks.start(["-m", "sdcourse.cli", "bench", "flow_dit", "--size", "tiny/8", "--batch", "8", "--compare", "--device", "cpu"], 2))
+    ends = ranks.finish(
+        ranks.start(
+            [
+                "-m",
+                "sdcourse.cli",
+                "bench",
+                "flow_dit",
+                "--size",
+                "tiny/8",
+                "--batch",
+                "8",
+                "--compare",
+                "--device",
+                "cpu",
+            ],
+            2,
+        )
+    )
     assert [c for c, _, _ in ends] == [2, 2] and "--compare: the textbook loop runs on one rank" in ends[0][2]
 
 
 def test_without_exchange_the_ranks_drift_apart(tmp_path):
-    "What is switched off is really the exchange: the same data in other halves, and weights that differ between ranks."
+    """What is switched off is really the exchange: the same data in other halves, and weights that differ
+    between ranks.
+    """
     hook = """
 step = loop.step
 def one(r):

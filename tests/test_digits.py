@@ -1,4 +1,5 @@
 "The small worlds: which digits are held out, and that every row keeps its id."
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,7 @@ from sdcourse.data.sets.digits import digits
 @pytest.fixture(scope="module")
 def source():
     from sklearn.datasets import load_digits
+
     return load_digits()
 
 
@@ -57,18 +59,29 @@ def test_a_loader_needs_no_gluing():
 
 def test_fingerprint_sees_values_names_types_and_shapes():
     base = dict(id=torch.arange(4), x=torch.zeros(4, 2))
-    prints = {Items(t).fingerprint() for t in (
-        base, {**base, "x": torch.ones(4, 2)}, {**base, "x": torch.zeros(4, 1, 2)},
-        {**base, "x": torch.zeros(4, 2, dtype=torch.int32)}, {"id": base["id"], "y": base["x"]})}
+    prints = {
+        Items(t).fingerprint()
+        for t in (
+            base,
+            {**base, "x": torch.ones(4, 2)},
+            {**base, "x": torch.zeros(4, 1, 2)},
+            {**base, "x": torch.zeros(4, 2, dtype=torch.int32)},
+            {"id": base["id"], "y": base["x"]},
+        )
+    }
     assert len(prints) == 5
     assert Items(base).fingerprint() == Items(dict(reversed(base.items()))).fingerprint()
 
 
-@pytest.mark.parametrize("call, words", [
-    (lambda: digits("tset"), "did you mean 'test'?"),
-    (lambda: Items(dict(x=torch.zeros(3))), "'id'"),
-    (lambda: Items(dict(id=torch.arange(3), x=torch.zeros(2))), "one length"),
-])
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: digits("tset"), "did you mean 'test'?"),
+        (lambda: Items(dict(x=torch.zeros(3))), "'id'"),
+        (lambda: Items(dict(id=torch.arange(3), x=torch.zeros(2))), "one length"),
+    ],
+)
 def test_wrong_input_is_refused_in_one_line(call, words):
-    with pytest.raises(UserError) as e: call()
+    with pytest.raises(UserError) as e:
+        call()
     assert words in str(e.value) and "\n" not in str(e.value)

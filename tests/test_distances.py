@@ -1,4 +1,5 @@
 """Kernel distances, the four shares and intervals against brute force, closed forms and repetition."""
+
 import itertools
 import math
 
@@ -12,7 +13,8 @@ from sdcourse.evaluation.distances import FID_LEAST, Number, cmmd, kid, measured
 from sdcourse.evaluation.stats import frechet
 
 
-def normal(n, d, seed, shift=0.): return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + shift
+def normal(n, d, seed, shift=0.0):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + shift
 
 
 def test_kid_is_the_double_loop_over_different_pairs():
@@ -20,7 +22,9 @@ def test_kid_is_the_double_loop_over_different_pairs():
     k = lambda x, y: (float(x @ y) / 5 + 1) ** 3
     within = lambda x: np.mean([k(p, q) for p, q in itertools.permutations(x, 2)])
     want = within(a) + within(b) - 2 * np.mean([k(p, q) for p in a for q in b])
-    assert kid(a, b)["value"] == pytest.approx(want, rel=1e-9) and kid(b, a)["value"] == pytest.approx(want, rel=1e-9)
+    assert kid(a, b)["value"] == pytest.approx(want, rel=1e-9) and kid(b, a)["value"] == pytest.approx(
+        want, rel=1e-9
+    )
 
 
 def test_kid_is_unbiased():
@@ -30,16 +34,20 @@ def test_kid_is_unbiased():
 
 
 def test_the_error_of_kid_does_not_know_the_order_of_pictures():
-    "Ten classes in turn: every twentieth picture is of one class, and to leave out a class is not to leave out pictures at random."
+    """Ten classes in turn: every twentieth picture is of one class, and to leave out a class is not to leave
+    out pictures at random.
+    """
     label, g = torch.arange(400) % 10, torch.Generator().manual_seed(0)
     a, b = (4 * F.one_hot(label, 10) + torch.randn(400, 10, generator=g) for _ in range(2))
     mixed, b = torch.randperm(400, generator=g), b[torch.randperm(400, generator=g)]
     assert 0.6 < kid(a, b)["se"] / kid(a[mixed], b)["se"] < 1.6
 
 
-@pytest.mark.parametrize("shift, low, high", [(0., 1.2, 1.8), (0.3, 0.8, 1.25)])
+@pytest.mark.parametrize("shift, low, high", [(0.0, 1.2, 1.8), (0.3, 0.8, 1.25)])
 def test_the_error_of_kid_is_its_spread_or_a_little_more(shift, low, high):
-    "By repetition: right for sets that differ, the root of two too large for equal ones, where the statistic is degenerate."
+    """By repetition: right for sets that differ, the root of two too large for equal ones, where the
+    statistic is degenerate.
+    """
     found = [kid(normal(200, 16, s, shift), normal(200, 16, 1000 + s)) for s in range(100)]
     ratio = math.sqrt(np.mean([f["se"] ** 2 for f in found])) / np.std([f["value"] for f in found])
     assert low < ratio < high
@@ -61,34 +69,49 @@ def brute(a, b, k):
     ra, rb = radius(a), radius(b)
     inside = [[dist(p, q) < r for q, r in zip(b, rb)] for p in a]
     back = [[dist(q, p) < r for p, r in zip(a, ra)] for q in b]
-    return dict(precision=np.mean([any(r) for r in inside]), recall=np.mean([any(r) for r in back]), density=np.sum(inside) / (k * len(a)), coverage=np.mean([any(c) for c in zip(*inside)]), n=len(a))
+    return dict(
+        precision=np.mean([any(r) for r in inside]),
+        recall=np.mean([any(r) for r in back]),
+        density=np.sum(inside) / (k * len(a)),
+        coverage=np.mean([any(c) for c in zip(*inside)]),
+        n=len(a),
+    )
 
 
 @pytest.mark.parametrize("k", [1, 5])
 @pytest.mark.parametrize("rows", [7, 1000])
 def test_the_four_shares_are_brute_force(k, rows):
     "E5: N = 200, exactly."
-    a, b = normal(200, 4, 1, 0.3), normal(200, 4, 2) * torch.tensor([1., 2., 0.5, 1.])
+    a, b = normal(200, 4, 1, 0.3), normal(200, 4, 2) * torch.tensor([1.0, 2.0, 0.5, 1.0])
     assert prdc(a, b, k=k, rows=rows) == pytest.approx(brute(a, b, k), abs=1e-12)
 
 
 def test_identical_sets_are_perfect():
     a = normal(200, 8, 3)
     found = prdc(a, a)
-    assert (found["precision"], found["recall"], found["coverage"]) == (1, 1, 1) and found["density"] == pytest.approx(1) # each lies in its own ball and in four others on average
+    assert (found["precision"], found["recall"], found["coverage"]) == (1, 1, 1) and found[
+        "density"
+    ] == pytest.approx(1)  # each lies in its own ball and in four others on average
 
 
 def test_the_interval_of_a_mean_is_the_textbooks_one():
     x = normal(400, 1, 5)[:, 0]
-    assert spread(lambda rows: x[rows].mean().item(), 400, draws=2000) == pytest.approx(x.std().item() / 20, rel=0.06)
+    assert spread(lambda rows: x[rows].mean().item(), 400, draws=2000) == pytest.approx(
+        x.std().item() / 20, rel=0.06
+    )
 
 
 def test_blocks_that_belong_together_are_drawn_together():
     "Twenty photographs of twenty equal crops: what varies is the photographs."
     photo = normal(20, 1, 6)[:, 0]
     x, names = photo.repeat_interleave(20), [f"photo {i // 20}" for i in range(400)]
-    alone, together = (spread(lambda rows: x[rows].mean().item(), 400, blocks=blocks, draws=2000) for blocks in (None, names))
-    assert together == pytest.approx(photo.std(correction=0).item() / math.sqrt(20), rel=0.06) and together > 4 * alone
+    alone, together = (
+        spread(lambda rows: x[rows].mean().item(), 400, blocks=blocks, draws=2000) for blocks in (None, names)
+    )
+    assert (
+        together == pytest.approx(photo.std(correction=0).item() / math.sqrt(20), rel=0.06)
+        and together > 4 * alone
+    )
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say():
@@ -103,17 +126,30 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
 def test_a_number_carries_what_is_needed():
     x, y, z = normal(300, 4, 1), normal(300, 4, 2), normal(500, 4, 3)
     n = measured("FD[tiny]", frechet, x, y, real=z, draws=50, how={"resize": "pil"}, seed=7)
-    assert n.row() == measured("FD[tiny]", frechet, x, y, real=z, draws=50, how={"resize": "pil"}, seed=7).row()
-    assert n.n == 300 and n.low < n.value < n.high and n.floor <= n.floor_high < 3 * n.floor and n.how == {"resize": "pil", "seed": 7}
-    assert str(n).startswith("FD[tiny] 0.0") and "at N=300; real against real" in str(n) and "note" not in n.row()
-    assert "low" not in Number("x", 1., 2).row()
+    assert (
+        n.row() == measured("FD[tiny]", frechet, x, y, real=z, draws=50, how={"resize": "pil"}, seed=7).row()
+    )
+    assert (
+        n.n == 300
+        and n.low < n.value < n.high
+        and n.floor <= n.floor_high < 3 * n.floor
+        and n.how == {"resize": "pil", "seed": 7}
+    )
+    assert (
+        str(n).startswith("FD[tiny] 0.0")
+        and "at N=300; real against real" in str(n)
+        and "note" not in n.row()
+    )
+    assert "low" not in Number("x", 1.0, 2).row()
 
 
 def test_a_fid_of_few_pictures_is_refused_or_says_that_it_is_biased():
     "E6"
     x, y = normal(FID_LEAST - 1, 2, 1), normal(FID_LEAST, 2, 2)
-    with pytest.raises(UserError, match="FID of 2047 images says nothing: below 2,048"): measured("FID", frechet, x, y)
-    with pytest.raises(UserError, match="says nothing"): measured("FID", frechet, y, x)
+    with pytest.raises(UserError, match="FID of 2047 images says nothing: below 2,048"):
+        measured("FID", frechet, x, y)
+    with pytest.raises(UserError, match="says nothing"):
+        measured("FID", frechet, y, x)
     forced = measured("FID", frechet, x, y, force=True, draws=0)
     assert "biased: N=2047" in str(forced) and forced.row()["note"] == "biased: N=2047 is below 2,048"
     assert measured("FID", frechet, y, normal(FID_LEAST, 2, 3), draws=0).note == ""
@@ -124,25 +160,59 @@ def test_pairs_are_compared_pair_by_pair():
     ours, theirs = hard + 0.1 * normal(200, 1, 2)[:, 0], hard + 0.05 + 0.1 * normal(200, 1, 3)[:, 0]
     n = paired("difference", ours, theirs)
     se = (ours - theirs).std().item() / math.sqrt(200)
-    assert n.value == pytest.approx((ours - theirs).mean().item()) and (n.high - n.low) / 2 == pytest.approx(1.96 * se, rel=0.1) and n.high < 0
+    assert (
+        n.value == pytest.approx((ours - theirs).mean().item())
+        and (n.high - n.low) / 2 == pytest.approx(1.96 * se, rel=0.1)
+        and n.high < 0
+    )
 
 
-@pytest.mark.parametrize("call, words", [
-    (lambda: kid(torch.zeros(9, 2), torch.zeros(9, 3)), r"features are \[n,d\]"), (lambda: kid(torch.zeros(3, 2), torch.zeros(9, 2)), "too few"), (lambda: prdc(torch.zeros(5, 2), torch.zeros(5, 2)), "at least 6"),
-    (lambda: prdc(torch.zeros(9, 2), torch.zeros(8, 2)), "9 images against 8"), (lambda: cmmd(torch.full((4, 2), math.nan), torch.zeros(4, 2)), "not finite"), (lambda: spread(float, 4, blocks=[1, 1, 2]), "3 blocks for 4 images"),
-    (lambda: spread(float, 2, blocks=[1, 1]), "of one block"), (lambda: paired("x", torch.zeros(3), torch.zeros(4)), "pairs are"), (lambda: measured("x", frechet, torch.randn(9, 2), torch.randn(9, 2), real=torch.randn(5, 2), draws=0), "5 real images for the floor of 9"),
-])
+@pytest.mark.parametrize(
+    "call, words",
+    [
+        (lambda: kid(torch.zeros(9, 2), torch.zeros(9, 3)), r"features are \[n,d\]"),
+        (lambda: kid(torch.zeros(3, 2), torch.zeros(9, 2)), "too few"),
+        (lambda: prdc(torch.zeros(5, 2), torch.zeros(5, 2)), "at least 6"),
+        (lambda: prdc(torch.zeros(9, 2), torch.zeros(8, 2)), "9 images against 8"),
+        (lambda: cmmd(torch.full((4, 2), math.nan), torch.zeros(4, 2)), "not finite"),
+        (lambda: spread(float, 4, blocks=[1, 1, 2]), "3 blocks for 4 images"),
+        (lambda: spread(float, 2, blocks=[1, 1]), "of one block"),
+        (lambda: paired("x", torch.zeros(3), torch.zeros(4)), "pairs are"),
+        (
+            lambda: measured(
+                "x", frechet, torch.randn(9, 2), torch.randn(9, 2), real=torch.randn(5, 2), draws=0
+            ),
+            "5 real images for the floor of 9",
+        ),
+    ],
+)
 def test_wrong_input_is_one_line(call, words):
-    with pytest.raises(UserError, match=words) as e: call()
+    with pytest.raises(UserError, match=words) as e:
+        call()
     assert "\n" not in str(e.value)
 
 
 def test_a_floor_can_have_the_classes_of_the_judged_pictures():
     "Three of class 0 and one of class 2, among six, five and four real ones; each draw another one."
     there = torch.tensor([0] * 6 + [1] * 5 + [2] * 4)
-    real, drawn = torch.arange(15.)[:, None].expand(15, 2), []
-    measured("FD[own]", lambda x, y: drawn.append(x[:, 0].long()) or float(len(x)), real[:4], real, real=real, draws=0,
-             classes=(torch.tensor([2, 0, 0, 0]), there))
+    real, drawn = torch.arange(15.0)[:, None].expand(15, 2), []
+    measured(
+        "FD[own]",
+        lambda x, y: drawn.append(x[:, 0].long()) or float(len(x)),
+        real[:4],
+        real,
+        real=real,
+        draws=0,
+        classes=(torch.tensor([2, 0, 0, 0]), there),
+    )
     floors = drawn[1:]
-    assert len(floors) == 5 and all(there[f].tolist() == [0, 0, 0, 2] and len(set(f.tolist())) == 4 for f in floors)
+    assert len(floors) == 5 and all(
+        there[f].tolist() == [0, 0, 0, 2] and len(set(f.tolist())) == 4 for f in floors
+    )
     assert len({tuple(f.tolist()) for f in floors}) > 1
+
+
+def test_a_spread_of_zero_is_an_interval_and_an_unknown_one_is_none():
+    "Equal pictures have an interval without width at their value, and not at zero."
+    assert [Number.around("a", 2.0, half, 4).low for half in (0.5, 0.0, None)] == [1.5, 2.0, None]
+    assert [Number.around("a", 2.0, half, 4).high for half in (0.5, 0.0, None)] == [2.5, 2.0, None]

@@ -1,4 +1,7 @@
-"""The command that measures: pairs by id, intervals by group, floors from other pictures, the same numbers on any batch and ranks, and one line for what cannot be measured."""
+"""The command that measures: pairs by id, intervals by group, floors from other pictures, the same numbers on
+any batch and ranks, and one line for what cannot be measured.
+"""
+
 import json
 import shutil
 from pathlib import Path
@@ -15,21 +18,34 @@ from sdcourse import cli
 from sdcourse.core import UserError, read_json
 from sdcourse.data.sets.digits import digits
 from sdcourse.evaluation.distances import kid, prdc
-from sdcourse.evaluation.metrics import (METRICS, Case, Digits, clip_cosines, extractor_of, features_over, measure,
-                                         measure_digits, open_set, pixels_of)
+from sdcourse.evaluation.metrics import (
+    METRICS,
+    Case,
+    Digits,
+    clip_cosines,
+    extractor_of,
+    features_over,
+    measure,
+    measure_digits,
+    open_set,
+    pixels_of,
+)
 from sdcourse.evaluation.report import EvaluateOptions, blocks_of, evaluate, option_of
 from sdcourse.evaluation.stats import frechet, load_stats
 
 N = 60
 
 
-def write(folder, noise=0., ids=None, size=8, order=None, extra=lambda i: {}, picture=lambda i: i):
+def write(folder, noise=0.0, ids=None, size=8, order=None, extra=lambda i: {}, picture=lambda i: i):
     "Held-out digits with noise under the ids of the truth, in any order of rows."
     data, place = Digits("test"), folder / "test"
     place.mkdir(parents=True)
     rows = []
-    for i in (order if order is not None else range(N)):
-        x = np.asarray(data.image(picture(i)).convert("L"), float) + np.random.default_rng(i).normal(0, 1, (8, 8)) * noise
+    for i in order if order is not None else range(N):
+        x = (
+            np.asarray(data.image(picture(i)).convert("L"), float)
+            + np.random.default_rng(i).normal(0, 1, (8, 8)) * noise
+        )
         k = data.ids[i] if ids is None else ids(i)
         Image.fromarray(x.clip(0, 255).astype(np.uint8)).resize((size, size), 0).save(place / f"{k}.png")
         rows.append(dict(file_name=f"{k}.png", id=k, label=data.row(picture(i))["label"]) | extra(i))
@@ -40,12 +56,30 @@ def write(folder, noise=0., ids=None, size=8, order=None, extra=lambda i: {}, pi
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("w")
-    write(root / "a", 60); write(root / "b", 30, order=reversed(range(N))); write(root / "truth")
+    write(root / "a", 60)
+    write(root / "b", 30, order=reversed(range(N)))
+    write(root / "truth")
     return root
 
 
-def options(tmp, **over): return EvaluateOptions(**dict(out=str(tmp / "r"), reference="digits", train="digits", extractor="tiny-digits", draws=20, pictures=2, device="cpu", threads=1) | over)
-def by_name(ns): return {n.name: n for n in ns}
+def options(tmp, **over):
+    return EvaluateOptions(
+        **dict(
+            out=str(tmp / "r"),
+            reference="digits",
+            train="digits",
+            extractor="tiny-digits",
+            draws=20,
+            pictures=2,
+            device="cpu",
+            threads=1,
+        )
+        | over
+    )
+
+
+def by_name(ns):
+    return {n.name: n for n in ns}
 
 
 @pytest.fixture(scope="module")
@@ -56,21 +90,41 @@ def report(world, tmp_path_factory):
 
 # ---- numbers
 
+
 def test_every_number_is_what_its_function_says_of_the_same_pictures(world, report):
     found, net = by_name(report[0]["a"]), extractor_of("tiny-digits")
-    a, b = net(pixels_of(open_set(world / "a"), list(range(N)))), net(pixels_of(Digits("test"), list(range(360))))
-    assert found["FD[tiny-digits]"].value == pytest.approx(frechet(a, b), rel=1e-6) and found["KID[tiny-digits]"].value == pytest.approx(kid(a, b)["value"], rel=1e-5)
+    a, b = (
+        net(pixels_of(open_set(world / "a"), list(range(N)))),
+        net(pixels_of(Digits("test"), list(range(360)))),
+    )
+    assert found["FD[tiny-digits]"].value == pytest.approx(frechet(a, b), rel=1e-6) and found[
+        "KID[tiny-digits]"
+    ].value == pytest.approx(kid(a, b)["value"], rel=1e-5)
     same = b[torch.randperm(360, generator=torch.Generator().manual_seed(0))[:N].sort().values]
     want = prdc(a, same)
-    assert all(found[f"{k}[tiny-digits]"].value == pytest.approx(want[k]) for k in ("precision", "recall", "density", "coverage"))
-    assert "of 60 and 360 pictures" in found["recall[tiny-digits]"].note and found["digit[tiny-digits]"].n == N
+    assert all(
+        found[f"{k}[tiny-digits]"].value == pytest.approx(want[k])
+        for k in ("precision", "recall", "density", "coverage")
+    )
+    assert (
+        "of 60 and 360 pictures" in found["recall[tiny-digits]"].note and found["digit[tiny-digits]"].n == N
+    )
 
 
 def test_every_number_says_how_it_was_made(report):
     "E6: N, reference, extractor and its hash, resize, dtype, seed."
     for n in (n for ns in report[0].values() for n in ns):
-        assert n.n == N and {"extractor", "weights", "resize", "dtype", "reference"} <= n.how.keys() and len(n.how["reference"]) == 16
-        if n.low is not None and n.name not in ("digit[tiny-digits]",) and not n.name.split("[")[0] in ("precision", "recall", "coverage"): assert n.how["seed"] == 0 or "variety" in n.name
+        assert (
+            n.n == N
+            and {"extractor", "weights", "resize", "dtype", "reference"} <= n.how.keys()
+            and len(n.how["reference"]) == 16
+        )
+        if (
+            n.low is not None
+            and n.name not in ("digit[tiny-digits]",)
+            and not n.name.split("[")[0] in ("precision", "recall", "coverage")
+        ):
+            assert n.how["seed"] == 0 or "variety" in n.name
     names = set(by_name(report[0]["a"]))
     assert {"FD[tiny-digits]", "LPIPS[tiny]", "PSNR"} <= names and not {"FID", "LPIPS"} & names
 
@@ -80,82 +134,150 @@ def test_the_floor_comes_from_other_real_pictures_at_the_same_n(world, report):
     b, t = (features_over(net, Digits(s)) for s in ("test", "train"))
     g = torch.Generator().manual_seed(0)
     want = [frechet(t[torch.randperm(len(t), generator=g)[:N]], b) for _ in range(5)]
-    assert found.floor == pytest.approx(np.mean(want), rel=1e-6) and found.floor_high == pytest.approx(max(want), rel=1e-6)
+    assert found.floor == pytest.approx(np.mean(want), rel=1e-6) and found.floor_high == pytest.approx(
+        max(want), rel=1e-6
+    )
 
 
 def test_pictures_are_paired_by_id_and_not_by_place(world, report):
     "The rows of b are in the opposite order."
     said = {n["name"]: n for n in read_json(report[1] / "evaluation.json")["differences"]}
-    truth, a, b = (pixels_of(d, list(range(N))).double() / 255 for d in (open_set(world / "truth"), open_set(world / "a"), open_set(world / "b")))
+    truth, a, b = (
+        pixels_of(d, list(range(N))).double() / 255
+        for d in (open_set(world / "truth"), open_set(world / "a"), open_set(world / "b"))
+    )
     psnr = lambda x, y: -10 * (x - y).square().mean((1, 2, 3)).log10()
     want = (psnr(b.flip(0), truth) - psnr(a, truth)).mean().item()
-    assert said["PSNR: b - a"]["value"] == pytest.approx(want, rel=1e-9) and said["PSNR: b - a"]["low"] > 0 and said["FD[tiny-digits]: b - a"]["value"] < 0
+    assert (
+        said["PSNR: b - a"]["value"] == pytest.approx(want, rel=1e-9)
+        and said["PSNR: b - a"]["low"] > 0
+        and said["FD[tiny-digits]: b - a"]["value"] < 0
+    )
     each = {n.name: n for n in report[0]["b"]}
     assert each["PSNR"].value == pytest.approx(psnr(b.flip(0), truth).mean().item(), rel=1e-9)
     width = said["PSNR: b - a"]["high"] - said["PSNR: b - a"]["low"]
     apart = sum((n.high - n.low) ** 2 for n in (each["PSNR"], by_name(report[0]["a"])["PSNR"])) ** 0.5
-    assert width < apart # paired
+    assert width < apart  # paired
 
 
 def test_groups_widen_the_interval(tmp_path):
     "Six pictures of each of ten prompts: the interval is that of ten."
-    write(tmp_path / "g", 10, picture=lambda i: i // 6 * 6, ids=lambda i: f"{Digits('test').ids[i // 6 * 6]}-{i % 6}", extra=lambda i: dict(of=Digits("test").ids[i // 6 * 6]))
+    write(
+        tmp_path / "g",
+        10,
+        picture=lambda i: i // 6 * 6,
+        ids=lambda i: f"{Digits('test').ids[i // 6 * 6]}-{i % 6}",
+        extra=lambda i: dict(of=Digits("test").ids[i // 6 * 6]),
+    )
     data = open_set(tmp_path / "g")
     assert len(set(blocks_of(data, Digits("test")))) == 10
-    one, whole = (by_name(evaluate([str(tmp_path / "g")], options(tmp_path, out=str(tmp_path / f"r{k}"), metrics=("pairs", "variety"), block_column=c))["g"]) for k, c in enumerate(("id", "of")))
-    assert one["LPIPS[tiny]"].value == whole["LPIPS[tiny]"].value and whole["LPIPS[tiny]"].high - whole["LPIPS[tiny]"].low > 1.3 * (one["LPIPS[tiny]"].high - one["LPIPS[tiny]"].low)
+    one, whole = (
+        by_name(
+            evaluate(
+                [str(tmp_path / "g")],
+                options(tmp_path, out=str(tmp_path / f"r{k}"), metrics=("pairs", "variety"), block_column=c),
+            )["g"]
+        )
+        for k, c in enumerate(("id", "of"))
+    )
+    assert one["LPIPS[tiny]"].value == whole["LPIPS[tiny]"].value and whole["LPIPS[tiny]"].high - whole[
+        "LPIPS[tiny]"
+    ].low > 1.3 * (one["LPIPS[tiny]"].high - one["LPIPS[tiny]"].low)
     assert whole["variety, LPIPS[tiny]"].n == 60 and "10 prompts" in whole["variety, LPIPS[tiny]"].note
 
 
 def test_any_batch_and_number_of_ranks_give_the_same_numbers(world, report, tmp_path):
-    words = ["evaluate", str(world / "a"), str(world / "b"), *"--reference digits --train digits --extractor tiny-digits --draws 20 --pictures 2 --device cpu --threads 1".split()]
-    ends = ranks.finish(ranks.start(["-m", "sdcourse.cli", *words, "--out", str(tmp_path / "two")], 2, first=warm.MODELS))
+    words = [
+        "evaluate",
+        str(world / "a"),
+        str(world / "b"),
+        *"--reference digits --train digits --extractor tiny-digits --draws 20 --pictures 2 --device cpu --threads 1".split(),
+    ]
+    ends = ranks.finish(
+        ranks.start(["-m", "sdcourse.cli", *words, "--out", str(tmp_path / "two")], 2, first=warm.MODELS)
+    )
     assert [c for c, _, _ in ends] == [0, 0], ends
     evaluate([str(world / "a"), str(world / "b")], options(tmp_path, out=str(tmp_path / "seven"), batch=7))
     want = read_json(report[1] / "evaluation.json")["numbers"]
     for other in ("two", "seven"):
         for m, ns in read_json(tmp_path / other / "evaluation.json")["numbers"].items():
-            for n, w in zip(ns, want[m]): assert n["name"] == w["name"] and n["value"] == pytest.approx(w["value"], rel=1e-3, abs=1e-5), (other, n, w)
+            for n, w in zip(ns, want[m]):
+                assert n["name"] == w["name"] and n["value"] == pytest.approx(
+                    w["value"], rel=1e-3, abs=1e-5
+                ), (other, n, w)
 
 
 def test_memorisation_sees_copies(tmp_path):
     train = Digits("train")
     place = tmp_path / "c/test"
     place.mkdir(parents=True)
-    for i in range(N): train.image(i).convert("L").save(place / f"{i}.png")
+    for i in range(N):
+        train.image(i).convert("L").save(place / f"{i}.png")
     found = by_name(evaluate([str(tmp_path / "c")], options(tmp_path, metrics=("memorisation",)))["c"])
     assert found["closer to training[tiny-digits]"].value == 1 and found["copies[tiny-digits]"].value == 1
 
 
 # ---- clip
 
+
 def test_clip_score_is_transformers_cosine(tmp_path):
     from transformers import CLIPModel
     from transformers import AutoTokenizer
+
     tiny_models.clip_tokenizer(tmp_path / "clip", length=8)
-    folder = tiny_models.tiny_clip(tmp_path / "clip", words=len(AutoTokenizer.from_pretrained(tmp_path / "clip")))
+    folder = tiny_models.tiny_clip(
+        tmp_path / "clip", words=len(AutoTokenizer.from_pretrained(tmp_path / "clip"))
+    )
     words = ["a red cat", "a dog", "a dog"]
-    images = [Image.fromarray(np.random.default_rng(k).integers(0, 256, (40, 32, 3), dtype=np.uint8)) for k in range(3)]
+    images = [
+        Image.fromarray(np.random.default_rng(k).integers(0, 256, (40, 32, 3), dtype=np.uint8))
+        for k in range(3)
+    ]
     got = clip_cosines(folder, images, words, batch=2)
     from transformers import AutoImageProcessor
-    model, tok, look = CLIPModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder), AutoImageProcessor.from_pretrained(folder, backend="pil")
+
+    model, tok, look = (
+        CLIPModel.from_pretrained(folder).eval(),
+        AutoTokenizer.from_pretrained(folder),
+        AutoImageProcessor.from_pretrained(folder, backend="pil"),
+    )
     for k in range(3):
-        with torch.no_grad(): out = model(**tok([words[k]], padding="max_length", max_length=8, truncation=True, return_tensors="pt"), **look(images=images[k], return_tensors="pt"))
+        with torch.no_grad():
+            out = model(
+                **tok([words[k]], padding="max_length", max_length=8, truncation=True, return_tensors="pt"),
+                **look(images=images[k], return_tensors="pt"),
+            )
         x, y = out.image_embeds[0].double(), out.text_embeds[0].double()
         assert got[k].item() == pytest.approx((x @ y / x.norm() / y.norm()).item(), abs=1e-5)
-    assert abs(got[0] - clip_cosines(folder, images[:1], ["a dog"])[0]) > 1e-3 # words count
+    assert abs(got[0] - clip_cosines(folder, images[:1], ["a dog"])[0]) > 1e-3  # words count
     shutil.rmtree(folder)
-    with pytest.raises(UserError, match="no such folder"): clip_cosines(folder, images, words)
+    with pytest.raises(UserError, match="no such folder"):
+        clip_cosines(folder, images, words)
 
 
 # ---- files
 
+
 def test_the_report_can_be_read(report, world):
     folder = report[1]
     said, text = read_json(folder / "evaluation.json"), (folder / "README.md").read_text()
-    assert {p.name for p in folder.iterdir()} == {"evaluation.json", "README.md", "intervals.png", "pictures.png", "pictures.csv"}
-    assert "| FD[tiny-digits] |" in text and "real pictures" in text and "## Left out" in text and said["about"]["reference_id"] in text
-    assert len((folder / "pictures.csv").read_text().splitlines()) == N + 1 and Image.open(folder / "pictures.png").width > 3 * 64
+    assert {p.name for p in folder.iterdir()} == {
+        "evaluation.json",
+        "README.md",
+        "intervals.png",
+        "pictures.png",
+        "pictures.csv",
+    }
+    assert (
+        "| FD[tiny-digits] |" in text
+        and "real pictures" in text
+        and "## Left out" in text
+        and said["about"]["reference_id"] in text
+    )
+    assert (
+        len((folder / "pictures.csv").read_text().splitlines()) == N + 1
+        and Image.open(folder / "pictures.png").width > 3 * 64
+    )
     assert len(said["numbers"]["a"]) == len(report[0]["a"]) and str(world) in said["about"]["sources"]["a"]
 
 
@@ -163,22 +285,48 @@ def test_statistics_are_read_and_written(world, tmp_path):
     evaluate([str(world / "a")], options(tmp_path, save_stats=str(tmp_path / "s.npz")))
     stored = load_stats(tmp_path / "s.npz")
     assert stored.n == 360 and stored.how["extractor"] == "tiny-digits"
-    again = evaluate([str(world / "a")], options(tmp_path, out=str(tmp_path / "r2"), reference=str(tmp_path / "s.npz"), train=""))
+    again = evaluate(
+        [str(world / "a")],
+        options(tmp_path, out=str(tmp_path / "r2"), reference=str(tmp_path / "s.npz"), train=""),
+    )
     whole = read_json(tmp_path / "r/evaluation.json")["numbers"]["a"][0]
-    assert [n.name for n in again["a"]] == ["FD[tiny-digits]", "digit[tiny-digits]"] and again["a"][0].value == pytest.approx(whole["value"], rel=1e-6)
-    with pytest.raises(UserError, match="another extractor"): evaluate([str(world / "a")], options(tmp_path, out=str(tmp_path / "r3"), reference=str(tmp_path / "s.npz"), train="", extractor="tiny-scenes", metrics=("fd",)))
+    assert [n.name for n in again["a"]] == ["FD[tiny-digits]", "digit[tiny-digits]"] and again["a"][
+        0
+    ].value == pytest.approx(whole["value"], rel=1e-6)
+    with pytest.raises(UserError, match="another extractor"):
+        evaluate(
+            [str(world / "a")],
+            options(
+                tmp_path,
+                out=str(tmp_path / "r3"),
+                reference=str(tmp_path / "s.npz"),
+                train="",
+                extractor="tiny-scenes",
+                metrics=("fd",),
+            ),
+        )
 
 
 def test_a_curve_over_an_option(world, tmp_path):
-    for k, (name, w, step) in enumerate((("a", 3., 500), ("b", 1., 1000))):
+    for k, (name, w, step) in enumerate((("a", 3.0, 500), ("b", 1.0, 1000))):
         shutil.copytree(world / name, tmp_path / name)
-        (tmp_path / name / "generate.json").write_text(json.dumps(dict(source=f"runs/x/checkpoints/step-{step:08d}", made_by=dict(guidance_scale=w))))
+        (tmp_path / name / "generate.json").write_text(
+            json.dumps(dict(source=f"runs/x/checkpoints/step-{step:08d}", made_by=dict(guidance_scale=w)))
+        )
     assert option_of(tmp_path / "a", "guidance_scale") == 3 and option_of(tmp_path / "b", "step") == 1000
-    evaluate([str(tmp_path / n) for n in "ab"], options(tmp_path, curve="guidance_scale", metrics=("fd", "kid")))
+    evaluate(
+        [str(tmp_path / n) for n in "ab"], options(tmp_path, curve="guidance_scale", metrics=("fd", "kid"))
+    )
     text = (tmp_path / "r/README.md").read_text()
-    assert "## Over guidance_scale" in text and (tmp_path / "r/curve-fd-tiny-digits.png").is_file() and (tmp_path / "r/curve-kid-tiny-digits.png").is_file()
-    with pytest.raises(UserError, match="is no option of sdcourse generate, nor of the run"): option_of(tmp_path / "a", "mood")
-    with pytest.raises(UserError, match="no generate.json"): option_of(world / "a", "step")
+    assert (
+        "## Over guidance_scale" in text
+        and (tmp_path / "r/curve-fd-tiny-digits.png").is_file()
+        and (tmp_path / "r/curve-kid-tiny-digits.png").is_file()
+    )
+    with pytest.raises(UserError, match="is no option of sdcourse generate, nor of the run"):
+        option_of(tmp_path / "a", "mood")
+    with pytest.raises(UserError, match="no generate.json"):
+        option_of(world / "a", "step")
 
 
 def test_a_table_over_two_options(world, tmp_path):
@@ -188,17 +336,36 @@ def test_a_table_over_two_options(world, tmp_path):
         (tmp_path / f"run{mean}/config.yaml").write_text(f"config: {{density_mean: {mean}}}\n")
         for k, w in (("a", 1.0), ("b", 3.0)):
             shutil.copytree(world / k, tmp_path / f"{k}{mean}")
-            (tmp_path / f"{k}{mean}/generate.json").write_text(json.dumps(dict(source=str(tmp_path / f"run{mean}/export"), made_by=dict(guidance_scale=w))))
+            (tmp_path / f"{k}{mean}/generate.json").write_text(
+                json.dumps(dict(source=str(tmp_path / f"run{mean}/export"), made_by=dict(guidance_scale=w)))
+            )
     models = [str(tmp_path / f"{k}{mean}") for k in "ab" for mean in (-0.5, 0.5)]
     found = evaluate(models, options(tmp_path, table=("density_mean", "guidance_scale"), metrics=("fd",)))
-    lines = (tmp_path / "r/README.md").read_text().split("## By density_mean and guidance_scale")[1].splitlines()
-    head, rows = [l for l in lines if l.startswith("| FD")][0], [l for l in lines if l.startswith("| density_mean")]
-    assert head == "| FD[tiny-digits] | guidance_scale 1.0 | guidance_scale 3.0 |" and [r.split("|")[1].strip() for r in rows] == ["density_mean -0.5", "density_mean 0.5"]
-    assert [r.split("|")[2].split()[0] for r in rows] == [f"{found['a-0.5'][0].value:.3g}"] * 2 and rows[0].split("|")[3].split()[0] == f"{found['b-0.5'][0].value:.3g}"
-    with pytest.raises(UserError, match="have the same values"): evaluate(models, options(tmp_path, out=str(tmp_path / "r2"), table=("density_mean", "density_mean"), metrics=("fd",)))
+    lines = (
+        (tmp_path / "r/README.md").read_text().split("## By density_mean and guidance_scale")[1].splitlines()
+    )
+    head, rows = (
+        [l for l in lines if l.startswith("| FD")][0],
+        [l for l in lines if l.startswith("| density_mean")],
+    )
+    assert head == "| FD[tiny-digits] | guidance_scale 1.0 | guidance_scale 3.0 |" and [
+        r.split("|")[1].strip() for r in rows
+    ] == ["density_mean -0.5", "density_mean 0.5"]
+    assert [r.split("|")[2].split()[0] for r in rows] == [f"{found['a-0.5'][0].value:.3g}"] * 2 and rows[
+        0
+    ].split("|")[3].split()[0] == f"{found['b-0.5'][0].value:.3g}"
+    with pytest.raises(UserError, match="have the same values"):
+        evaluate(
+            models,
+            options(
+                tmp_path, out=str(tmp_path / "r2"), table=("density_mean", "density_mean"), metrics=("fd",)
+            ),
+        )
     assert not (tmp_path / "r2").exists()
-    with pytest.raises(UserError, match="give two options"): options(tmp_path, out=str(tmp_path / "r3"), table=("x",)).check()
-    with pytest.raises(UserError, match="mood: is no option of sdcourse generate, nor of the run"): option_of(models[0], "mood")
+    with pytest.raises(UserError, match="give two options"):
+        options(tmp_path, out=str(tmp_path / "r3"), table=("x",)).check()
+    with pytest.raises(UserError, match="mood: is no option of sdcourse generate, nor of the run"):
+        option_of(models[0], "mood")
 
 
 def test_digits_drawn_in_this_process_get_the_numbers_of_the_command(world, report):
@@ -211,22 +378,29 @@ def test_digits_drawn_in_this_process_get_the_numbers_of_the_command(world, repo
     assert torch.equal(before, torch.get_rng_state())
     assert own.n == 360 and 0.98 <= own.value < 1 and own.low < own.value < own.high
     want = {k: n for k, n in by_name(report[0]["a"]).items() if k in found}
-    assert len(want) == len(found) == 9 # the share, two distances, four shares, two of memorisation
+    assert len(want) == len(found) == 9  # the share, two distances, four shares, two of memorisation
     for k, n in found.items():
         assert n.value == pytest.approx(want[k].value, rel=1e-4, abs=1e-5), k
-        if k[:2] not in ("FD", "KI"): assert n.floor == want[k].floor, k
-    net, g, label = extractor_of("tiny-digits"), torch.Generator().manual_seed(0), digits("train").tensors["label"]
+        if k[:2] not in ("FD", "KI"):
+            assert n.floor == want[k].floor, k
+    net, g, label = (
+        extractor_of("tiny-digits"),
+        torch.Generator().manual_seed(0),
+        digits("train").tensors["label"],
+    )
     b, t = (features_over(net, Digits(s)) for s in ("test", "train"))
     floors = []
     for order in [torch.randperm(len(t), generator=g) for _ in range(5)]:
         rows = [r for k in range(10) for r in order[label[order] == k][: (asked == k).sum()].tolist()]
         floors.append(frechet(t[rows], b))
-    assert (found["FD[tiny-digits]"].floor, found["FD[tiny-digits]"].floor_high) == pytest.approx((np.mean(floors), max(floors)), rel=1e-4)
+    assert (found["FD[tiny-digits]"].floor, found["FD[tiny-digits]"].floor_high) == pytest.approx(
+        (np.mean(floors), max(floors)), rel=1e-4
+    )
 
 
 def test_there_is_no_floor_where_a_class_has_fewer_real_pictures_than_drawn_ones():
     real = digits("test").tensors
-    sevens = (real["label"] == 7).nonzero().flatten().repeat(6)[:200] # 144 are trained on
+    sevens = (real["label"] == 7).nonzero().flatten().repeat(6)[:200]  # 144 are trained on
     found = measure_digits(real["pixels"][sevens], real["label"][sevens], ("fd", "kid"))
     assert found["FD[tiny-digits]"].floor is None and found["KID[tiny-digits]"].floor is None
 
@@ -241,21 +415,23 @@ def test_numbers_of_digits_need_what_was_asked_and_six_of_them():
 
 # ---- what cannot be measured
 
+
 def refused(text, fn):
-    with pytest.raises(UserError, match=text) as e: fn()
+    with pytest.raises(UserError, match=text) as e:
+        fn()
     assert "\n" not in str(e.value), str(e.value)
 
 
 def test_a_fid_of_few_pictures_is_refused_or_says_so(world, tmp_path, monkeypatch):
     net = extractor_of("tiny-digits")
-    net.name = "inception" # as far as names go
+    net.name = "inception"  # as far as names go
     data = open_set(world / "a")
     a, b = features_over(net, data), features_over(net, Digits("test"))
     case = lambda **k: Case(data, Digits("test"), net, a, b, how=dict(net.how), draws=5, **k)
     refused("fd: FID of 60 images says nothing", lambda: measure(case(), ["fd"]))
     (n,), _ = measure(case(force=True), ["fd"])
     assert n.name == "FID" and "biased: N=60" in n.note
-    assert "fd" in measure(case())[1] # left out, with the reason
+    assert "fd" in measure(case())[1]  # left out, with the reason
 
 
 def test_wrong_input_is_one_line_and_leaves_nothing(world, tmp_path):
@@ -277,9 +453,15 @@ def test_wrong_input_is_one_line_and_leaves_nothing(world, tmp_path):
     write(tmp_path / "half", 10, order=range(N - 1))
     refused("do not pair: 1 ids are in one of them only", lambda: run(a, tmp_path / "half"))
     write(tmp_path / "other", 10, ids=lambda i: f"x{i}")
-    refused("pairs: 60 of 60 pictures have no truth with their id, e.g. x0", lambda: run(tmp_path / "other", metrics=("pairs",)))
+    refused(
+        "pairs: 60 of 60 pictures have no truth with their id, e.g. x0",
+        lambda: run(tmp_path / "other", metrics=("pairs",)),
+    )
     write(tmp_path / "big", size=16)
-    refused("pairs: pictures are 16 x 16 and the reference 8 x 8", lambda: run(tmp_path / "big", metrics=("pairs",)))
+    refused(
+        "pairs: pictures are 16 x 16 and the reference 8 x 8",
+        lambda: run(tmp_path / "big", metrics=("pairs",)),
+    )
     refused("did you mean 'tiny-digits'", lambda: run(a, extractor="tiny-digit"))
     refused("--metrics fdd: ", lambda: run(a, metrics=("fdd",)))
     refused("clip-score: CLIP score needs --extractor clip:FOLDER", lambda: run(a, metrics=("clip-score",)))
@@ -289,17 +471,42 @@ def test_wrong_input_is_one_line_and_leaves_nothing(world, tmp_path):
     refused("--reference is missing", lambda: run(a, reference=""))
     refused(r"nowhere.pth: no such file", lambda: run(a, extractor="inception:nowhere.pth"))
     assert not (tmp_path / "r").exists()
-    (tmp_path / "r").mkdir(); (tmp_path / "r/thesis.tex").write_text("x")
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/thesis.tex").write_text("x")
     refused("is not empty", lambda: run(a))
 
 
 def test_the_command(world, tmp_path, capsys):
-    assert cli.main(["evaluate", str(world / "a"), "--reference", "digits", "--extractor", "tiny-digits", "--metrics", "fd,kid", "--out", str(tmp_path / "r"), "--device", "cpu"]) == 0
-    assert "FD[tiny-digits]" in capsys.readouterr().out and len(read_json(tmp_path / "r/evaluation.json")["numbers"]["a"]) == 2
-    assert cli.main(["evaluate", "--reference", "digits"]) == 2 and "expected MODEL …" in capsys.readouterr().err
+    assert (
+        cli.main(
+            [
+                "evaluate",
+                str(world / "a"),
+                "--reference",
+                "digits",
+                "--extractor",
+                "tiny-digits",
+                "--metrics",
+                "fd,kid",
+                "--out",
+                str(tmp_path / "r"),
+                "--device",
+                "cpu",
+            ]
+        )
+        == 0
+    )
+    assert (
+        "FD[tiny-digits]" in capsys.readouterr().out
+        and len(read_json(tmp_path / "r/evaluation.json")["numbers"]["a"]) == 2
+    )
+    assert (
+        cli.main(["evaluate", "--reference", "digits"]) == 2 and "expected MODEL …" in capsys.readouterr().err
+    )
 
 
 def test_every_measure_is_documented():
     from sdcourse.evaluation import report
+
     text = Path(report.__file__).read_text()
     assert all(k in text for k in METRICS)

@@ -1,4 +1,7 @@
-"""Every exercise works both ways: the stub fails as "not done yet", the solution passes, a typical wrong answer gets its own hint."""
+"""Every exercise works both ways: the stub fails as "not done yet", the solution passes, a typical wrong
+answer gets its own hint.
+"""
+
 import ast, json, re
 from functools import cache
 from pathlib import Path
@@ -36,7 +39,11 @@ def is_import(source):
 
 def calls(source, name):
     "The calls `….ex1(answer)` in a source."
-    return [n for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr == name]
+    return [
+        n
+        for n in ast.walk(ast.parse(source))
+        if isinstance(n, ast.Call) and isinstance(n.func, ast.Attribute) and n.func.attr == name
+    ]
 
 
 @cache
@@ -47,7 +54,9 @@ def lesson(notebook):
 
 
 def stub_of(notebook, name):
-    "The cell that defines the stub and the call that asks for the verdict, which stands in it or in the next cell."
+    """The cell that defines the stub and the call that asks for the verdict, which stands in it or in the
+    next cell.
+    """
     _, code = lesson(notebook)
     asked = [(i, c) for i, s in enumerate(code) for c in calls(s, name)]
     assert len(asked) == 1, f"{notebook.name}: {name} is asked {len(asked)} times"
@@ -61,7 +70,8 @@ def stub_of(notebook, name):
 def solved(notebook):
     "The names that a solutions notebook leaves when it has run from top to bottom."
     space = {"__name__": "solutions"}
-    for source in cells(notebook): exec(compile(source, notebook.name, "exec"), space)
+    for source in cells(notebook):
+        exec(compile(source, notebook.name, "exec"), space)
     return space
 
 
@@ -70,7 +80,10 @@ PAIRS = [pytest.param(c, name, id=f"{c.stem}-{name}") for c in CHECKS for name i
 
 def test_there_are_exercises():
     assert CHECKS
-    for check in CHECKS: assert 4 <= len(exercises(check)) <= 8 and exercises(check) == [f"ex{i + 1}" for i in range(len(exercises(check)))], check.stem
+    for check in CHECKS:
+        assert 4 <= len(exercises(check)) <= 8 and exercises(check) == [
+            f"ex{i + 1}" for i in range(len(exercises(check)))
+        ], check.stem
 
 
 def test_every_stub_is_asked_for():
@@ -85,7 +98,8 @@ def test_a_stub_is_not_done_yet(check, name):
     notebook = lesson_of(check)
     stub, call = stub_of(notebook, name)
     space = {"__name__": "lesson"}
-    for source in lesson(notebook)[0]: exec(compile(source, notebook.name, "exec"), space)
+    for source in lesson(notebook)[0]:
+        exec(compile(source, notebook.name, "exec"), space)
     exec(compile(stub, notebook.name, "exec"), space)
     verdict = eval(compile(ast.Expression(call), notebook.name, "eval"), space)
     assert not verdict.ok and "not done yet" in verdict.text
@@ -94,6 +108,7 @@ def test_a_stub_is_not_done_yet(check, name):
 @pytest.mark.parametrize("check, name", PAIRS)
 def test_a_solution_passes_and_a_wrong_answer_gets_its_hint(check, name):
     import importlib
+
     notebook = ROOT / "nbs/solutions" / lesson_of(check).name
     assert notebook.exists(), f"no solutions for {check.stem}"
     space, ask = solved(notebook), getattr(importlib.import_module(f"sdcourse.check.{check.stem}"), name)
@@ -102,7 +117,9 @@ def test_a_solution_passes_and_a_wrong_answer_gets_its_hint(check, name):
     verdict = ask(wrong)
     assert not verdict.ok and "Hint: " in verdict.text, verdict.text
     source = "\n".join(cells(notebook))
-    assert re.search(rf"assert check\.{name}\(answer\d+\)\.ok", source) and re.search(rf"assert not check\.{name}\(wrong\d+\)\.ok and", source)
+    assert re.search(rf"assert check\.{name}\(answer\d+\)\.ok", source) and re.search(
+        rf"assert not check\.{name}\(wrong\d+\)\.ok and", source
+    )
 
 
 def test_hints_differ():

@@ -1,4 +1,7 @@
-"""What can go wrong on two real ranks: each fault ends in one clear line or in a warning, never in a hang, and never costs a checkpoint."""
+"""What can go wrong on two real ranks: each fault ends in one clear line or in a warning, never in a hang,
+and never costs a checkpoint.
+"""
+
 import json
 import os
 import re
@@ -17,8 +20,12 @@ from sdcourse.engine.trackers import read_metrics
 from sdcourse.engine.watchdog import HUNG
 
 
-def report(out): return [json.loads(Path(f"{out}.rank{r}.json").read_text()) for r in (0, 1)]
-def step_of(out): return load_checkpoint(latest_checkpoint(out / "checkpoints")[0])["state"]["step"]
+def report(out):
+    return [json.loads(Path(f"{out}.rank{r}.json").read_text()) for r in (0, 1)]
+
+
+def step_of(out):
+    return load_checkpoint(latest_checkpoint(out / "checkpoints")[0])["state"]["step"]
 
 
 def wait_for(there, seconds=warm.LIMIT):
@@ -42,13 +49,30 @@ SummaryWriter.add_scalar = down
 
 
 def test_validation_tracker_and_hub_may_fail_on_one_rank(tmp_path):
-    "R17: each fault warns, training goes on to the end on both ranks, and nobody waits for the rank that raised."
-    ends = ranks.finish(ranks.toy(tmp_path / "run", hook=RAISES, first=warm.LOOP + "import huggingface_hub, torch.utils.tensorboard", validate_every=4, tracker="tensorboard", push_to_hub="x/y"))
+    """R17: each fault warns, training goes on to the end on both ranks, and nobody waits for the rank that
+    raised.
+    """
+    ends = ranks.finish(
+        ranks.toy(
+            tmp_path / "run",
+            hook=RAISES,
+            first=warm.LOOP + "import huggingface_hub, torch.utils.tensorboard",
+            validate_every=4,
+            tracker="tensorboard",
+            push_to_hub="x/y",
+        )
+    )
     assert [c for c, _, _ in ends] == [0, 0], ends
-    assert ends[1][2].count("failed on rank 1 (OSError: held-out set gone)") == 3 and "held-out" not in ends[0][2]
-    for words in ("failed on rank 0 (RuntimeError: no ink)", "tracker down", "not pushed to x/y"): assert words in ends[0][2], words
+    assert (
+        ends[1][2].count("failed on rank 1 (OSError: held-out set gone)") == 3
+        and "held-out" not in ends[0][2]
+    )
+    for words in ("failed on rank 0 (RuntimeError: no ink)", "tracker down", "not pushed to x/y"):
+        assert words in ends[0][2], words
     assert [r["step"] for r in report(tmp_path / "run")] == [12, 12] and step_of(tmp_path / "run") == 12
-    assert (tmp_path / "run/export/model.safetensors").exists() and not any("val_loss" in r for r in read_metrics(tmp_path / "run"))
+    assert (tmp_path / "run/export/model.safetensors").exists() and not any(
+        "val_loss" in r for r in read_metrics(tmp_path / "run")
+    )
 
 
 def test_the_same_training_without_faults_validates(tmp_path):
@@ -62,9 +86,18 @@ def test_a_killed_rank(tmp_path):
     hook = "step = loop.step\ndef one(r):\n    step(r)\n    if rank == 1 and r.step == 6: os.kill(os.getpid(), 9)\nloop.step = one"
     ends = ranks.finish(ranks.toy(tmp_path / "run", hook=hook, checkpoint_every=4))
     assert [c for c, _, _ in ends] == [LOST, -9]
-    assert re.search(r"error: rank 0 lost the others while \w+.* step [56] \(.*another rank ended.*the same command goes on", ends[0][2]) and "Traceback" not in ends[0][2]
+    assert (
+        re.search(
+            r"error: rank 0 lost the others while \w+.* step [56] \(.*another rank ended.*the same command goes on",
+            ends[0][2],
+        )
+        and "Traceback" not in ends[0][2]
+    )
     assert step_of(tmp_path / "run") == 4
-    assert [c for c, _, _ in ranks.finish(ranks.toy(tmp_path / "run", checkpoint_every=4))] == [0, 0] and step_of(tmp_path / "run") == 12
+    assert [c for c, _, _ in ranks.finish(ranks.toy(tmp_path / "run", checkpoint_every=4))] == [
+        0,
+        0,
+    ] and step_of(tmp_path / "run") == 12
 
 
 HANGS = """
@@ -84,19 +117,22 @@ def test_a_rank_that_hangs(tmp_path):
     assert HUNG in [c for c, _, _ in ends] and {c for c, _, _ in ends} <= {HUNG, LOST}
     line = next(e for c, _, e in ends if c == HUNG)
     assert re.search(r"rank 1 on \S+ (when last heard, was|is) reading data of step \d", line), line
-    assert 4 <= int(re.search(r"no progress for (\d+) s", line)[1]) < 8, line # the limit, a fifth of it, and a busy machine
-    assert ends[1][0] != HUNG or "never" in ends[1][2] # and where in its own code it stands
+    assert 4 <= int(re.search(r"no progress for (\d+) s", line)[1]) < 8, (
+        line
+    )  # the limit, a fifth of it, and a busy machine
+    assert ends[1][0] != HUNG or "never" in ends[1][2]  # and where in its own code it stands
 
 
 def test_a_frozen_rank(tmp_path):
     "A process that cannot speak is named by the one that can."
     hook = "step = loop.step\ndef one(r):\n    step(r)\n    if rank == 1 and r.step == 5: time.sleep(1.5); os.kill(os.getpid(), 19)\nloop.step = one"
-    started = ranks.toy(tmp_path / "run", hook=hook, hang_seconds=3.0) # it speaks every 0.3 s
+    started = ranks.toy(tmp_path / "run", hook=hook, hang_seconds=3.0)  # it speaks every 0.3 s
     try:
         out, err = started[0].communicate()
     finally:
         os.kill(started[1].pid, signal.SIGCONT)
-        for p in started: p.kill()
+        for p in started:
+            p.kill()
     assert started[0].returncode == HUNG and re.search(r"rank 1 on \S+ when last heard, was \w+", err), err
 
 
@@ -108,11 +144,18 @@ def test_waiting_for_a_slow_rank_is_no_hang(tmp_path):
 
 def test_a_full_disk(tmp_path):
     "R5 on two ranks: both leave with the same line, and the old checkpoint is whole."
-    assert [c for c, _, _ in ranks.finish(ranks.toy(tmp_path / "run", checkpoint_every=4, max_steps=4))] == [0, 0]
+    assert [c for c, _, _ in ranks.finish(ranks.toy(tmp_path / "run", checkpoint_every=4, max_steps=4))] == [
+        0,
+        0,
+    ]
     hook = "import resource\nif rank == 0: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)"
     ends = ranks.finish(ranks.toy(tmp_path / "run", hook=hook, checkpoint_every=4, max_steps=12, force=True))
     assert [c for c, _, _ in ends] == [2, 2], ends
-    for _, _, err in ends: assert re.search(r"error: .*step-00000008: not saved .*older checkpoints are intact.*\(rank 0\)", err) and "Traceback" not in err, err
+    for _, _, err in ends:
+        assert (
+            re.search(r"error: .*step-00000008: not saved .*older checkpoints are intact.*\(rank 0\)", err)
+            and "Traceback" not in err
+        ), err
     assert step_of(tmp_path / "run") == 4 and not list((tmp_path / "run/checkpoints").glob("*.tmp"))
 
 
@@ -121,25 +164,38 @@ def small_disk(tmp_path):
     "A real file system of 200 kB."
     place = tmp_path / "disk"
     place.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", place], capture_output=True).returncode: pytest.skip("only root may mount")
+    if (
+        os.geteuid()
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", place], capture_output=True
+        ).returncode
+    ):
+        pytest.skip("only root may mount")
     yield place
     subprocess.run(["umount", "-l", place])
 
 
 def test_a_small_disk(small_disk):
-    "R5 on a real full disk: refused by the preflight when it is known, and by the save when another program took the room."
+    """R5 on a real full disk: refused by the preflight when it is known, and by the save when another program
+    took the room.
+    """
     import shutil
     from toy import run
     from sdcourse.core import UserError
+
     run(small_disk / "run", max_steps=4, checkpoint_every=4, keep=1)
     assert step_of(small_disk / "run") == 4
     (small_disk / "film").write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 4_000))
-    with pytest.raises(UserError, match="disk has .* free"): run(small_disk / "run", max_steps=12, keep=1, force=True)
+    with pytest.raises(UserError, match="disk has .* free"):
+        run(small_disk / "run", max_steps=12, keep=1, force=True)
     import sdcourse.engine.loop as loop
+
     loop.preflight, whole = (lambda *_: []), loop.preflight
     try:
-        with pytest.raises(UserError, match="intact"): run(small_disk / "run", max_steps=12, checkpoint_every=4, keep=1, force=True)
-    finally: loop.preflight = whole
+        with pytest.raises(UserError, match="intact"):
+            run(small_disk / "run", max_steps=12, checkpoint_every=4, keep=1, force=True)
+    finally:
+        loop.preflight = whole
     assert step_of(small_disk / "run") == 4 and latest_checkpoint(small_disk / "run/checkpoints")[1] == []
 
 
@@ -147,17 +203,32 @@ def test_a_folder_that_cannot_be_written(tmp_path):
     "Refused before the work on every rank, with the folder's name."
     (tmp_path / "file").touch()
     ends = ranks.finish(ranks.toy(tmp_path / "file/run"))
-    assert [c for c, _, _ in ends] == [2, 2] and all("file/run" in e and "choose another --out" in e for _, _, e in ends), ends
+    assert [c for c, _, _ in ends] == [2, 2] and all(
+        "file/run" in e and "choose another --out" in e for _, _, e in ends
+    ), ends
 
 
-@pytest.mark.parametrize("hook, words", [
-    ("if rank == 1: over['lr'] = 0.5", "rank 1 has another lr than rank 0 (0.5 instead of 0.01)"),
-    ("find = loop.find_start\nloop.find_start = lambda cfg: None if rank == 1 else find(cfg)", "rank 1 has another checkpoint than rank 0 (None instead of 12)"),
-    ("if rank == 1: toy.ToyTask.check = lambda self: (_ for _ in ()).throw(UserError('no such file here'))", "no such file here (rank 1)")])
+@pytest.mark.parametrize(
+    "hook, words",
+    [
+        ("if rank == 1: over['lr'] = 0.5", "rank 1 has another lr than rank 0 (0.5 instead of 0.01)"),
+        (
+            "find = loop.find_start\nloop.find_start = lambda cfg: None if rank == 1 else find(cfg)",
+            "rank 1 has another checkpoint than rank 0 (None instead of 12)",
+        ),
+        (
+            "if rank == 1: toy.ToyTask.check = lambda self: (_ for _ in ()).throw(UserError('no such file here'))",
+            "no such file here (rank 1)",
+        ),
+    ],
+)
 def test_ranks_that_do_not_agree_are_refused(tmp_path, hook, words):
-    "Other options, a folder that one node does not share, a file that only one node lacks: both leave before the first step."
+    """Other options, a folder that one node does not share, a file that only one node lacks: both leave
+    before the first step.
+    """
     if "find_start" in hook:
         from toy import run
+
         run(tmp_path / "run")
     ends = ranks.finish(ranks.toy(tmp_path / "run", hook=hook))
     assert [c for c, _, _ in ends] == [2, 2] and all(words in e for _, _, e in ends), ends

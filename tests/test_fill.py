@@ -1,4 +1,7 @@
-"""`sdcourse cache`: the right numbers, the same bytes however often it was interrupted and by however many ranks, and refusals."""
+"""`sdcourse cache`: the right numbers, the same bytes however often it was interrupted and by however many
+ranks, and refusals.
+"""
+
 import hashlib
 import json
 import os
@@ -32,10 +35,16 @@ def pictures(folder, n=24, val=6, size=16, width=16):
         (folder / split).mkdir(parents=True)
         rows = []
         for i in range(count):
-            Image.fromarray(rng.integers(0, 256, (size, width, 3), dtype=np.uint8)).save(folder / split / f"{i:03}.png")
-            rows.append({"file_name": f"{i:03}.png", "id": f"{split}-{i:03}", "text": WORDS[i % 4], "label": i % 2})
+            Image.fromarray(rng.integers(0, 256, (size, width, 3), dtype=np.uint8)).save(
+                folder / split / f"{i:03}.png"
+            )
+            rows.append(
+                {"file_name": f"{i:03}.png", "id": f"{split}-{i:03}", "text": WORDS[i % 4], "label": i % 2}
+            )
         (folder / split / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (folder / "classes.json").write_text(json.dumps([{"label": k, "name": n, "folder": n} for k, n in enumerate("ab")]))
+    (folder / "classes.json").write_text(
+        json.dumps([{"label": k, "name": n, "folder": n} for k, n in enumerate("ab")])
+    )
     return folder
 
 
@@ -47,11 +56,18 @@ def world(tmp_path_factory, built):
 
 
 def options(model, cls=LatentOptions, **over):
-    small = dict(device="cpu", encode_batch=4, dtype="fp32") | (dict(size=16, shard_bytes=5000) if cls is LatentOptions else {})
+    small = dict(device="cpu", encode_batch=4, dtype="fp32") | (
+        dict(size=16, shard_bytes=5000) if cls is LatentOptions else {}
+    )
     return cls(model=str(model), **small | over)
 
 
-def content(folder): return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).iterdir()) if not p.name.startswith("slurm-")}
+def content(folder):
+    return {
+        p.name: hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(Path(folder).iterdir())
+        if not p.name.startswith("slurm-")
+    }
 
 
 @pytest.fixture(scope="module")
@@ -66,33 +82,49 @@ def whole(world, tmp_path_factory):
 def test_latents_are_the_moments_of_picture_and_mirror(world, whole):
     "By hand with diffusers, one by one; the mirror's latent is not the mirrored latent."
     from diffusers import AutoencoderKL
+
     vae = AutoencoderKL.from_pretrained(world[1] / "vae").eval()
     for split, n in (("train", 24), ("val", 6)):
         data = Cache(whole, split, kind="latents")
         assert data.ids.tolist() == [f"{split}-{i:03}" for i in range(n)]
         for i in range(n):
             item = data[i]
-            x = torch.from_numpy(np.array(Image.open(world[0] / split / f"{i:03}.png"))).permute(2, 0, 1)[None] / 127.5 - 1
-            with torch.no_grad(): sides = [vae.encode(s).latent_dist for s in (x, x.flip(-1))]
+            x = (
+                torch.from_numpy(np.array(Image.open(world[0] / split / f"{i:03}.png"))).permute(2, 0, 1)[
+                    None
+                ]
+                / 127.5
+                - 1
+            )
+            with torch.no_grad():
+                sides = [vae.encode(s).latent_dist for s in (x, x.flip(-1))]
             for side, d in enumerate(sides):
-                assert (item["mean"][side] - d.mean[0]).abs().max() < 1e-5 and (item["std"][side] - d.std[0]).abs().max() < 1e-5
+                assert (item["mean"][side] - d.mean[0]).abs().max() < 1e-5 and (
+                    item["std"][side] - d.std[0]
+                ).abs().max() < 1e-5
             assert item["label"] == i % 2 and item["id"] == f"{split}-{i:03}"
         assert (item["mean"][1] - item["mean"][0].flip(-1)).abs().max() > 1e-3
     assert data.facts["classes"] == ["a", "b"] and data.facts["channels"] == 4
 
 
-@pytest.mark.parametrize("dtype, kind, error", [("fp16", torch.float16, 2**-10), ("bf16", torch.bfloat16, 2**-7)])
+@pytest.mark.parametrize(
+    "dtype, kind, error", [("fp16", torch.float16, 2**-10), ("bf16", torch.bfloat16, 2**-7)]
+)
 def test_smaller_formats_round_once(world, whole, tmp_path, dtype, kind, error):
     assert cache("latents", world[0], tmp_path / "c", options(world[1], dtype=dtype)) == 0
     exact, data = Cache(whole), Cache(tmp_path / "c")
     got, want = data.__getitems__(range(24)), exact.__getitems__(range(24))
-    for k in ("mean", "std"): assert got[k].dtype == kind and torch.equal(got[k], want[k].to(kind))
+    for k in ("mean", "std"):
+        assert got[k].dtype == kind and torch.equal(got[k], want[k].to(kind))
     assert got["label"].tolist() == want["label"].tolist()
 
 
 def test_prompts_are_kept_by_their_words(world, tmp_path, capsys):
-    "Equal captions once, the empty prompt always; a caption added later is one row; nothing else is computed again."
+    """Equal captions once, the empty prompt always; a caption added later is one row; nothing else is
+    computed again.
+    """
     from diffusers import StableDiffusionPipeline
+
     data, out = pictures(tmp_path / "data"), tmp_path / "p"
     assert cache("prompts", data, out, options(world[1], PromptOptions)) == 0
     found = Cache(out, "", kind="prompts")
@@ -109,7 +141,8 @@ def test_prompts_are_kept_by_their_words(world, tmp_path, capsys):
     try:
         module.finite = lambda e, b, names: encoded.extend(b) or real(e, b, names)
         assert cache("prompts", data, out, options(world[1], PromptOptions)) == 0
-    finally: module.finite = real
+    finally:
+        module.finite = real
     assert encoded == ["a green tree"] and Cache(out, "").ids.tolist() == ["", *WORDS, "a green tree"]
     after = content(out)
     assert all(after[n] == before[n] for n in before if n != "index.json")
@@ -121,58 +154,90 @@ def test_prompts_are_kept_by_their_words(world, tmp_path, capsys):
 
 def test_features_are_those_of_the_model(world, tmp_path):
     from transformers import AutoImageProcessor, Dinov2Model
+
     assert cache("features", world[0], tmp_path / "f", options(world[2], FeatureOptions, what="both")) == 0
-    data, net, steps = Cache(tmp_path / "f", "val"), Dinov2Model.from_pretrained(world[2]).eval(), AutoImageProcessor.from_pretrained(world[2], backend="pil")
+    data, net, steps = (
+        Cache(tmp_path / "f", "val"),
+        Dinov2Model.from_pretrained(world[2]).eval(),
+        AutoImageProcessor.from_pretrained(world[2], backend="pil"),
+    )
     for i in range(6):
-        with torch.no_grad(): want = net(**steps(images=[Image.open(world[0] / f"val/{i:03}.png").convert("RGB")], return_tensors="pt"))
-        assert (data[i]["pooled"] - want.pooler_output[0]).abs().max() < 1e-4 and (data[i]["tokens"] - want.last_hidden_state[0]).abs().max() < 1e-4
+        with torch.no_grad():
+            want = net(
+                **steps(images=[Image.open(world[0] / f"val/{i:03}.png").convert("RGB")], return_tensors="pt")
+            )
+        assert (data[i]["pooled"] - want.pooler_output[0]).abs().max() < 1e-4 and (
+            data[i]["tokens"] - want.last_hidden_state[0]
+        ).abs().max() < 1e-4
 
 
 def new_weights(model, tmp_path):
     import shutil
     from diffusers import AutoencoderKL
+
     shutil.copytree(model, tmp_path / "other")
     vae = AutoencoderKL.from_pretrained(model / "vae")
-    with torch.no_grad(): vae.encoder.conv_in.bias[0] += 1e-3
+    with torch.no_grad():
+        vae.encoder.conv_in.bias[0] += 1e-3
     vae.save_pretrained(tmp_path / "other/vae")
     return tmp_path / "other"
 
 
-@pytest.mark.parametrize("name, over, words", [
-    ("weights", "other", "weights: "), ("dtype", dict(dtype="bf16"), "dtype: 'fp32' -> 'bf16'"), ("resolution", dict(size=8), "size: 16 -> 8"), ("transform", dict(crop="none"), "crop: 'center' -> 'none'"),
-    ("code", "code", "cache_code: 1 -> 2"), ("mirror", dict(mirror=False), "mirror: True -> False"), ("batches", dict(encode_batch=3), "encode_batch: 4 -> 3"),
-])
+@pytest.mark.parametrize(
+    "name, over, words",
+    [
+        ("weights", "other", "weights: "),
+        ("dtype", dict(dtype="bf16"), "dtype: 'fp32' -> 'bf16'"),
+        ("resolution", dict(size=8), "size: 16 -> 8"),
+        ("transform", dict(crop="none"), "crop: 'center' -> 'none'"),
+        ("code", "code", "cache_code: 1 -> 2"),
+        ("mirror", dict(mirror=False), "mirror: True -> False"),
+        ("batches", dict(encode_batch=3), "encode_batch: 4 -> 3"),
+    ],
+)
 def test_a_cache_of_other_settings_is_refused(world, whole, tmp_path, monkeypatch, name, over, words):
     "D3: each change is noticed, named, and costs nothing."
     before, model = content(whole), world[1]
-    if over == "other": model, over = new_weights(world[1], tmp_path), {}
-    if over == "code": monkeypatch.setattr(module.Latents, "code", 2); over = {}
-    with pytest.raises(UserError, match=words) as e: cache("latents", world[0], whole, options(model, **over))
+    if over == "other":
+        model, over = new_weights(world[1], tmp_path), {}
+    if over == "code":
+        monkeypatch.setattr(module.Latents, "code", 2)
+        over = {}
+    with pytest.raises(UserError, match=words) as e:
+        cache("latents", world[0], whole, options(model, **over))
     assert "choose another OUT, or remove it" in str(e.value) and content(whole) == before
 
 
 def test_a_moved_model_or_more_threads_are_the_same_cache(world, whole, tmp_path):
     import shutil
+
     shutil.copytree(world[1], tmp_path / "moved")
     before = content(whole)
-    assert cache("latents", world[0], whole, options(tmp_path / "moved", workers=1, shard_bytes=999)) == 0 and content(whole) == before
+    assert (
+        cache("latents", world[0], whole, options(tmp_path / "moved", workers=1, shard_bytes=999)) == 0
+        and content(whole) == before
+    )
 
 
 def test_a_changed_picture_is_computed_again_and_a_new_one_added(world, tmp_path):
     data, out = pictures(tmp_path / "data"), tmp_path / "c"
     assert cache("latents", data, out, options(world[1])) == 0
     old = Cache(out).__getitems__(range(24))
-    Image.new("RGB", (16, 16), "red").save(data / "train/005.png") # another size on disk
+    Image.new("RGB", (16, 16), "red").save(data / "train/005.png")  # another size on disk
     (data / "train/007.png").unlink()
     Image.new("RGB", (16, 16), "blue").save(data / "train/new.png")
     table = data / "train/metadata.jsonl"
-    rows = [json.loads(l) for l in table.read_text().splitlines() if "007" not in l] + [{"file_name": "new.png", "id": "new", "label": 1}]
+    rows = [json.loads(l) for l in table.read_text().splitlines() if "007" not in l] + [
+        {"file_name": "new.png", "id": "new", "label": 1}
+    ]
     table.write_text("".join(json.dumps(r) + "\n" for r in rows))
     assert cache("latents", data, out, options(world[1])) == 0
     now = Cache(out)
     assert set(now.ids) == {r["id"] for r in rows}
     same = [i for i in range(24) if i not in (5, 7)]
-    assert torch.equal(now.__getitems__(now.numbers([f"train-{i:03}" for i in same]))["mean"], old["mean"][same])
+    assert torch.equal(
+        now.__getitems__(now.numbers([f"train-{i:03}" for i in same]))["mean"], old["mean"][same]
+    )
     assert not torch.equal(now.__getitems__(now.numbers(["train-005"]))["mean"][0], old["mean"][5])
     assert len(list(out.glob("train-*.safetensors"))) == 7
 
@@ -198,32 +263,53 @@ for where in (out, out + "-whole"): assert os.waitpid(begin(where, "0"), 0)[1] =
 """
 
 
-def words_for(world): return f"--model {world[1]} --device cpu --encode-batch 4 --dtype fp32 --size 16 --shard-bytes 5000".split()
+def words_for(world):
+    return (
+        f"--model {world[1]} --device cpu --encode-batch 4 --dtype fp32 --size 16 --shard-bytes 5000".split()
+    )
 
 
 def test_killed_five_times_it_ends_with_the_same_bytes(world, tmp_path):
     "D8"
-    code = KILL.format(path=[str(SLOW.parent), str(SLOW.parent.parent)], out=str(tmp_path / "c"), data=str(world[0]), words=words_for(world))
+    code = KILL.format(
+        path=[str(SLOW.parent), str(SLOW.parent.parent)],
+        out=str(tmp_path / "c"),
+        data=str(world[0]),
+        words=words_for(world),
+    )
     done = warm.run(["-c", code], first=warm.MODELS)
     assert done.returncode == 0, done.stderr[-2000:]
     counts = [int(l.split()[2]) for l in done.stdout.splitlines() if l.startswith("killed")]
-    assert len(counts) == 5 and max(counts) < 8, counts # each kill came before the end
-    assert content(tmp_path / "c") == content(tmp_path / "c-whole") # both by processes of one kind: another number of threads changes last bits
+    assert len(counts) == 5 and max(counts) < 8, counts  # each kill came before the end
+    assert content(tmp_path / "c") == content(
+        tmp_path / "c-whole"
+    )  # both by processes of one kind: another number of threads changes last bits
 
 
-def shards_of(folder): return {k: v for k, v in content(folder).items() if k.endswith(".safetensors")}
+def shards_of(folder):
+    return {k: v for k, v in content(folder).items() if k.endswith(".safetensors")}
 
 
-def notes(path): return [l for r in (0, 1) if (p := Path(f"{path}.{r}")).exists() for l in p.read_text().splitlines()]
+def notes(path):
+    return [l for r in (0, 1) if (p := Path(f"{path}.{r}")).exists() for l in p.read_text().splitlines()]
 
 
 def test_two_ranks_share_whole_shards_and_make_the_same_bytes(world, whole, tmp_path):
-    ends = ranks.finish(ranks.start([SLOW, "latents", world[0], tmp_path / "c", *words_for(world)], 2, first=warm.MODELS, NOTES=str(tmp_path / "n")))
+    ends = ranks.finish(
+        ranks.start(
+            [SLOW, "latents", world[0], tmp_path / "c", *words_for(world)],
+            2,
+            first=warm.MODELS,
+            NOTES=str(tmp_path / "n"),
+        )
+    )
     assert [c for c, _, _ in ends] == [0, 0], ends
     assert content(tmp_path / "c") == content(whole)
     mine = [set(Path(f"{tmp_path}/n.{r}").read_text().split()) for r in (0, 1)]
     planned = [json.loads(p.read_text()) for p in sorted((tmp_path / "c").glob("*-0*.json"))]
-    assert all(sum({r[0] for r in rows} <= m for m in mine) == 1 for rows in planned) # but for the row that shows the columns, each shard has one rank
+    assert all(
+        sum({r[0] for r in rows} <= m for m in mine) == 1 for rows in planned
+    )  # but for the row that shows the columns, each shard has one rank
     assert mine[0] | mine[1] == {r[0] for rows in planned for r in rows}
 
 
@@ -232,92 +318,176 @@ def test_asked_to_stop_it_leaves_soon_and_goes_on_later(world, whole, tmp_path, 
     "R7 and R8: between two batches, on both ranks, with the code of a requeue; what was whole is kept."
     out = tmp_path / "c"
     words = [SLOW, "latents", world[0], out, *words_for(world), "--requeue-code", "75"]
-    procs = ranks.start([*words, *(["--max-seconds", "0.8"] if how == "deadline" else [])], 2, first=warm.MODELS, SLOW="0.4", NOTES=str(tmp_path / "n"))
+    procs = ranks.start(
+        [*words, *(["--max-seconds", "0.8"] if how == "deadline" else [])],
+        2,
+        first=warm.MODELS,
+        SLOW="0.4",
+        NOTES=str(tmp_path / "n"),
+    )
     end = time.monotonic() + warm.LIMIT
-    working = lambda: list(out.glob("*.safetensors")) and all(Path(f"{tmp_path}/n.{r}").exists() for r in (0, 1)) # one rank may begin late
+    working = lambda: (
+        list(out.glob("*.safetensors")) and all(Path(f"{tmp_path}/n.{r}").exists() for r in (0, 1))
+    )  # one rank may begin late
     while not working() if how != "deadline" else any(p.poll() is None for p in procs):
-        assert time.monotonic() < end and (how == "deadline" or all(p.poll() is None for p in procs)), [p.communicate() for p in procs]
+        assert time.monotonic() < end and (how == "deadline" or all(p.poll() is None for p in procs)), [
+            p.communicate() for p in procs
+        ]
         time.sleep(0.01)
     if how.startswith("SIG"):
-        for p in procs[how.endswith("one rank"):]: p.send_signal(getattr(signal, how.split()[0]))
-    if how == "STOP": (out / "STOP").touch()
+        for p in procs[how.endswith("one rank") :]:
+            p.send_signal(getattr(signal, how.split()[0]))
+    if how == "STOP":
+        (out / "STOP").touch()
     ends = ranks.finish(procs)
     assert [c for c, _, _ in ends] == ([0, 0] if how == "STOP" else [75, 75]), ends
     assert "shards are left; the same command goes on" in ends[0][1] and not (out / "STOP").exists()
     before = shards_of(out)
     planned = [f"{s['name']}.safetensors" for s in read_index(out)["shards"]]
-    assert before and not any(set(planned[rank::2]) <= before.keys() for rank in (0, 1)) or how == "deadline" # neither rank went on to its end
-    assert len(notes(tmp_path / "n")) < 2 * 30 - 8 # rows with their mirrors; the rest was not encoded
-    with pytest.raises(UserError, match="is not finished, .* run the same sdcourse cache command again"): Cache(out)
+    assert (
+        before and not any(set(planned[rank::2]) <= before.keys() for rank in (0, 1)) or how == "deadline"
+    )  # neither rank went on to its end
+    assert len(notes(tmp_path / "n")) < 2 * 30 - 8  # rows with their mirrors; the rest was not encoded
+    with pytest.raises(UserError, match="is not finished, .* run the same sdcourse cache command again"):
+        Cache(out)
     assert cache("latents", world[0], out, options(world[1])) == 0
     assert content(out) == content(whole) and before.items() <= content(out).items()
 
 
 def test_a_rank_that_is_refused_ends_all_with_its_words(world, whole, tmp_path):
     hook = "import torch\nreal = cache.finite\ndef broken(e, b, names):\n    if rank == 1: raise cache.UserError(f'{names[0]}: the latents are not finite')\n    time.sleep(0.3)\n    return real(e, b, names)\ncache.finite = broken"
-    ends = ranks.finish(ranks.start([SLOW, "latents", world[0], tmp_path / "c", *words_for(world)], 2, first=warm.MODELS, HOOK=hook))
-    assert [c for c, _, _ in ends] == [2, 2] and all("the latents are not finite (rank 1)" in e and "Traceback" not in e for _, _, e in ends), ends
-    assert len(list((tmp_path / "c").glob("*.safetensors"))) < 4 # the others did not go on to the end
-    assert cache("latents", world[0], tmp_path / "c", options(world[1])) == 0 and content(tmp_path / "c") == content(whole)
+    ends = ranks.finish(
+        ranks.start(
+            [SLOW, "latents", world[0], tmp_path / "c", *words_for(world)], 2, first=warm.MODELS, HOOK=hook
+        )
+    )
+    assert [c for c, _, _ in ends] == [2, 2] and all(
+        "the latents are not finite (rank 1)" in e and "Traceback" not in e for _, _, e in ends
+    ), ends
+    assert len(list((tmp_path / "c").glob("*.safetensors"))) < 4  # the others did not go on to the end
+    assert cache("latents", world[0], tmp_path / "c", options(world[1])) == 0 and content(
+        tmp_path / "c"
+    ) == content(whole)
 
 
 def test_a_full_disk(world, whole, tmp_path):
-    "On a real file system without room: one line, no half file, and the same command goes on when there is room again."
+    """On a real file system without room: one line, no half file, and the same command goes on when there is
+    room again.
+    """
     place = tmp_path / "disk"
     place.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", place], capture_output=True).returncode: pytest.skip("only root may mount")
+    if (
+        os.geteuid()
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", place], capture_output=True
+        ).returncode
+    ):
+        pytest.skip("only root may mount")
     try:
-        with pytest.raises(UserError, match="space.*the same command goes on") as e: cache("latents", world[0], place / "c", options(world[1]))
+        with pytest.raises(UserError, match="space.*the same command goes on") as e:
+            cache("latents", world[0], place / "c", options(world[1]))
         there = [p.name for p in (place / "c").iterdir()]
-        assert "\n" not in str(e.value) and not [n for n in there if n.endswith(".tmp")] and 0 < sum(n.endswith(".safetensors") for n in there) < 8
+        assert (
+            "\n" not in str(e.value)
+            and not [n for n in there if n.endswith(".tmp")]
+            and 0 < sum(n.endswith(".safetensors") for n in there) < 8
+        )
         subprocess.run(["mount", "-o", "remount,size=1m", place], check=True)
-        assert cache("latents", world[0], place / "c", options(world[1])) == 0 and content(place / "c") == content(whole)
-    finally: subprocess.run(["umount", "-l", place])
+        assert cache("latents", world[0], place / "c", options(world[1])) == 0 and content(
+            place / "c"
+        ) == content(whole)
+    finally:
+        subprocess.run(["umount", "-l", place])
 
 
 def test_features_of_a_layer_and_some_of_the_encoders(world, tmp_path):
     from transformers import AutoImageProcessor, Dinov2Model
-    assert cache("features", world[0], tmp_path / "f", options(world[2], FeatureOptions, what="tokens", layer="-2")) == 0
-    net, steps = Dinov2Model.from_pretrained(world[2]).eval().requires_grad_(False), AutoImageProcessor.from_pretrained(world[2], backend="pil")
-    want = net(**steps(images=[Image.open(world[0] / "val/000.png").convert("RGB")], return_tensors="pt"), output_hidden_states=True).hidden_states[-2][0]
+
+    assert (
+        cache(
+            "features", world[0], tmp_path / "f", options(world[2], FeatureOptions, what="tokens", layer="-2")
+        )
+        == 0
+    )
+    net, steps = (
+        Dinov2Model.from_pretrained(world[2]).eval().requires_grad_(False),
+        AutoImageProcessor.from_pretrained(world[2], backend="pil"),
+    )
+    want = net(
+        **steps(images=[Image.open(world[0] / "val/000.png").convert("RGB")], return_tensors="pt"),
+        output_hidden_states=True,
+    ).hidden_states[-2][0]
     assert (Cache(tmp_path / "f", "val")[0]["tokens"] - want).abs().max() < 1e-4
     sd3 = tiny_models.tiny_sd3(tmp_path / "sd3")
-    assert cache("prompts", world[0], tmp_path / "p", options(sd3, PromptOptions, only=("text_encoder_2",))) == 0
-    assert set(Cache(tmp_path / "p", "").columns) == {"text_encoder_2.hidden", "text_encoder_2.pooled", "text_encoder_2.mask"}
+    assert (
+        cache("prompts", world[0], tmp_path / "p", options(sd3, PromptOptions, only=("text_encoder_2",))) == 0
+    )
+    assert set(Cache(tmp_path / "p", "").columns) == {
+        "text_encoder_2.hidden",
+        "text_encoder_2.pooled",
+        "text_encoder_2.mask",
+    }
 
 
 def test_what_was_cut_or_computed_again_is_said(world, tmp_path, capsys):
     (tmp_path / "more.txt").write_text("cat " * 100 + "\n")
-    assert cache("prompts", world[0], tmp_path / "p", options(world[1], PromptOptions, more=str(tmp_path / "more.txt"))) == 0
+    assert (
+        cache(
+            "prompts",
+            world[0],
+            tmp_path / "p",
+            options(world[1], PromptOptions, more=str(tmp_path / "more.txt")),
+        )
+        == 0
+    )
     assert "1 captions were too long for text_encoder and are cut" in capsys.readouterr().out
 
 
 def test_not_finite_names_the_picture(world, tmp_path, capsys):
-    "D7: weights that overflow float16 are computed again in float32; those that overflow float32 too are an error that names the picture."
+    """D7: weights that overflow float16 are computed again in float32; those that overflow float32 too are an
+    error that names the picture.
+    """
     from diffusers import AutoencoderKL
+
     vae = AutoencoderKL.from_pretrained(world[1] / "vae")
-    with torch.no_grad(): vae.encoder.conv_in.weight.mul_(8e4)
+    with torch.no_grad():
+        vae.encoder.conv_in.weight.mul_(8e4)
     vae.save_pretrained(tmp_path / "hot")
     work = module.Latents(world[0], options(tmp_path / "hot", precision="fp16"), "cpu")
     pixels = torch.stack([work.read("train", ["train-000", work.data.splits["train"].digest(0)])])
     assert not work.encoder.encode(pixels)["mean"].isfinite().all()
     assert cache("latents", world[0], tmp_path / "hot16", options(tmp_path / "hot", precision="fp16")) == 0
-    assert "62 results overflowed fp16 and were computed again in fp32" in capsys.readouterr().out # 30 pictures, 30 mirrors, and one pair to see the columns
+    assert (
+        "62 results overflowed fp16 and were computed again in fp32" in capsys.readouterr().out
+    )  # 30 pictures, 30 mirrors, and one pair to see the columns
     assert cache("latents", world[0], tmp_path / "hot32", options(tmp_path / "hot")) == 0
     a, b = (Cache(tmp_path / n).__getitems__(range(24))["mean"] for n in ("hot16", "hot32"))
-    assert (a - b).abs().max() < 0.02 # the weights were rounded to float16 in one of them
-    with torch.no_grad(): vae.encoder.conv_in.weight.mul_(1e33)
+    assert (a - b).abs().max() < 0.02  # the weights were rounded to float16 in one of them
+    with torch.no_grad():
+        vae.encoder.conv_in.weight.mul_(1e33)
     vae.save_pretrained(tmp_path / "fire")
-    with pytest.raises(UserError, match="train-000.*not finite"): cache("latents", world[0], tmp_path / "c", options(tmp_path / "fire"))
+    with pytest.raises(UserError, match="train-000.*not finite"):
+        cache("latents", world[0], tmp_path / "c", options(tmp_path / "fire"))
     assert not list((tmp_path / "c").glob("*.safetensors"))
 
 
 def test_wrong_input_is_refused_in_one_line_before_anything_is_written(world, whole, tmp_path):
     def refused(words, kind="latents", data=world[0], out=tmp_path / "c", **over):
-        with pytest.raises(UserError, match=words) as e: cache(kind, data, out, options(over.pop("model", world[1]), {"latents": LatentOptions, "prompts": PromptOptions, "features": FeatureOptions}[kind], **over))
+        with pytest.raises(UserError, match=words) as e:
+            cache(
+                kind,
+                data,
+                out,
+                options(
+                    over.pop("model", world[1]),
+                    {"latents": LatentOptions, "prompts": PromptOptions, "features": FeatureOptions}[kind],
+                    **over,
+                ),
+            )
         assert "\n" not in str(e.value) and not list(tmp_path.glob("c/*"))
+
     refused("--model is missing", model="")
-    refused("--crop random: a cache would hold the same crop", crop="random")
+    refused("--crop random: a cache would hold one crop", crop="random")
     refused("--encode-batch 0", encode_batch=0)
     refused("--layer second", kind="features", model=world[2], layer="second")
     refused("no such folder", model=tmp_path / "nothing")
@@ -325,10 +495,13 @@ def test_wrong_input_is_refused_in_one_line_before_anything_is_written(world, wh
     refused("no multiple of 4", size=18)
     refused("has no column blurb", kind="prompts", caption_column="blurb")
     refused("cannot be read", kind="prompts", more=str(tmp_path / "none.txt"))
-    with pytest.raises(UserError, match="is a cache of latents"): cache("prompts", world[0], whole, options(world[1], PromptOptions))
-    (tmp_path / "x").mkdir(); (tmp_path / "x/mine.txt").write_text("x")
+    with pytest.raises(UserError, match="is a cache of latents"):
+        cache("prompts", world[0], whole, options(world[1], PromptOptions))
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x/mine.txt").write_text("x")
     refused("is not empty and no cache", out=tmp_path / "x")
-    with pytest.raises(UserError, match="unknown kind 'latent': did you mean 'latents'"): cli.run(["cache", "latent", "a", "b"])
+    with pytest.raises(UserError, match="unknown kind 'latent': did you mean 'latents'"):
+        cli.run(["cache", "latent", "a", "b"])
 
 
 def test_a_picture_that_changes_meanwhile_is_noticed(world, tmp_path):
@@ -337,4 +510,5 @@ def test_a_picture_that_changes_meanwhile_is_noticed(world, tmp_path):
     index, _ = module.prepare((tmp_path / "c").mkdir() or tmp_path / "c", work)
     later = module.Latents(data, options(world[1]), "cpu")
     later.data.splits["train"].digest = lambda i: "other"
-    with pytest.raises(UserError, match="picture train-000 changed while it was cached"): module.fill(tmp_path / "c", index["shards"][0], later, batch=4, go_on=lambda n: True)
+    with pytest.raises(UserError, match="picture train-000 changed while it was cached"):
+        module.fill(tmp_path / "c", index["shards"][0], later, batch=4, go_on=lambda n: True)

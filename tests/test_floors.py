@@ -1,6 +1,8 @@
-"""A folder of the package is a floor: it knows only those below it, and no two modules know each other. Imports inside functions count, and so do
-names that tables hold as text (`sdcourse.x.y:z`); the table of verbs alone may name everything, for it imports nothing before a verb is typed.
+"""A folder of the package is a floor: it knows only those below it, and no two modules know each other.
+Imports inside functions count, and so do names that tables hold as text (`sdcourse.x.y:z`); the table of
+verbs alone may name everything, for it imports nothing before a verb is typed.
 """
+
 import ast
 import json
 import re
@@ -9,7 +11,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "sdcourse"
-KNOWS = { # from the ground up: floor or module at the top, and what it may know
+KNOWS = {  # from the ground up: floor or module at the top, and what it may know
     "": "guard",
     "guard": "",
     "core": "",
@@ -25,10 +27,10 @@ KNOWS = { # from the ground up: floor or module at the top, and what it may know
     "cache": "core config engine data models dataset",
     "evaluation": "core config plot engine data data.sets models dataset cache",
     "train": "core config plot diffusion cli engine data data.sets models dataset cache evaluation",
-    "commands": "core config guard engine data.sets models dataset cache evaluation train",
+    "commands": "core config guard engine data.sets models dataset evaluation train",
     "check": "config diffusion data train",
 }
-ABOVE_ALL = "cli" # whose table names every verb
+ABOVE_ALL = "cli"  # whose table names every verb
 
 
 def modules():
@@ -36,7 +38,8 @@ def modules():
     found = {}
     for path in sorted(PACKAGE.rglob("*.py")):
         name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-        if name != "_modidx": found[re.sub(r"\.?__init__$", "", name)] = path
+        if name != "_modidx":
+            found[re.sub(r"\.?__init__$", "", name)] = path
     return found
 
 
@@ -51,15 +54,22 @@ def named_in(module, path, known):
     home = parts if path.name == "__init__.py" else parts[:-1]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom):
-            base = ".".join([*home[: len(home) + 1 - node.level], *filter(None, [node.module])]) if node.level else node.module
+            base = (
+                ".".join([*home[: len(home) + 1 - node.level], *filter(None, [node.module])])
+                if node.level
+                else node.module
+            )
             names = [base, *(f"{base}.{a.name}" for a in node.names)]
-        elif isinstance(node, ast.Import): names = [a.name for a in node.names]
+        elif isinstance(node, ast.Import):
+            names = [a.name for a in node.names]
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and module != ABOVE_ALL:
             names = re.findall(r"(?<!\w)(sdcourse(?:\.\w+)+):\w", node.value)
-        else: continue
+        else:
+            continue
         for name in names:
             name = name.removeprefix("sdcourse").removeprefix(".")
-            if name in known and name not in ("", module): yield name
+            if name in known and name not in ("", module):
+                yield name
 
 
 @cache
@@ -77,7 +87,12 @@ def test_the_table_goes_from_the_ground_up():
 
 
 def test_no_arrow_leads_up():
-    up = [f"{a} -> {b}" for a, found in arrows().items() for b in found if floor(a) != floor(b) and floor(b) not in KNOWS[floor(a)].split()]
+    up = [
+        f"{a} -> {b}"
+        for a, found in arrows().items()
+        for b in found
+        if floor(a) != floor(b) and floor(b) not in KNOWS[floor(a)].split()
+    ]
     assert not up
 
 
@@ -89,7 +104,8 @@ def test_no_floor_has_leave_that_it_does_not_use():
 def test_no_circle():
     left = dict(arrows())
     while free := [a for a, found in left.items() if not found & left.keys()]:
-        for a in free: del left[a]
+        for a in free:
+            del left[a]
     assert not left, "each of these leads to a circle, or is in one"
 
 
@@ -99,7 +115,8 @@ def exported():
     for path in sorted((ROOT / "nbs").rglob("[!.]*.ipynb")):
         text = "\n".join("".join(c["source"]) for c in json.loads(path.read_text(encoding="utf-8"))["cells"])
         name = path.relative_to(ROOT / "nbs").with_suffix("").as_posix()
-        if module := re.search(r"#\| default_exp (\S+)", text): found[name] = module[1]
+        if module := re.search(r"#\| default_exp (\S+)", text):
+            found[name] = module[1]
     return found
 
 
@@ -107,6 +124,13 @@ def test_notebooks_lie_where_their_modules_lie():
     "NN_name.ipynb exports name.py, and the folders are the same; a lesson at the top exports into its floor."
     special = {"check.check": "check.__init__", "train.main": "train.__main__"}
     for name, module in exported().items():
-        if re.fullmatch(r"0\d[ab]?_\w+", name): continue # a lesson
+        if re.fullmatch(r"0\d[ab]?_\w+", name):
+            continue  # a lesson
         place = re.sub(r"(^|/)\d\d_", r"\1", name).replace("/", ".")
         assert special.get(place, place) == module, name
+
+
+def test_readme_shows_a_line_for_each_module():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"(?m)^  - \[\w+\]\(nbs/(\S+)\.ipynb\): \S", text)
+    assert sorted(shown) == sorted(exported())

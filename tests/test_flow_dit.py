@@ -1,4 +1,5 @@
 """The flow DiT as a task: objective, data formats, command line, export, learning."""
+
 import json
 import math
 import subprocess
@@ -24,15 +25,26 @@ COMMAND = ["-m", "sdcourse.train", "flow_dit"]
 
 
 def config(out="", **over):
-    small = dict(size="tiny/4", max_steps=4, batch_size=8, warmup_steps=0, device="cpu", num_samples=20, num_inference_steps=2, log_every=2)
+    small = dict(
+        size="tiny/4",
+        max_steps=4,
+        batch_size=8,
+        warmup_steps=0,
+        device="cpu",
+        num_samples=20,
+        num_inference_steps=2,
+        log_every=2,
+    )
     return resolve(Config, overrides=dict(out=str(out), **{**small, **over}))
 
 
-def command(*options): return warm.run([*COMMAND, *options], first=warm.MODELS)
+def command(*options):
+    return warm.run([*COMMAND, *options], first=warm.MODELS)
 
 
 class Constant(torch.nn.Module):
     "A stand-in model that returns what it is told and records its input."
+
     def __init__(self, value):
         super().__init__()
         self.value, self.config = value, type("C", (), dict(num_classes=10))
@@ -99,8 +111,12 @@ def test_latents_are_sampled_mirrored_and_scaled():
     n = 400
     mean = torch.stack([torch.zeros(n, 4, 2, 2), torch.ones(n, 4, 2, 2)], 1)
     batch = dict(mean=mean, std=torch.full_like(mean, 0.1), label=torch.zeros(n, dtype=torch.long))
+
     def clean(step=0, **over):
-        return FlowMatching(Constant(None), config(**over), shift=0.5, scale=2.0).clean(batch, Draws(0, step, range(n)))
+        return FlowMatching(Constant(None), config(**over), shift=0.5, scale=2.0).clean(
+            batch, Draws(0, step, range(n))
+        )
+
     x = clean()
     mirrored = x.mean((1, 2, 3)) > 0
     assert abs(mirrored.float().mean() - 0.5) < 3 * 0.5 / math.sqrt(n)
@@ -112,9 +128,24 @@ def test_latents_are_sampled_mirrored_and_scaled():
 
 def latents_folder(folder, classes=("cat", "dog", "owl"), sides=2, drop=()):
     "A cache as `sdcourse cache latents` writes it, of random numbers."
-    tensors = {k: v[:, :sides] if v.ndim > 1 else v for k, v in synthetic_latents(24, 4, 8, classes=3).tensors.items() if k != "id" and k not in drop}
-    columns = {k: {"dtype": str(v.dtype).removeprefix("torch."), "shape": list(v.shape[1:])} for k, v in tensors.items()}
-    index = {"format": FORMAT, "kind": "latents", "key": {"weights": "none"}, "columns": columns, "shards": [], "dropped": {}, "facts": dict(channels=4, shift=0.1, scale=0.5, down=8, classes=list(classes), licence="none")}
+    tensors = {
+        k: v[:, :sides] if v.ndim > 1 else v
+        for k, v in synthetic_latents(24, 4, 8, classes=3).tensors.items()
+        if k != "id" and k not in drop
+    }
+    columns = {
+        k: {"dtype": str(v.dtype).removeprefix("torch."), "shape": list(v.shape[1:])}
+        for k, v in tensors.items()
+    }
+    index = {
+        "format": FORMAT,
+        "kind": "latents",
+        "key": {"weights": "none"},
+        "columns": columns,
+        "shards": [],
+        "dropped": {},
+        "facts": dict(channels=4, shift=0.1, scale=0.5, down=8, classes=list(classes), licence="none"),
+    }
     folder.mkdir(exist_ok=True)
     extend_plan(folder, index, {"train": [[f"item{i:02}", "", 0] for i in range(24)]}, 24)
     write_shard(folder, index["shards"][0], tensors)
@@ -127,35 +158,57 @@ def test_trains_from_a_cache_of_latents(tmp_path):
     result = train(task)
     assert result.step == 4 and (tmp_path / "run" / "export" / "transformer" / "config.json").exists()
     s = source(config(data=str(data)))
-    assert (s.channels, s.side, s.shift, s.scale) == (4, 8, 0.1, 0.5) and len(task.dataset("train")) == 24 and task.dataset("validate") is None
+    assert (
+        (s.channels, s.side, s.shift, s.scale) == (4, 8, 0.1, 0.5)
+        and len(task.dataset("train")) == 24
+        and task.dataset("validate") is None
+    )
     assert task.facts()["data_sha256"] == task.dataset("train").fingerprint()
 
 
-@pytest.mark.parametrize("over,text", [
-    (dict(size="XXL/2"), "--size XXL/2: unknown"), (dict(size="tiny/3"), "unknown"), (dict(cond_drop=1.5), "cond_drop 1.5"),
-    (dict(data="digitz"), "--data digitz: no such folder"), (dict(vae="nowhere"), "--vae nowhere"), (dict(size="tiny/8", data="synthetic", latent=(4, 12)), "patch 8 does not divide"),
-])
+@pytest.mark.parametrize(
+    "over,text",
+    [
+        (dict(size="XXL/2"), "--size XXL/2: unknown"),
+        (dict(size="tiny/3"), "unknown"),
+        (dict(cond_drop=1.5), "cond_drop 1.5"),
+        (dict(data="digitz"), "--data digitz: no such folder"),
+        (dict(vae="nowhere"), "--vae nowhere"),
+        (dict(size="tiny/8", data="synthetic", latent=(4, 12)), "patch 8 does not divide"),
+    ],
+)
 def test_wrong_input_is_refused_before_anything_heavy(over, text):
     with pytest.raises(UserError, match=text):
         Task(config(**over)).check()
 
 
 def test_a_set_without_classes_is_trained_as_one_class(tmp_path):
-    task = Task(config(tmp_path / "run", data=str(latents_folder(tmp_path / "z", classes=(), drop=("label",))), batch_size=10))
+    task = Task(
+        config(
+            tmp_path / "run",
+            data=str(latents_folder(tmp_path / "z", classes=(), drop=("label",))),
+            batch_size=10,
+        )
+    )
     assert source(task.config).classes == ("picture",) and train(task).step == 4
     module = task.build()
     seen = []
     module.dit.register_forward_pre_hook(lambda m, a: seen.append(a[2]))
     module(task.dataset("train").__getitems__(range(24)), Draws(0, 0, range(24)))
-    assert set(seen[0].tolist()) == {0, 1} # the class, and no class where it was dropped
+    assert set(seen[0].tolist()) == {0, 1}  # the class, and no class where it was dropped
 
 
 def test_caches_that_do_not_fit_are_refused(tmp_path):
-    for text, folder, over in (("has no columns mean and std", latents_folder(tmp_path / "x", drop=("std",)), {}), ("without mirrors; give --no-flip", latents_folder(tmp_path / "y", sides=1), {})):
-        with pytest.raises(UserError, match=text): Task(config(data=str(folder), **over)).check()
+    for text, folder, over in (
+        ("has no columns mean and std", latents_folder(tmp_path / "x", drop=("std",)), {}),
+        ("without mirrors; give --no-flip", latents_folder(tmp_path / "y", sides=1), {}),
+    ):
+        with pytest.raises(UserError, match=text):
+            Task(config(data=str(folder), **over)).check()
     Task(config(data=str(tmp_path / "y"), flip=False)).check()
     (tmp_path / "y" / "index.json").write_text("{")
-    with pytest.raises(UserError, match="not valid JSON"): Task(config(data=str(tmp_path / "y"))).check()
+    with pytest.raises(UserError, match="not valid JSON"):
+        Task(config(data=str(tmp_path / "y"))).check()
 
 
 def test_presets_resolve_and_full_sizes_fit_their_names():
@@ -164,19 +217,32 @@ def test_presets_resolve_and_full_sizes_fit_their_names():
         cfg.check()
         with torch.device("meta"):
             from sdcourse.models.dit import DiT, dit_config
-            n = sum(p.numel() for p in DiT(**dit_config(cfg.size, mlp=cfg.mlp, position=cfg.position, qk_norm=cfg.qk_norm)).parameters())
+
+            n = sum(
+                p.numel()
+                for p in DiT(
+                    **dit_config(cfg.size, mlp=cfg.mlp, position=cfg.position, qk_norm=cfg.qk_norm)
+                ).parameters()
+            )
         want = {"tiny": 0.75e6, "full": 675e6, "full452m": 452e6}[preset]
         assert abs(n / want - 1) < (0.4 if preset == "tiny" else 0.015), (preset, n)
 
 
 def test_no_host_read_inside_the_step():
     from torch.utils._python_dispatch import TorchDispatchMode
+
     class Reads(TorchDispatchMode):
         found = []
+
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.is_nonzero):
+            if func.overloadpacket in (
+                torch.ops.aten._local_scalar_dense,
+                torch.ops.aten.nonzero,
+                torch.ops.aten.is_nonzero,
+            ):
                 self.found.append(func)
             return func(*args, **(kwargs or {}))
+
     run = Run(Task(config(data="synthetic", latent=(4, 8))))
     with Reads() as reads:
         step(run), step(run)
@@ -184,8 +250,11 @@ def test_no_host_read_inside_the_step():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_no_sync_on_a_gpu(): # P6
-    run = Run(Task(config(data="synthetic", device="cuda", max_steps=40, size="S/2")), __import__("sdcourse.engine.dist").dist.join("cuda"))
+def test_no_sync_on_a_gpu():  # P6
+    run = Run(
+        Task(config(data="synthetic", device="cuda", max_steps=40, size="S/2")),
+        __import__("sdcourse.engine.dist").dist.join("cuda"),
+    )
     for _ in range(5):
         step(run)
     torch.cuda.set_sync_debug_mode("error")
@@ -201,12 +270,26 @@ def test_gradient_checkpointing_changes_nothing(tmp_path):
         run = Run(Task(config(precision="fp64", **over)))
         step(run), step(run)
         return list(run.module.parameters())
+
     assert max((a - b).abs().max() for a, b in zip(after(), after(gradient_checkpointing=True))) < 1e-12
 
 
 def test_overfits_eight_digits(tmp_path):
     "O13: eight images, all noise levels; the loss falls below a tenth within 300 steps."
-    task = Task(config(tmp_path, size="tiny/4", batch_size=32, max_steps=300, lr=3e-3, warmup_steps=20, log_every=10, cond_drop=0.0, num_samples=0, density="uniform"))
+    task = Task(
+        config(
+            tmp_path,
+            size="tiny/4",
+            batch_size=32,
+            max_steps=300,
+            lr=3e-3,
+            warmup_steps=20,
+            log_every=10,
+            cond_drop=0.0,
+            num_samples=0,
+            density="uniform",
+        )
+    )
     full = task.dataset("train")
     eight = full.where(torch.arange(len(full)) < 8)
     task.dataset = lambda split: eight if split == "train" else None
@@ -216,34 +299,64 @@ def test_overfits_eight_digits(tmp_path):
 
 
 def test_numbers_of_a_validation_are_those_of_the_digits_that_were_asked_for(monkeypatch):
-    "A model that draws held-out digits of the asked class is right, at the floor, and as close to the training set as they are."
+    """A model that draws held-out digits of the asked class is right, at the floor, and as close to the
+    training set as they are.
+    """
     real = digits("test").tensors
     rows = [(real["label"] == k).nonzero().flatten()[:26].tolist() for k in range(10)]
 
     def images(self, module, labels, seeds):
-        assert list(seeds) == list(range(10_000, 10_200)) # noise that no picture of a validation has
+        assert list(seeds) == list(range(10_000, 10_200))  # noise that no picture of a validation has
         return torch.stack([real["pixels"][rows[k].pop()] for k in labels])
 
     monkeypatch.setattr(Task, "images", images)
     row = Task(config(num_samples=200)).measure(None)
     assert row["digit[tiny-digits]"]["value"] > 0.97 and row["digit[tiny-digits], real digits"]["n"] == 360
-    assert row["FD[tiny-digits]"]["value"] < row["FD[tiny-digits]"]["floor"] and row["FD[tiny-digits]"]["n"] == 200
+    assert (
+        row["FD[tiny-digits]"]["value"] < row["FD[tiny-digits]"]["floor"]
+        and row["FD[tiny-digits]"]["n"] == 200
+    )
     assert row["closer to training[tiny-digits]"]["value"] == pytest.approx(0.5, abs=0.05)
     assert json.loads(json.dumps(row)) == row
     assert all({"name", "how", "note"}.isdisjoint(v) for v in row.values())
 
 
 def test_command_line_end_to_end(tmp_path):
-    "U2, O3 and the export in a fresh process: thirty steps, a picture, metrics, a checkpoint, a card, a pipeline."
+    """U2, O3 and the export in a fresh process: thirty steps, a picture, metrics, a checkpoint, a card, a
+    pipeline.
+    """
     out = tmp_path / "run"
-    words = [*COMMAND, "--preset", "tiny", "--max-steps", "30", "--warmup-steps", "5", "--num-samples", "50", "--threads", "1", "--out", str(out)]
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True) # as a reader starts it
+    words = [
+        *COMMAND,
+        "--preset",
+        "tiny",
+        "--max-steps",
+        "30",
+        "--warmup-steps",
+        "5",
+        "--num-samples",
+        "50",
+        "--threads",
+        "1",
+        "--out",
+        str(out),
+    ]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)  # as a reader starts it
     assert done.returncode == 0, done.stderr
     for name in ("samples", "metrics.jsonl", "export", "README.md"):
         assert str(out / name) in done.stdout
-    assert "digit[tiny-digits], real digits 0.989 (N 360" in done.stdout and "batch: 64 = micro 64 x ranks 1 x accumulation 1" in done.stderr
+    assert (
+        "digit[tiny-digits], real digits 0.989 (N 360" in done.stdout
+        and "batch: 64 = micro 64 x ranks 1 x accumulation 1" in done.stderr
+    )
     row = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
-    assert row["step"] == 30 and row["digit[tiny-digits]"]["n"] == 50 and row["FD[tiny-digits]"]["floor"] > 0 and row["mfu"] > 0 and row["val_loss"] > 0
+    assert (
+        row["step"] == 30
+        and row["digit[tiny-digits]"]["n"] == 50
+        and row["FD[tiny-digits]"]["floor"] > 0
+        and row["mfu"] > 0
+        and row["val_loss"] > 0
+    )
     with Image.open(out / "samples" / "step-00000030.png") as im:
         assert im.mode == "L" and np.asarray(im).std() > 5
     code = f"from sdcourse.models.dit import FlowDiTPipeline, image_generators as g; p = FlowDiTPipeline.from_pretrained({str(out / 'export')!r}); im = p(['3', 4], num_inference_steps=3, generator=g([1, 2])).images; print(im[0].size, im[0].mode, len(im))"
@@ -253,10 +366,18 @@ def test_command_line_end_to_end(tmp_path):
     assert again.returncode == 0 and "finished 30 steps" in again.stdout
 
 
-@pytest.mark.parametrize("options,text", [
-    (("--presett", "tiny"), "did you mean '--preset'"), (("--preset", "tinny"), "did you mean 'tiny'"), (("--lr", "fast"), "--lr: expected a number"),
-    (("--precision", "fp16", "--device", "cpu"), "fp16"), (("--data", "nowhere"), "--data nowhere"), (("--batch-size", "0"), "--batch-size"), (("--num-samples", "5"), "--num-samples 5: give six"),
-])
+@pytest.mark.parametrize(
+    "options,text",
+    [
+        (("--presett", "tiny"), "did you mean '--preset'"),
+        (("--preset", "tinny"), "did you mean 'tiny'"),
+        (("--lr", "fast"), "--lr: expected a number"),
+        (("--precision", "fp16", "--device", "cpu"), "fp16"),
+        (("--data", "nowhere"), "--data nowhere"),
+        (("--batch-size", "0"), "--batch-size"),
+        (("--num-samples", "5"), "--num-samples 5: give six"),
+    ],
+)
 def test_bad_options_are_one_line(options, text, tmp_path):
     done = command(*options, "--out", tmp_path / "run")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and text in done.stderr, done.stderr
@@ -267,4 +388,6 @@ def test_foreign_folder_is_refused_and_untouched(tmp_path):
     (tmp_path / "thesis.tex").write_text("precious")
     done = command("--out", tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "choose another --out" in done.stderr
-    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"] and (tmp_path / "thesis.tex").read_text() == "precious"
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"] and (
+        tmp_path / "thesis.tex"
+    ).read_text() == "precious"

@@ -1,4 +1,7 @@
-"""A picture is a function of the model, the options and its id: whatever the batch order, the ranks, the stops and the kills."""
+"""A picture is a function of the model, the options and its id: whatever the batch order, the ranks, the
+stops and the kills.
+"""
+
 import hashlib
 import json
 import os
@@ -16,7 +19,13 @@ import ranks
 import tiny_models
 import warm
 from sdcourse.cli import main
-from sdcourse.commands.generate import CopyOptions, GenerateOptions, copy_images, generate, open_pipeline, plan
+from sdcourse.commands.copy_images import CopyOptions, copy_images
+from sdcourse.commands.generate import (
+    GenerateOptions,
+    generate,
+    open_pipeline,
+    plan,
+)
 from sdcourse.config import resolve
 from sdcourse.core import UserError
 from sdcourse.dataset import pictures
@@ -32,20 +41,58 @@ DIGITS = tuple("0123456789")
 def run(tmp_path_factory):
     "A flow DiT after a few steps, with averaged weights that differ from the raw ones."
     out = tmp_path_factory.mktemp("run") / "r"
-    train(Task(resolve(Config, overrides=dict(size="tiny/4", max_steps=6, batch_size=16, warmup_steps=0, lr=3e-2, num_samples=0, num_inference_steps=1, out=str(out), device="cpu", threads=1))))
+    train(
+        Task(
+            resolve(
+                Config,
+                overrides=dict(
+                    size="tiny/4",
+                    max_steps=6,
+                    batch_size=16,
+                    warmup_steps=0,
+                    lr=3e-2,
+                    num_samples=0,
+                    num_inference_steps=1,
+                    out=str(out),
+                    device="cpu",
+                    threads=1,
+                ),
+            )
+        )
+    )
     return out
 
 
 @pytest.fixture(scope="module")
-def sd15(built): return built(tiny_models.tiny_sd15)
+def sd15(built):
+    return built(tiny_models.tiny_sd15)
 
 
-def options(**over): return GenerateOptions(**dict(classes=("all",), per_class=2, batch=5, num_inference_steps=2, device="cpu", threads=1) | over)
+def options(**over):
+    return GenerateOptions(
+        **dict(classes=("all",), per_class=2, batch=5, num_inference_steps=2, device="cpu", threads=1) | over
+    )
+
+
 def words(**over):
     given = {k: v for k, v in vars(options(**over)).items() if v != vars(GenerateOptions())[k]}
-    return [w for k, v in given.items() for w in (f"--{k.replace('_', '-')}", ",".join(v) if isinstance(v, tuple) else str(v))]
-def content(folder): return {p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
-def drawn(folder): return {k: v for k, v in content(folder).items() if k.endswith(".png")}
+    return [
+        w
+        for k, v in given.items()
+        for w in (f"--{k.replace('_', '-')}", ",".join(v) if isinstance(v, tuple) else str(v))
+    ]
+
+
+def content(folder):
+    return {
+        p.relative_to(folder).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(Path(folder).rglob("*"))
+        if p.is_file()
+    }
+
+
+def drawn(folder):
+    return {k: v for k, v in content(folder).items() if k.endswith(".png")}
 
 
 @pytest.fixture(scope="module")
@@ -53,15 +100,20 @@ def whole(run, tmp_path_factory):
     "An uninterrupted set by one process."
     out = tmp_path_factory.mktemp("whole") / "o"
     assert generate(run, out, options()) == 0
-    assert len(set(drawn(out).values())) == 20 # all differ
+    assert len(set(drawn(out).values())) == 20  # all differ
     return out
 
 
 # ---- what a picture depends on
 
+
 def test_a_picture_depends_on_its_id_and_not_on_the_others(run, tmp_path):
     "Batches of one: other classes, another number and another order change no byte."
-    assert generate(run, tmp_path / "a", options(batch=1)) == generate(run, tmp_path / "b", options(batch=1, classes=("7", "3"), per_class=3)) == 0
+    assert (
+        generate(run, tmp_path / "a", options(batch=1))
+        == generate(run, tmp_path / "b", options(batch=1, classes=("7", "3"), per_class=3))
+        == 0
+    )
     a, b = drawn(tmp_path / "a"), drawn(tmp_path / "b")
     assert len(b) == 6 and len(a.keys() & b.keys()) == 4 and all(a[k] == b[k] for k in a.keys() & b.keys())
     seeds = [r["seed"] for r in plan(options(), DIGITS)]
@@ -70,12 +122,23 @@ def test_a_picture_depends_on_its_id_and_not_on_the_others(run, tmp_path):
 
 def test_the_batch_size_changes_no_more_than_rounding(run, whole, tmp_path):
     assert generate(run, tmp_path / "o", options(batch=3)) == 0
-    a, b = ([np.asarray(Image.open(f / k)).astype(int) for k in sorted(drawn(whole))] for f in (whole, tmp_path / "o"))
+    a, b = (
+        [np.asarray(Image.open(f / k)).astype(int) for k in sorted(drawn(whole))]
+        for f in (whole, tmp_path / "o")
+    )
     assert max(np.abs(x - y).max() for x, y in zip(a, b)) <= 1
 
 
 def test_options_reach_the_pipeline(run, whole, tmp_path):
-    for k, over in enumerate((dict(guidance_scale=3.), dict(num_inference_steps=3), dict(seed=1), dict(sampler="heun"), dict(weights="raw"))):
+    for k, over in enumerate(
+        (
+            dict(guidance_scale=3.0),
+            dict(num_inference_steps=3),
+            dict(seed=1),
+            dict(sampler="heun"),
+            dict(weights="raw"),
+        )
+    ):
         source = max((run / "checkpoints").iterdir()) if "weights" in over else run
         assert generate(source, tmp_path / str(k), options(**over)) == 0
         assert not set(drawn(whole).values()) & set(drawn(tmp_path / str(k)).values()), over
@@ -88,15 +151,24 @@ def test_a_checkpoint_draws_with_averaged_weights_what_the_export_draws(run, who
 
 # ---- a model out of a checkpoint
 
+
 def test_an_exported_checkpoint_is_that_checkpoint(run, whole, tmp_path):
     "Averaged and raw; the one of a run is its newest, which is what the run exported."
     last = max((run / "checkpoints").iterdir())
-    for name, source, more in (("run", run, []), ("ema", last, []), ("raw", last, ["--weights", "raw"])): assert main(["export", str(source), str(tmp_path / name), *more]) == 0
-    a, b, c, d = (load_file(f / "transformer/diffusion_pytorch_model.safetensors") for f in (run / "export", tmp_path / "run", tmp_path / "ema", tmp_path / "raw"))
+    for name, source, more in (("run", run, []), ("ema", last, []), ("raw", last, ["--weights", "raw"])):
+        assert main(["export", str(source), str(tmp_path / name), *more]) == 0
+    a, b, c, d = (
+        load_file(f / "transformer/diffusion_pytorch_model.safetensors")
+        for f in (run / "export", tmp_path / "run", tmp_path / "ema", tmp_path / "raw")
+    )
     held = load_checkpoint(last)["tensors"]
-    assert all(torch.equal(a[k], b[k]) and torch.equal(a[k], c[k]) for k in a) and any(not torch.equal(a[k], d[k]) for k in a)
+    assert all(torch.equal(a[k], b[k]) and torch.equal(a[k], c[k]) for k in a) and any(
+        not torch.equal(a[k], d[k]) for k in a
+    )
     assert all(torch.equal(d[k], held["model"][f"dit.{k}" if f"dit.{k}" in held["model"] else k]) for k in d)
-    assert main(["generate", str(tmp_path / "ema"), str(tmp_path / "o"), *words()]) == 0 and drawn(tmp_path / "o") == drawn(whole)
+    assert main(["generate", str(tmp_path / "ema"), str(tmp_path / "o"), *words()]) == 0 and drawn(
+        tmp_path / "o"
+    ) == drawn(whole)
 
 
 def test_exports_refuse_in_one_line_and_leave_nothing(run, tmp_path, capsys):
@@ -109,7 +181,8 @@ def test_exports_refuse_in_one_line_and_leave_nothing(run, tmp_path, capsys):
         ([str(tmp_path / "nowhere"), str(tmp_path / "o")], "no such folder"),
         ([str(tmp_path / "empty"), str(tmp_path / "o")], "without checkpoints"),
         ([str(run / "export"), str(tmp_path / "o")], "config.yaml"),
-        ([str(run), str(tmp_path / "o"), "--weights", "average"], "ema, raw")):
+        ([str(run), str(tmp_path / "o"), "--weights", "average"], "ema, raw"),
+    ):
         assert main(["export", *asked]) == 2
         error = capsys.readouterr().err.strip()
         assert said in error and "\n" not in error, error
@@ -119,14 +192,35 @@ def test_exports_refuse_in_one_line_and_leave_nothing(run, tmp_path, capsys):
 def test_stable_diffusion_is_its_own_pipeline(sd15, tmp_path):
     "Prompts, seeds, guidance, negative prompt and scheduler arrive; K pictures of a prompt differ."
     (tmp_path / "p.txt").write_text("a red circle\n\nan old cat\n")
-    cfg = options(classes=(), prompts=str(tmp_path / "p.txt"), images_per_prompt=2, batch=4, guidance_scale=3., negative_prompt="dark", sampler="DDIMScheduler", size=32)
+    cfg = options(
+        classes=(),
+        prompts=str(tmp_path / "p.txt"),
+        images_per_prompt=2,
+        batch=4,
+        guidance_scale=3.0,
+        negative_prompt="dark",
+        sampler="DDIMScheduler",
+        size=32,
+    )
     assert generate(sd15, tmp_path / "o", cfg) == 0
     from diffusers import DDIMScheduler, StableDiffusionPipeline
+
     pipe, rows = StableDiffusionPipeline.from_pretrained(sd15, safety_checker=None), plan(cfg)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
-    assert [(r["id"], r["of"], r["text"]) for r in rows] == [(f"0000{i}-{k}", f"0000{i}", t) for i, t in enumerate(("a red circle", "an old cat")) for k in (0, 1)]
-    want = pipe([r["text"] for r in rows], negative_prompt=["dark"] * 4, guidance_scale=3., num_inference_steps=2, height=32, width=32, generator=[torch.Generator().manual_seed(r["seed"]) for r in rows]).images
-    for r, w in zip(rows, want): assert np.array_equal(np.asarray(Image.open(tmp_path / "o/test" / r["file_name"])), np.asarray(w))
+    assert [(r["id"], r["of"], r["text"]) for r in rows] == [
+        (f"0000{i}-{k}", f"0000{i}", t) for i, t in enumerate(("a red circle", "an old cat")) for k in (0, 1)
+    ]
+    want = pipe(
+        [r["text"] for r in rows],
+        negative_prompt=["dark"] * 4,
+        guidance_scale=3.0,
+        num_inference_steps=2,
+        height=32,
+        width=32,
+        generator=[torch.Generator().manual_seed(r["seed"]) for r in rows],
+    ).images
+    for r, w in zip(rows, want):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "o/test" / r["file_name"])), np.asarray(w))
     assert len(set(drawn(tmp_path / "o").values())) == 4
     data = pictures(tmp_path / "o", "test")
     assert data.ids == [r["id"] for r in rows] and data.row(3)["texts"] == ["an old cat"]
@@ -136,21 +230,39 @@ def test_a_lora_changes_pictures_and_its_strength_counts(sd15, tmp_path):
     pytest.importorskip("peft")
     from diffusers import StableDiffusionPipeline
     from peft import LoraConfig, get_peft_model_state_dict
+
     pipe = StableDiffusionPipeline.from_pretrained(sd15, safety_checker=None)
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
-    StableDiffusionPipeline.save_lora_weights(tmp_path / "lora", unet_lora_layers=get_peft_model_state_dict(pipe.unet))
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path / "lora", unet_lora_layers=get_peft_model_state_dict(pipe.unet)
+    )
     (tmp_path / "p.txt").write_text("a red circle\n")
     found = []
-    for k, over in enumerate((dict(), dict(lora=str(tmp_path / "lora")), dict(lora=str(tmp_path / "lora"), lora_scale=0.), dict(lora=str(tmp_path / "lora/pytorch_lora_weights.safetensors"), lora_scale=0.5))):
-        assert generate(sd15, tmp_path / str(k), options(classes=(), prompts=str(tmp_path / "p.txt"), size=32, **over)) == 0
+    for k, over in enumerate(
+        (
+            dict(),
+            dict(lora=str(tmp_path / "lora")),
+            dict(lora=str(tmp_path / "lora"), lora_scale=0.0),
+            dict(lora=str(tmp_path / "lora/pytorch_lora_weights.safetensors"), lora_scale=0.5),
+        )
+    ):
+        assert (
+            generate(
+                sd15, tmp_path / str(k), options(classes=(), prompts=str(tmp_path / "p.txt"), size=32, **over)
+            )
+            == 0
+        )
         found.append(*drawn(tmp_path / str(k)).values())
     assert found[0] == found[2] and len(set(found)) == 3
 
 
 # ---- stops, kills and ranks
 
+
 def test_two_ranks_draw_the_same_bytes_and_share_the_work(run, whole, tmp_path):
-    ends = ranks.finish(ranks.start([SLOW, run, tmp_path / "o", *words()], 2, first=warm.MODELS, NOTES=str(tmp_path / "n")))
+    ends = ranks.finish(
+        ranks.start([SLOW, run, tmp_path / "o", *words()], 2, first=warm.MODELS, NOTES=str(tmp_path / "n"))
+    )
     assert [c for c, _, _ in ends] == [0, 0], ends
     assert content(tmp_path / "o/test") == content(whole / "test")
     mine = [set(Path(f"{tmp_path}/n.{r}").read_text().split()) for r in (0, 1)]
@@ -163,12 +275,14 @@ def test_killed_it_goes_on_and_ends_with_the_same_bytes(run, tmp_path):
     for kill in range(3):
         (proc,) = ranks.start([SLOW, run, out, *words(batch=1)], 1, first=warm.MODELS, SLOW="0.1")
         before = len(list(out.glob("test/*.png")))
-        while len(list(out.glob("test/*.png"))) <= before and proc.poll() is None and time.monotonic() < end: time.sleep(0.002)
+        while len(list(out.glob("test/*.png"))) <= before and proc.poll() is None and time.monotonic() < end:
+            time.sleep(0.002)
         assert proc.poll() is None
         proc.send_signal(signal.SIGKILL)
         proc.communicate()
         assert not (out / "test/metadata.jsonl").exists()
-        for p in out.glob("test/*.png"): Image.open(p).load() # none is half
+        for p in out.glob("test/*.png"):
+            Image.open(p).load()  # none is half
     assert generate(run, out, options(batch=1)) == generate(run, tmp_path / "whole", options(batch=1)) == 0
     assert content(out / "test") == content(tmp_path / "whole/test")
 
@@ -177,20 +291,38 @@ def test_killed_it_goes_on_and_ends_with_the_same_bytes(run, tmp_path):
 def test_asked_to_stop_it_leaves_between_batches_and_goes_on_later(run, whole, tmp_path, how):
     "R7: on both ranks, with the code of a requeue, and a file STOP with 0."
     out = tmp_path / "o"
-    procs = ranks.start([SLOW, run, out, *words(batch=1), "--requeue-code", "75"], 2, first=warm.MODELS, SLOW="1", NOTES=str(tmp_path / "n"))
+    procs = ranks.start(
+        [SLOW, run, out, *words(batch=1), "--requeue-code", "75"],
+        2,
+        first=warm.MODELS,
+        SLOW="1",
+        NOTES=str(tmp_path / "n"),
+    )
     end = time.monotonic() + warm.LIMIT
     while not list(out.glob("test/*.png")):
-        assert time.monotonic() < end and all(p.poll() is None for p in procs), [p.communicate() for p in procs]
+        assert time.monotonic() < end and all(p.poll() is None for p in procs), [
+            p.communicate() for p in procs
+        ]
         time.sleep(0.01)
-    if how == "STOP": (out / "STOP").touch()
+    if how == "STOP":
+        (out / "STOP").touch()
     else:
-        for p in procs[how.endswith("one rank"):]: p.send_signal(getattr(signal, how.split()[0]))
+        for p in procs[how.endswith("one rank") :]:
+            p.send_signal(getattr(signal, how.split()[0]))
     ends = ranks.finish(procs)
     assert [c for c, _, _ in ends] == ([0, 0] if how == "STOP" else [75, 75]), ends
-    assert "pictures are left; the same command goes on" in ends[0][1] and not (out / "STOP").exists() and not (out / "test/metadata.jsonl").exists()
-    assert all(len(Path(f"{tmp_path}/n.{r}").read_text().split()) < 10 for r in (0, 1)) # each rank has ten
+    assert (
+        "pictures are left; the same command goes on" in ends[0][1]
+        and not (out / "STOP").exists()
+        and not (out / "test/metadata.jsonl").exists()
+    )
+    assert all(len(Path(f"{tmp_path}/n.{r}").read_text().split()) < 10 for r in (0, 1))  # each rank has ten
     first = drawn(out)
-    assert generate(run, out, options(batch=1)) == 0 and len(drawn(out)) == 20 and first.items() <= drawn(out).items()
+    assert (
+        generate(run, out, options(batch=1)) == 0
+        and len(drawn(out)) == 20
+        and first.items() <= drawn(out).items()
+    )
 
 
 def test_a_deadline_stops_it_too(run, tmp_path):
@@ -202,89 +334,155 @@ def test_a_missing_picture_is_drawn_again_with_its_batch(run, whole, tmp_path):
     assert generate(run, tmp_path / "o", options()) == 0
     victim = next((tmp_path / "o/test").glob("*.png"))
     victim.unlink()
-    (tmp_path / "o/test/.half.png.1.tmp").write_bytes(b"x") # what a kill leaves
+    (tmp_path / "o/test/.half.png.1.tmp").write_bytes(b"x")  # what a kill leaves
     assert generate(run, tmp_path / "o", options()) == 0 and content(tmp_path / "o") == content(whole)
 
 
 # ---- what is refused
 
+
 def test_a_folder_of_other_settings_is_refused(run, whole, tmp_path):
-    for over, name in ((dict(guidance_scale=2.), "guidance_scale"), (dict(seed=3), "seed"), (dict(num_inference_steps=4), "num_inference_steps"), (dict(batch=4), "batch"), (dict(per_class=3), "rows|per_class")):
-        with pytest.raises(UserError, match=f"made with other settings .*({name})"): generate(run, whole, options(**over))
+    for over, name in (
+        (dict(guidance_scale=2.0), "guidance_scale"),
+        (dict(seed=3), "seed"),
+        (dict(num_inference_steps=4), "num_inference_steps"),
+        (dict(batch=4), "batch"),
+        (dict(per_class=3), "rows|per_class"),
+    ):
+        with pytest.raises(UserError, match=f"made with other settings .*({name})"):
+            generate(run, whole, options(**over))
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(UserError, match="is not empty"): generate(run, tmp_path, options())
+    with pytest.raises(UserError, match="is not empty"):
+        generate(run, tmp_path, options())
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
 def test_another_model_is_refused(run, whole, tmp_path):
     import shutil
+
     shutil.copytree(run / "export", tmp_path / "m")
     from safetensors.torch import load_file, save_file
+
     (file,) = (tmp_path / "m").rglob("*.safetensors")
     save_file({k: v + 1e-3 for k, v in load_file(file).items()}, file)
-    with pytest.raises(UserError, match="other settings .*weights"): generate(tmp_path / "m", whole, options())
+    with pytest.raises(UserError, match="other settings .*weights"):
+        generate(tmp_path / "m", whole, options())
 
 
-@pytest.mark.parametrize("over, text", [
-    (dict(classes=()), "give one of --data, --prompts and --classes, got none"), (dict(data="x"), "got --data and --classes"), (dict(classes=("12",)), "class 12: "), (dict(classes=("zero",)), "class zero: "),
-    (dict(batch=0), "--batch 0: must be greater than 0"), (dict(lora="nowhere"), "--lora nowhere: no such file"), (dict(classes=(), prompts="nowhere.txt"), "--prompts nowhere.txt: cannot be read"),
-    (dict(classes=(), data="nowhere/"), "nowhere/?: no such folder")])
+@pytest.mark.parametrize(
+    "over, text",
+    [
+        (dict(classes=()), "give one of --data, --prompts and --classes, got none"),
+        (dict(data="x"), "got --data and --classes"),
+        (dict(classes=("12",)), "class 12: "),
+        (dict(classes=("zero",)), "class zero: "),
+        (dict(batch=0), "--batch 0: must be greater than 0"),
+        (dict(lora="nowhere"), "--lora nowhere: no such file"),
+        (dict(classes=(), prompts="nowhere.txt"), "--prompts nowhere.txt: cannot be read"),
+        (dict(classes=(), data="nowhere/"), "nowhere/?: no such folder"),
+    ],
+)
 def test_wrong_options_are_one_line(run, tmp_path, over, text):
-    with pytest.raises(UserError, match=text) as e: generate(run, tmp_path / "o", options(**over))
+    with pytest.raises(UserError, match=text) as e:
+        generate(run, tmp_path / "o", options(**over))
     assert "\n" not in str(e.value) and not list(tmp_path.glob("o/*/*"))
 
 
 def test_wrong_models_and_sets_are_one_line(run, sd15, tmp_path):
     import shutil
+
     (tmp_path / "p.txt").write_text("a cat\n")
     (tmp_path / "p.jsonl").write_text('{"id": "a", "text": "x"}\n{"id": "b"}\n')
     (tmp_path / "twice.jsonl").write_text('{"id": "a/b", "text": "x"}\n{"id": "a_b", "text": "y"}\n')
     prompts = options(classes=(), prompts=str(tmp_path / "p.txt"))
-    cases = [(tmp_path / "no", prompts, "no such folder"), (run, prompts, "00000 has no label; this model wants one"), (sd15, options(), "--classes: this model draws texts"),
-             (sd15, options(classes=(), prompts=str(tmp_path / "p.jsonl")), "p.jsonl:2: expected an object"), (sd15, options(classes=(), prompts=str(tmp_path / "twice.jsonl")), "two rows would be a_b.png"),
-             (sd15, options(classes=(), prompts=str(tmp_path / "p.txt"), sampler="DIMScheduler"), "--sampler DIMScheduler: did you mean 'DDIMScheduler'")]
+    cases = [
+        (tmp_path / "no", prompts, "no such folder"),
+        (run, prompts, "00000 has no label; this model wants one"),
+        (sd15, options(), "--classes: this model draws texts"),
+        (sd15, options(classes=(), prompts=str(tmp_path / "p.jsonl")), "p.jsonl:2: expected an object"),
+        (sd15, options(classes=(), prompts=str(tmp_path / "twice.jsonl")), "two rows would be a_b.png"),
+        (
+            sd15,
+            options(classes=(), prompts=str(tmp_path / "p.txt"), sampler="DIMScheduler"),
+            "--sampler DIMScheduler: did you mean 'DDIMScheduler'",
+        ),
+    ]
     half = tmp_path / "half"
     shutil.copytree(sd15, half)
-    for p in (half / "unet").glob("*.safetensors"): p.unlink()
+    for p in (half / "unet").glob("*.safetensors"):
+        p.unlink()
     cases.append((half, prompts, "half: is no pipeline that diffusers loads"))
     for source, cfg, text in cases:
-        with pytest.raises(UserError, match=text) as e: generate(source, tmp_path / "o", cfg)
+        with pytest.raises(UserError, match=text) as e:
+            generate(source, tmp_path / "o", cfg)
         assert "\n" not in str(e.value) and not list(tmp_path.glob("o/*/*"))
 
 
 # ---- prompts of a data set, and the truth beside it
 
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp("data") / "d", np.random.default_rng(0)
     (folder / "test").mkdir(parents=True)
-    rows = [{"file_name": f"{i}.png", "id": f"p/{i}", "text": f"a {w} cat", "label": i % 2, "place": w} for i, w in enumerate(("red", "blue", "green"))]
-    for r in rows: Image.fromarray(rng.integers(0, 256, (24, 36, 3), dtype=np.uint8)).save(folder / "test" / r["file_name"])
+    rows = [
+        {"file_name": f"{i}.png", "id": f"p/{i}", "text": f"a {w} cat", "label": i % 2, "place": w}
+        for i, w in enumerate(("red", "blue", "green"))
+    ]
+    for r in rows:
+        Image.fromarray(rng.integers(0, 256, (24, 36, 3), dtype=np.uint8)).save(
+            folder / "test" / r["file_name"]
+        )
     (folder / "test/metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     return folder
 
 
 def test_captions_and_ids_of_a_data_set(data, sd15, tmp_path):
     rows = plan(options(classes=(), data=str(data)))
-    assert [(r["id"], r["text"], r["file_name"]) for r in rows] == [("p/0", "a red cat", "p_0.png"), ("p/1", "a blue cat", "p_1.png"), ("p/2", "a green cat", "p_2.png")]
-    assert [r["label"] for r in plan(options(classes=(), data="digits", max_samples=5), DIGITS)] == [r["label"] for r in plan(options(classes=(), data="digits"), DIGITS)][::72]
+    assert [(r["id"], r["text"], r["file_name"]) for r in rows] == [
+        ("p/0", "a red cat", "p_0.png"),
+        ("p/1", "a blue cat", "p_1.png"),
+        ("p/2", "a green cat", "p_2.png"),
+    ]
+    assert [r["label"] for r in plan(options(classes=(), data="digits", max_samples=5), DIGITS)] == [
+        r["label"] for r in plan(options(classes=(), data="digits"), DIGITS)
+    ][::72]
 
 
 def test_the_truth_is_copied_linked_or_resized(data, tmp_path):
-    assert copy_images(data, tmp_path / "copy", CopyOptions()) == copy_images(data, tmp_path / "link", CopyOptions(link=True)) == copy_images(data, tmp_path / "small", CopyOptions(size=12)) == 0
+    assert (
+        copy_images(data, tmp_path / "copy", CopyOptions())
+        == copy_images(data, tmp_path / "link", CopyOptions(link=True))
+        == copy_images(data, tmp_path / "small", CopyOptions(size=12))
+        == 0
+    )
     truth = pictures(data, "test")
     for name in ("copy", "link"):
         same = pictures(tmp_path / name, "test")
-        assert same.ids == truth.ids and same.row(1)["texts"] == ["a blue cat"] and same.row(1)["place"] == "blue" and same.row(1)["label"] == 1
+        assert (
+            same.ids == truth.ids
+            and same.row(1)["texts"] == ["a blue cat"]
+            and same.row(1)["place"] == "blue"
+            and same.row(1)["label"] == 1
+        )
         assert all(np.array_equal(np.asarray(same.image(i)), np.asarray(truth.image(i))) for i in range(3))
     links = sorted((tmp_path / "link/test").glob("*.png"))
     assert all(p.is_symlink() and not os.readlink(p).startswith("/") for p in links)
     (tmp_path / "x").mkdir()
-    want = np.asarray(truth.image(0).resize((18, 12), Image.Resampling.BICUBIC).crop((3, 0, 15, 12))).astype(int)
-    assert np.abs(np.asarray(pictures(tmp_path / "small", "test").image(0)).astype(int) - want).max() <= 1 # E7
-    for cfg, text in ((CopyOptions(link=True, size=4), "cannot be resized"), (CopyOptions(split="val"), "no split val|val")):
-        with pytest.raises(UserError, match=text): copy_images(data, tmp_path / "new", cfg)
-    with pytest.raises(UserError, match="is there already"): copy_images(data, tmp_path / "copy", CopyOptions())
+    want = np.asarray(truth.image(0).resize((18, 12), Image.Resampling.BICUBIC).crop((3, 0, 15, 12))).astype(
+        int
+    )
+    assert (
+        np.abs(np.asarray(pictures(tmp_path / "small", "test").image(0)).astype(int) - want).max() <= 1
+    )  # E7
+    for cfg, text in (
+        (CopyOptions(link=True, size=4), "cannot be resized"),
+        (CopyOptions(split="val"), "no split val|val"),
+    ):
+        with pytest.raises(UserError, match=text):
+            copy_images(data, tmp_path / "new", cfg)
+    with pytest.raises(UserError, match="is there already"):
+        copy_images(data, tmp_path / "copy", CopyOptions())
     assert not (tmp_path / "new").exists()
 
 
@@ -294,5 +492,9 @@ def test_a_model_is_named_by_its_weights(run):
 
 
 def test_the_command(run, tmp_path):
-    done = warm.run(["-m", "sdcourse.cli", "generate", run, tmp_path / "o", *words(per_class=1)], first=warm.MODELS)
-    assert done.returncode == 0 and done.stdout.strip().endswith("o: 10 pictures") and not done.stderr, done.stderr
+    done = warm.run(
+        ["-m", "sdcourse.cli", "generate", run, tmp_path / "o", *words(per_class=1)], first=warm.MODELS
+    )
+    assert done.returncode == 0 and done.stdout.strip().endswith("o: 10 pictures") and not done.stderr, (
+        done.stderr
+    )

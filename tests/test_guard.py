@@ -1,4 +1,5 @@
 """The torchvision guard: defines the missing operators only where torchvision's own library does not load."""
+
 import os, subprocess, sys, textwrap
 
 import pytest
@@ -8,7 +9,9 @@ NMS = "torchvision::nms(Tensor dets, Tensor scores, float iou_threshold) -> Tens
 
 def python(code, **env):
     "Run `code` in a fresh process; (exit code, stdout, last line of stderr)."
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=os.environ | env)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, env=os.environ | env
+    )
     return done.returncode, done.stdout.strip(), (done.stderr.strip().splitlines() or [""])[-1]
 
 
@@ -16,7 +19,8 @@ def python(code, **env):
 def loads():
     "Whether torchvision works here without help."
     code, _, said = python("import torchvision")
-    if code: assert "operator torchvision::nms does not exist" in said
+    if code:
+        assert "operator torchvision::nms does not exist" in said
     return not code
 
 
@@ -83,7 +87,9 @@ def test_late_import_and_absence(tmp_path):
     path = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
     code, out, _ = python("import torchvision, sdcourse; print(sdcourse.guard.state())", PYTHONPATH=path)
     assert (code, out) == (0, "off: torchvision was imported before sdcourse")
-    code, out, _ = python("import sdcourse, importlib.util; print(importlib.util.find_spec('no_such_module'), sdcourse.guard.state())")
+    code, out, _ = python(
+        "import sdcourse, importlib.util; print(importlib.util.find_spec('no_such_module'), sdcourse.guard.state())"
+    )
     assert (code, out) == (0, "None waiting: torchvision has not been imported")
 
 
@@ -91,12 +97,15 @@ def test_a_failing_guard_lets_the_import_go_on(tmp_path):
     (tmp_path / "torchvision").mkdir()
     (tmp_path / "torchvision" / "__init__.py").write_text("here = True")
     path = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
-    code, out, said = python("""
+    code, out, said = python(
+        """
         import sdcourse
         from sdcourse import guard
         guard.prepare = lambda folder: 1 / 0
         import torchvision
-        print(torchvision.here, guard.state())""", PYTHONPATH=path)
+        print(torchvision.here, guard.state())""",
+        PYTHONPATH=path,
+    )
     assert (code, out) == (0, "True failed: ZeroDivisionError: division by zero"), said
 
 

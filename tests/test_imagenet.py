@@ -1,4 +1,5 @@
 "ImageNet: the published crop to the pixel, folders and parquet alike, and the same pictures from both."
+
 import io, json, shutil
 from collections import Counter
 
@@ -13,16 +14,45 @@ from sdcourse.data.images import centre_crop
 from sdcourse.data.sets.digits import digits
 from sdcourse.data.sets.imagenet import NAMES, read_folders, read_parquet
 
-SIZES = [(500, 375), (375, 500), (256, 256), (257, 255), (512, 512), (511, 513), (1024, 768), (1023, 771), (2048, 1365), (100, 80), (80, 333), (64, 64), (31, 47), (300, 1000), (999, 257), (640, 427), (427, 640), (1500, 258), (200, 200), (769, 1025)]
+SIZES = [
+    (500, 375),
+    (375, 500),
+    (256, 256),
+    (257, 255),
+    (512, 512),
+    (511, 513),
+    (1024, 768),
+    (1023, 771),
+    (2048, 1365),
+    (100, 80),
+    (80, 333),
+    (64, 64),
+    (31, 47),
+    (300, 1000),
+    (999, 257),
+    (640, 427),
+    (427, 640),
+    (1500, 258),
+    (200, 200),
+    (769, 1025),
+]
 
 
 def reference(array, side):
-    """The crop as the paper's code describes it, written without `centre_crop`: recursion instead of a loop, sizes by fractions,
-    and the cut on the array."""
+    """The crop as the paper's code describes it, written without `centre_crop`: recursion instead of a loop,
+    sizes by fractions, and the cut on the array.
+    """
     h, w, _ = array.shape
-    if min(h, w) // 2 >= side: return reference(np.asarray(Image.fromarray(array).resize((int(w / 2), int(h / 2)), resample=Image.BOX)), side)
+    if min(h, w) // 2 >= side:
+        return reference(
+            np.asarray(Image.fromarray(array).resize((int(w / 2), int(h / 2)), resample=Image.BOX)), side
+        )
     short = min(h, w)
-    big = np.asarray(Image.fromarray(array).resize(tuple(int(np.rint(v * (side / short))) for v in (w, h)), resample=Image.BICUBIC))
+    big = np.asarray(
+        Image.fromarray(array).resize(
+            tuple(int(np.rint(v * (side / short))) for v in (w, h)), resample=Image.BICUBIC
+        )
+    )
     y, x = ((n - side) // 2 for n in big.shape[:2])
     return big[y:, x:][:side, :side]
 
@@ -37,7 +67,8 @@ def test_the_crop_is_adms(size):
 
 
 def test_grey_cmyk_and_palette_become_rgb():
-    for mode in ("L", "CMYK", "P", "RGBA", "LA"): assert centre_crop(Image.new(mode, (40, 30)), 16).mode == "RGB"
+    for mode in ("L", "CMYK", "P", "RGBA", "LA"):
+        assert centre_crop(Image.new(mode, (40, 30)), 16).mode == "RGB"
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +86,8 @@ def hub(tmp_path_factory):
     return out
 
 
-def pictures(out): return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
+def pictures(out):
+    return {str(p.relative_to(out)): p.read_bytes() for p in sorted(out.rglob("*")) if p.is_file()}
 
 
 def check_against_digits(out):
@@ -67,23 +99,51 @@ def check_against_digits(out):
             k = where[int(r["id"].split("_")[1])]
             pixels = np.asarray(Image.open(out / split / r["file_name"]))
             assert r["label"] == table["label"][k] and r["class"] == NAMES[r["label"]]
-            assert np.array_equal(pixels[..., 0], ((table["pixels"][k, 0] + 1) * 127.5).round().byte().numpy()) and pixels.shape == (8, 8, 3)
+            assert np.array_equal(
+                pixels[..., 0], ((table["pixels"][k, 0] + 1) * 127.5).round().byte().numpy()
+            ) and pixels.shape == (8, 8, 3)
 
 
 def test_digits_survive_the_way_through_folders(folders, tmp_path):
-    assert cli.run(["prepare", "imagenet", str(folders), str(tmp_path / "o"), "--size", "8", "--workers", "2"]) == 0
+    assert (
+        cli.run(["prepare", "imagenet", str(folders), str(tmp_path / "o"), "--size", "8", "--workers", "2"])
+        == 0
+    )
     check_against_digits(tmp_path / "o")
     classes = json.loads((tmp_path / "o/classes.json").read_text())
-    assert [c["name"] for c in classes] == list(NAMES) and classes[3] == {"label": 3, "name": "three", "folder": "d00000003"}
+    assert [c["name"] for c in classes] == list(NAMES) and classes[3] == {
+        "label": 3,
+        "name": "three",
+        "folder": "d00000003",
+    }
 
 
 def test_digits_survive_the_way_through_parquet(hub, tmp_path):
-    assert cli.run(["prepare", "imagenet", str(hub), str(tmp_path / "o"), "--size", "8", "--workers", "2"]) == 0
+    assert (
+        cli.run(["prepare", "imagenet", str(hub), str(tmp_path / "o"), "--size", "8", "--workers", "2"]) == 0
+    )
     check_against_digits(tmp_path / "o")
 
 
 def test_folders_and_parquet_give_the_same_files(folders, hub, tmp_path):
-    for source in (folders, hub): assert cli.run(["prepare", "imagenet", str(source), str(tmp_path / source.name), "--size", "16", "--per-class", "5", "--workers", "1"]) == 0
+    for source in (folders, hub):
+        assert (
+            cli.run(
+                [
+                    "prepare",
+                    "imagenet",
+                    str(source),
+                    str(tmp_path / source.name),
+                    "--size",
+                    "16",
+                    "--per-class",
+                    "5",
+                    "--workers",
+                    "1",
+                ]
+            )
+            == 0
+        )
     a, b = pictures(tmp_path / "folders"), pictures(tmp_path / "hub")
     drop = lambda d: {k: v for k, v in d.items() if k.endswith(".png")}
     assert drop(a) == drop(b) and len(drop(a)) == 100
@@ -91,7 +151,11 @@ def test_folders_and_parquet_give_the_same_files(folders, hub, tmp_path):
 
 def test_parquet_names_and_labels_come_from_the_file(hub):
     names, _, rows = read_parquet(hub)
-    assert names == list(NAMES) and Counter(r[0] for r in rows) == {"train": 1437, "val": 360} and rows[150][3][1:] == (1, 50)
+    assert (
+        names == list(NAMES)
+        and Counter(r[0] for r in rows) == {"train": 1437, "val": 360}
+        and rows[150][3][1:] == (1, 50)
+    )
 
 
 def small(tmp_path, flat=False):
@@ -109,14 +173,40 @@ def small(tmp_path, flat=False):
 def test_classes_are_sorted_synsets_and_validation_may_be_flat(tmp_path, flat):
     source = small(tmp_path, flat)
     if flat:
-        with pytest.raises(UserError, match="LOC_val_solution.csv"): read_folders(source)
-        (source / "LOC_val_solution.csv").write_text("ImageId,PredictionString\nval_n01,n01 1 2 3 4\nval_n02,n02 1 2 3 4 n02 5 6 7 8\n")
+        with pytest.raises(UserError, match="LOC_val_solution.csv"):
+            read_folders(source)
+        (source / "LOC_val_solution.csv").write_text(
+            "ImageId,PredictionString\nval_n01,n01 1 2 3 4\nval_n02,n02 1 2 3 4 n02 5 6 7 8\n"
+        )
     names, synsets, rows = read_folders(source)
     assert names == ["tench, Tinca tinca", "goldfish"] and synsets == ["n01", "n02"]
-    assert sorted((r[0], r[1], r[2]) for r in rows) == [("train", 0, "train_n01"), ("train", 1, "train_n02"), ("val", 0, "val_n01"), ("val", 1, "val_n02")]
-    assert cli.run(["prepare", "imagenet", str(source), str(tmp_path / "o"), "--size", "8", "--workers", "1", "--format", "jpg"]) == 0
+    assert sorted((r[0], r[1], r[2]) for r in rows) == [
+        ("train", 0, "train_n01"),
+        ("train", 1, "train_n02"),
+        ("val", 0, "val_n01"),
+        ("val", 1, "val_n02"),
+    ]
+    assert (
+        cli.run(
+            [
+                "prepare",
+                "imagenet",
+                str(source),
+                str(tmp_path / "o"),
+                "--size",
+                "8",
+                "--workers",
+                "1",
+                "--format",
+                "jpg",
+            ]
+        )
+        == 0
+    )
     for r in read_lines(tmp_path / "o/val/metadata.jsonl"):
-        assert np.asarray(Image.open(tmp_path / "o/val" / r["file_name"]))[4, 4].argmax() == (1 if r["label"] == 0 else 0) and r["file_name"].endswith(".jpg")
+        assert np.asarray(Image.open(tmp_path / "o/val" / r["file_name"]))[4, 4].argmax() == (
+            1 if r["label"] == 0 else 0
+        ) and r["file_name"].endswith(".jpg")
 
 
 def test_ilsvrc_layout_below_the_root(tmp_path):
@@ -129,32 +219,49 @@ def test_ilsvrc_layout_below_the_root(tmp_path):
 def test_a_validation_class_that_training_lacks_is_refused(tmp_path):
     source = small(tmp_path)
     shutil.rmtree(source / "train/n02")
-    with pytest.raises(UserError, match="'n02' has no folder in train"): read_folders(source)
+    with pytest.raises(UserError, match="'n02' has no folder in train"):
+        read_folders(source)
 
 
 def test_a_broken_picture_is_reported(tmp_path):
     source = small(tmp_path)
     (source / "train/n01/bad.JPEG").write_bytes((source / "train/n01/train_n01.JPEG").read_bytes()[:200])
-    with pytest.raises(UserError, match="train/0000/bad.png .unreadable"): cli.run(["prepare", "imagenet", str(source), str(tmp_path / "o"), "--workers", "1"])
-    assert cli.run(["prepare", "imagenet", str(source), str(tmp_path / "o"), "--workers", "1", "--max-bad", "0.5"]) == 0
-    assert [r["where"] for r in read_lines(tmp_path / "o/failures.jsonl")] == ["train/0000/bad.png"] and len(read_lines(tmp_path / "o/train/metadata.jsonl")) == 2
+    with pytest.raises(UserError, match="train/0000/bad.png .unreadable"):
+        cli.run(["prepare", "imagenet", str(source), str(tmp_path / "o"), "--workers", "1"])
+    assert (
+        cli.run(
+            ["prepare", "imagenet", str(source), str(tmp_path / "o"), "--workers", "1", "--max-bad", "0.5"]
+        )
+        == 0
+    )
+    assert [r["where"] for r in read_lines(tmp_path / "o/failures.jsonl")] == ["train/0000/bad.png"] and len(
+        read_lines(tmp_path / "o/train/metadata.jsonl")
+    ) == 2
 
 
 def test_parquet_without_labels_or_names_is_refused(tmp_path):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    buffer = io.BytesIO(); Image.new("RGB", (9, 9)).save(buffer, "PNG")
+    buffer = io.BytesIO()
+    Image.new("RGB", (9, 9)).save(buffer, "PNG")
     row = {"image": {"bytes": buffer.getvalue(), "path": "a.png"}, "label": 0}
     pq.write_table(pa.Table.from_pylist([row]), tmp_path / "train-0.parquet")
-    with pytest.raises(UserError, match="names no classes"): read_parquet(tmp_path)
+    with pytest.raises(UserError, match="names no classes"):
+        read_parquet(tmp_path)
     pq.write_table(pa.Table.from_pylist([{"picture": 1}]), tmp_path / "train-0.parquet")
-    with pytest.raises(UserError, match="image and label are needed"): read_parquet(tmp_path)
+    with pytest.raises(UserError, match="image and label are needed"):
+        read_parquet(tmp_path)
     (tmp_path / "train-0.parquet").write_bytes(b"PAR1 not really")
-    with pytest.raises(UserError, match="not a readable parquet file"): read_parquet(tmp_path)
+    with pytest.raises(UserError, match="not a readable parquet file"):
+        read_parquet(tmp_path)
 
 
 def test_unlabelled_rows_are_left_out(tmp_path):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
-    meta = {"huggingface": json.dumps({"info": {"features": {"label": {"names": ["a", "b"], "_type": "ClassLabel"}}}})}
+    meta = {
+        "huggingface": json.dumps(
+            {"info": {"features": {"label": {"names": ["a", "b"], "_type": "ClassLabel"}}}}
+        )
+    }
     rows = [{"image": {"bytes": b"", "path": None}, "label": k} for k in (1, -1, 0)]
     pq.write_table(pa.Table.from_pylist(rows).replace_schema_metadata(meta), tmp_path / "train-0.parquet")
     assert [(r[1], r[2]) for r in read_parquet(tmp_path)[2]] == [(1, "train-0-0-0"), (0, "train-0-0-2")]
@@ -162,16 +269,29 @@ def test_unlabelled_rows_are_left_out(tmp_path):
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     import sys
+
     (tmp_path / "train-0.parquet").write_bytes(b"")
-    for name in ("pyarrow", "pyarrow.parquet"): monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UserError, match="pip install -c constraints.txt pyarrow"): cli.run(["prepare", "imagenet", str(tmp_path), str(tmp_path / "o")])
-    with pytest.raises(UserError, match="pip install -c constraints.txt pyarrow"): cli.run(["prepare", "digits", str(tmp_path / "d"), "--layout", "parquet"])
+    for name in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match="pip install -c constraints.txt pyarrow"):
+        cli.run(["prepare", "imagenet", str(tmp_path), str(tmp_path / "o")])
+    with pytest.raises(UserError, match="pip install -c constraints.txt pyarrow"):
+        cli.run(["prepare", "digits", str(tmp_path / "d"), "--layout", "parquet"])
 
 
-@pytest.mark.parametrize("argv, words", [(["x"], "expected SRC OUT"), (["nowhere", "o"], "no such folder"), (["nowhere", "o", "--fromat", "png"], "did you mean '--format'?"), (["nowhere", "o", "--format", "gif"], "one of png, jpg")])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["x"], "expected SRC OUT"),
+        (["nowhere", "o"], "no such folder"),
+        (["nowhere", "o", "--fromat", "png"], "did you mean '--format'?"),
+        (["nowhere", "o", "--format", "gif"], "one of png, jpg"),
+    ],
+)
 def test_wrong_input_is_refused_before_anything_is_written(argv, words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError) as e: cli.run(["prepare", "imagenet", *argv])
+    with pytest.raises(UserError) as e:
+        cli.run(["prepare", "imagenet", *argv])
     assert words in str(e.value) and "\n" not in str(e.value) and not list(tmp_path.iterdir())
 
 
@@ -180,8 +300,13 @@ def test_what_is_cropped_are_the_pixels_as_they_are_stored(tmp_path):
     source, note = small(tmp_path), Image.Exif()
     note[0x0112] = 6
     pixels = np.random.default_rng(0).integers(0, 256, (90, 130, 3), dtype=np.uint8)
-    for mode in ("RGB", "L", "CMYK"): Image.fromarray(pixels).convert(mode).save(source / f"train/n01/{mode}.JPEG", exif=note)
-    assert cli.run(["prepare", "imagenet", str(source), str(tmp_path / "o"), "--size", "32", "--workers", "1"]) == 0
     for mode in ("RGB", "L", "CMYK"):
-        with Image.open(source / f"train/n01/{mode}.JPEG") as image: want = reference(np.asarray(image.convert("RGB")), 32)
+        Image.fromarray(pixels).convert(mode).save(source / f"train/n01/{mode}.JPEG", exif=note)
+    assert (
+        cli.run(["prepare", "imagenet", str(source), str(tmp_path / "o"), "--size", "32", "--workers", "1"])
+        == 0
+    )
+    for mode in ("RGB", "L", "CMYK"):
+        with Image.open(source / f"train/n01/{mode}.JPEG") as image:
+            want = reference(np.asarray(image.convert("RGB")), 32)
         assert np.array_equal(np.asarray(Image.open(tmp_path / f"o/train/0000/{mode}.png")), want)

@@ -1,4 +1,7 @@
-"""`open_image`: the one door for pictures. What comes through is whole, upright RGB of eight bits; the rest is refused with its reason."""
+"""`open_image`: the one door for pictures. What comes through is whole, upright RGB of eight bits; the rest
+is refused with its reason.
+"""
+
 import io, struct, zlib
 
 import numpy as np
@@ -6,24 +9,48 @@ import pytest
 from PIL import Image
 
 from sdcourse.core import UserError
-from sdcourse.data.images import FORMATS, MAX_PIXELS, BadImage, image_bytes, is_turned, open_image, read_header, shrink, to_rgb
+from sdcourse.data.images import (
+    FORMATS,
+    MAX_PIXELS,
+    BadImage,
+    image_bytes,
+    is_turned,
+    open_image,
+    read_header,
+    shrink,
+    to_rgb,
+)
 
 noise = lambda w, h, c=3, seed=0: np.random.default_rng(seed).integers(0, 256, (h, w, c), dtype=np.uint8)
+
 
 def as_file(im, format="PNG", **kwargs):
     out = io.BytesIO()
     im.save(out, format, **kwargs)
     return out.getvalue()
 
+
 def png_claiming(width, height, depth=8):
     "A PNG of a few bytes whose header claims any size; its checksums are right."
-    chunk = lambda name, body: struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0)) + chunk(b"IDAT", zlib.compress(b"\0" * 64)) + chunk(b"IEND", b"")
+    chunk = lambda name, body: (
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+    )
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, 2, 0, 0, 0))
+        + chunk(b"IDAT", zlib.compress(b"\0" * 64))
+        + chunk(b"IEND", b"")
+    )
+
 
 def refused(data, **kwargs):
-    with pytest.raises(BadImage) as e: open_image(data, **kwargs)
-    assert isinstance(e.value, UserError) and "\n" not in str(e.value) and str(e.value).startswith(e.value.kind)
+    with pytest.raises(BadImage) as e:
+        open_image(data, **kwargs)
+    assert (
+        isinstance(e.value, UserError) and "\n" not in str(e.value) and str(e.value).startswith(e.value.kind)
+    )
     return e.value.kind
+
 
 # ---- what comes through
 @pytest.mark.parametrize("format", FORMATS)
@@ -31,11 +58,14 @@ def test_every_format_comes_through_as_rgb(format):
     im = Image.fromarray(noise(31, 17))
     found = open_image(as_file(im, format, **({"lossless": True} if format == "WEBP" else {})))
     assert found.mode == "RGB" and found.size == (31, 17)
-    if format in ("PNG", "WEBP", "BMP", "TIFF"): assert np.array_equal(np.asarray(found), np.asarray(im))
+    if format in ("PNG", "WEBP", "BMP", "TIFF"):
+        assert np.array_equal(np.asarray(found), np.asarray(im))
+
 
 def test_a_path_and_its_bytes_are_the_same_picture(tmp_path):
     (tmp_path / "x.png").write_bytes(as_file(Image.fromarray(noise(8, 8))))
     assert open_image(tmp_path / "x.png").tobytes() == open_image((tmp_path / "x.png").read_bytes()).tobytes()
+
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32])
 def test_sixteen_bits_are_scaled_not_cut(dtype):
@@ -43,13 +73,27 @@ def test_sixteen_bits_are_scaled_not_cut(dtype):
     found = np.asarray(to_rgb(Image.fromarray(ramp)))
     assert np.array_equal(found, np.repeat((ramp >> 8).astype(np.uint8)[..., None], 3, 2))
 
+
 @pytest.mark.parametrize("turn", range(1, 9))
 def test_all_eight_exif_orientations(turn):
     "The stored picture plus its note give the upright one: oracle is a table of numpy operations."
     up = noise(6, 4)
-    stored = {1: up, 2: up[:, ::-1], 3: up[::-1, ::-1], 4: up[::-1], 5: up.transpose(1, 0, 2), 6: np.rot90(up), 7: up[::-1, ::-1].transpose(1, 0, 2), 8: np.rot90(up, -1)}[turn]
-    note = Image.Exif(); note[0x0112] = turn
-    assert np.array_equal(np.asarray(open_image(as_file(Image.fromarray(np.ascontiguousarray(stored)), exif=note))), up)
+    stored = {
+        1: up,
+        2: up[:, ::-1],
+        3: up[::-1, ::-1],
+        4: up[::-1],
+        5: up.transpose(1, 0, 2),
+        6: np.rot90(up),
+        7: up[::-1, ::-1].transpose(1, 0, 2),
+        8: np.rot90(up, -1),
+    }[turn]
+    note = Image.Exif()
+    note[0x0112] = turn
+    assert np.array_equal(
+        np.asarray(open_image(as_file(Image.fromarray(np.ascontiguousarray(stored)), exif=note))), up
+    )
+
 
 def test_white_behind_transparency():
     rgba = np.concatenate([noise(8, 8), np.zeros((8, 8, 1), np.uint8)], 2)
@@ -57,15 +101,18 @@ def test_white_behind_transparency():
     found = np.asarray(open_image(as_file(Image.fromarray(rgba))))
     assert (found[:, :4] == 255).all() and np.array_equal(found[:, 4:], rgba[:, 4:, :3])
 
+
 def test_white_behind_a_transparent_palette_entry():
     im = Image.fromarray(np.repeat([[0, 1]], 2, 0).astype(np.uint8)).convert("P")
     im.putpalette([10, 20, 30, 40, 50, 60])
     found = np.asarray(open_image(as_file(im, transparency=0)))
     assert found[0].tolist() == [[255, 255, 255], [40, 50, 60]]
 
+
 def test_grey_and_cmyk_become_rgb():
     for mode in ("L", "LA", "1", "CMYK"):
         assert open_image(as_file(Image.new(mode, (4, 4)), "TIFF")).mode == "RGB"
+
 
 # ---- what is refused
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
@@ -74,27 +121,50 @@ def test_truncated(format, cut):
     data = as_file(Image.fromarray(noise(64, 64)), format)
     assert refused(data[:-cut]) in ("truncated", "unreadable")
 
+
 def test_png_without_end_mark_is_truncated():
     assert refused(as_file(Image.fromarray(noise(64, 64)))[:-12]) == "truncated"
 
-@pytest.mark.parametrize("data", [b"<html>", b"\n <!DOCTYPE html>", b"GIF89a", b"\xff\xd8\xff", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", bytes(1000)])
-def test_no_picture(data): assert refused(data) == "unreadable"
 
-def test_empty(): assert refused(b"") == "empty"
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"<html>",
+        b"\n <!DOCTYPE html>",
+        b"GIF89a",
+        b"\xff\xd8\xff",
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        bytes(1000),
+    ],
+)
+def test_no_picture(data):
+    assert refused(data) == "unreadable"
+
+
+def test_empty():
+    assert refused(b"") == "empty"
+
 
 def test_bombs_are_refused_before_a_pixel_is_unpacked():
     import resource
+
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for w, h in ((60_000, 60_000), (20_000, 20_000), (10_001, 10_000), (2**31 - 1, 1)): assert refused(png_claiming(w, h)) == "huge"
-    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000 # KiB; the third alone is 300 MB
+    for w, h in ((60_000, 60_000), (20_000, 20_000), (10_001, 10_000), (2**31 - 1, 1)):
+        assert refused(png_claiming(w, h)) == "huge"
+    assert (
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+    )  # KiB; the third alone is 300 MB
+
 
 def test_the_pixel_limit_is_exact():
     data = as_file(Image.fromarray(noise(20, 10)))
     assert refused(data, max_pixels=199) == "huge" and open_image(data, max_pixels=200).size == (20, 10)
     assert MAX_PIXELS == 100_000_000
 
+
 def test_float_pixels_are_refused():
     assert refused(as_file(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF")) == "deep"
+
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 def test_random_damage_is_a_reason_and_never_another_exception():
@@ -102,24 +172,43 @@ def test_random_damage_is_a_reason_and_never_another_exception():
     kinds = set()
     for seed in range(40):
         rng = np.random.default_rng(seed)
-        data = bytearray(as_file(Image.fromarray(noise(24, 24, seed=seed)), rng.choice(["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"])))
-        for i in rng.integers(0, min(len(data), 200), 12): data[i] = rng.integers(256)
-        try: kinds.add(open_image(bytes(data)).mode)
+        data = bytearray(
+            as_file(
+                Image.fromarray(noise(24, 24, seed=seed)),
+                rng.choice(["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP"]),
+            )
+        )
+        for i in rng.integers(0, min(len(data), 200), 12):
+            data[i] = rng.integers(256)
+        try:
+            kinds.add(open_image(bytes(data)).mode)
         except BadImage as e:
             assert e.kind and e.detail, seed
             kinds.add(e.kind)
-        except Exception as e: pytest.fail(f"seed {seed}: {e!r}")
+        except Exception as e:
+            pytest.fail(f"seed {seed}: {e!r}")
     assert {"RGB", "unreadable"} <= kinds <= {"RGB", "unreadable", "truncated", "huge", "deep"}, kinds
+
 
 def test_header_alone_reads_no_pixels():
     data = as_file(Image.fromarray(noise(64, 64)))
     assert read_header(data[:100] + bytes(100)).size == (64, 64)
 
+
 # ---- smaller and back
 def test_shrink_keeps_the_shape_and_never_enlarges():
     im = Image.fromarray(noise(301, 200))
-    assert shrink(im, 100).size == (150, 100) and shrink(im, 0) is im and shrink(im, 200) is im and shrink(im, 999) is im
-    assert shrink(Image.new("RGB", (2000, 1)), 1).size == (2000, 1) and min(shrink(Image.new("RGB", (3000, 2)), 1).size) == 1
+    assert (
+        shrink(im, 100).size == (150, 100)
+        and shrink(im, 0) is im
+        and shrink(im, 200) is im
+        and shrink(im, 999) is im
+    )
+    assert (
+        shrink(Image.new("RGB", (2000, 1)), 1).size == (2000, 1)
+        and min(shrink(Image.new("RGB", (3000, 2)), 1).size) == 1
+    )
+
 
 def test_shrink_averages_all_pixels():
     "A fine checkerboard becomes grey; taking single pixels would leave black or white."
@@ -127,15 +216,21 @@ def test_shrink_averages_all_pixels():
     small = np.asarray(shrink(Image.fromarray(np.repeat(board.astype(np.uint8)[..., None], 3, 2)), 32))
     assert abs(small[4:-4, 4:-4].astype(int) - 127).max() <= 2
 
+
 def test_png_is_lossless_and_jpeg_keeps_full_colour_resolution():
     im = Image.fromarray(noise(32, 32))
     assert open_image(image_bytes(im)).tobytes() == im.tobytes()
     jpeg = image_bytes(im, "JPEG")
-    assert read_header(jpeg).layer[0][1:3] == (1, 1) and abs(np.asarray(open_image(jpeg)).astype(int) - np.asarray(im)).mean() < 5
+    assert (
+        read_header(jpeg).layer[0][1:3] == (1, 1)
+        and abs(np.asarray(open_image(jpeg)).astype(int) - np.asarray(im)).mean() < 5
+    )
+
 
 # ---- the note
 def test_a_picture_that_lies_on_its_side_is_known_without_decoding_it():
-    note = Image.Exif(); note[0x0112] = 6
+    note = Image.Exif()
+    note[0x0112] = 6
     for format in ("JPEG", "PNG", "WEBP", "TIFF"):
         for exif, want in ((note, True), (Image.Exif(), False)):
             data = as_file(Image.fromarray(noise(8, 8)), format, exif=exif)
@@ -147,7 +242,9 @@ def test_a_picture_that_lies_on_its_side_is_known_without_decoding_it():
 def test_a_switch_that_lets_cut_pictures_pass_is_refused(monkeypatch):
     "Some packages set it for the whole process; a cut JPEG would then be grey below, without an error."
     from PIL import ImageFile
+
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
     whole = as_file(Image.fromarray(noise(60, 40)), "JPEG")
     for data in (whole, whole[:-900]):
-        with pytest.raises(UserError, match="LOAD_TRUNCATED_IMAGES is on"): open_image(data)
+        with pytest.raises(UserError, match="LOAD_TRUNCATED_IMAGES is on"):
+            open_image(data)

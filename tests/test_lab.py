@@ -1,4 +1,7 @@
-"""The lessons in a real JupyterLab, in a real browser: Run All ends without an error, and a progress bar is drawn as a widget."""
+"""The lessons in a real JupyterLab, in a real browser: Run All ends without an error, and a progress bar is
+drawn as a widget.
+"""
+
 import json
 from pathlib import Path
 
@@ -8,22 +11,45 @@ import lab_shot
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [pytest.mark.lab, pytest.mark.timeout(600)]
-BAR = [["from sdcourse.core import progress\n", "import time\n", "for _ in progress(range(60), desc='sixty'): time.sleep(0.05)"], ["6 * 7"]]
+BAR = [
+    [
+        "from sdcourse.core import progress\n",
+        "import time\n",
+        "for _ in progress(range(60), desc='sixty'): time.sleep(0.05)",
+    ],
+    ["6 * 7"],
+]
 
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
     "(address, page) of a server on a copy of the lessons."
     pytest.importorskip("playwright.sync_api", reason="NO BROWSER TEST: playwright is not installed")
-    if not lab_shot.chromium(): pytest.skip("NO BROWSER TEST: no chromium here (apt-get install chromium)")
+    if not lab_shot.chromium():
+        pytest.skip("NO BROWSER TEST: no chromium here (apt-get install chromium)")
     work, home = tmp_path_factory.mktemp("work"), tmp_path_factory.mktemp("home")
     lab_shot.copy_of_lessons(work)
-    cells = [{"cell_type": "code", "id": f"c{i}", "metadata": {}, "execution_count": None, "outputs": [], "source": s} for i, s in enumerate(BAR)]
+    cells = [
+        {
+            "cell_type": "code",
+            "id": f"c{i}",
+            "metadata": {},
+            "execution_count": None,
+            "outputs": [],
+            "source": s,
+        }
+        for i, s in enumerate(BAR)
+    ]
     kernel = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
-    (work / "bar.ipynb").write_text(json.dumps({"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}))
+    (work / "bar.ipynb").write_text(
+        json.dumps({"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5})
+    )
     cells[1]["source"] = ["1 / 0"]
-    (work / "error.ipynb").write_text(json.dumps({"cells": cells[1:], "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}))
-    with lab_shot.jupyter_lab(work, home) as url, lab_shot.browser_page() as page: yield url, page
+    (work / "error.ipynb").write_text(
+        json.dumps({"cells": cells[1:], "metadata": kernel, "nbformat": 4, "nbformat_minor": 5})
+    )
+    with lab_shot.jupyter_lab(work, home) as url, lab_shot.browser_page() as page:
+        yield url, page
 
 
 def run_all(lab, path, seconds=500):
@@ -33,7 +59,8 @@ def run_all(lab, path, seconds=500):
     return lab_shot.finish(page, seconds)
 
 
-def test_an_error_is_seen(lab): assert lab_shot.errors(run_all(lab, "error.ipynb")) == ["ZeroDivisionError: division by zero"]
+def test_an_error_is_seen(lab):
+    assert lab_shot.errors(run_all(lab, "error.ipynb")) == ["ZeroDivisionError: division by zero"]
 
 
 def test_progress_is_a_widget(lab):
@@ -51,7 +78,9 @@ def test_progress_is_a_widget(lab):
 def test_a_lesson_runs_from_top_to_bottom(lab, path):
     said = run_all(lab, path)
     assert not lab_shot.errors(said)
-    assert not [o for cell in said for o in cell if "application/vnd.jupyter.widget-view+json" in o["types"]] # finished bars are gone
+    assert not [
+        o for cell in said for o in cell if "application/vnd.jupyter.widget-view+json" in o["types"]
+    ]  # finished bars are gone
     picture = ROOT / "build/shots" / f"{Path(path).stem}.png"
     picture.parent.mkdir(parents=True, exist_ok=True)
     lab[1].screenshot(path=picture)

@@ -1,4 +1,7 @@
-"""Lessons find what they trained while nothing changed on which it depends, and only where they are told to look."""
+"""Lessons find what they trained while nothing changed on which it depends, and only where they are told to
+look.
+"""
+
 import json
 import shutil
 from pathlib import Path
@@ -16,12 +19,17 @@ def place(tmp_path, monkeypatch):
     package.mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(core, "__file__", str(package / "core.py"))
+
     def ask(code="train(1)", text="text", module="x = 1", weights=b"w"):
-        cells = [dict(cell_type="code", source=[code], outputs=[text]), dict(cell_type="markdown", source=[text])]
+        cells = [
+            dict(cell_type="code", source=[code], outputs=[text]),
+            dict(cell_type="markdown", source=[text]),
+        ]
         Path("lesson.ipynb").write_text(json.dumps(dict(cells=cells)))
         (package / "core.py").write_text(module)
         (package / "model.safetensors").write_bytes(weights)
         return core.lesson_folder("lesson")
+
     return ask
 
 
@@ -32,7 +40,9 @@ def test_what_is_found_again(place, tmp_path, monkeypatch):
     assert place(text="better text") == first and (first / "run").is_dir()
     for change in (dict(code="train(2)"), dict(module="x = 2"), dict(weights=b"v")):
         other = place(**change)
-        assert other != first and other.is_dir() and not first.exists()  # what nobody can find again is removed
+        assert (
+            other != first and other.is_dir() and not first.exists()
+        )  # what nobody can find again is removed
     monkeypatch.setattr(core, "versions", lambda: dict(torch="9.9"))
     assert place() != first
 

@@ -1,4 +1,5 @@
 """The loop: accumulation, guards, validation, refusals, what a run leaves behind."""
+
 import json
 import logging
 import os
@@ -78,7 +79,10 @@ def test_bad_step_counts_but_changes_nothing(tmp_path):
     "R10: number, learning rate and data go on; weights, moments and Adam's step count stay."
     run(tmp_path, nan_at=4, checkpoint_every=1, keep=20, validate_every=0)
     four, five, six = (load_checkpoint(tmp_path / "checkpoints" / f"step-{n:08}") for n in (4, 5, 6))
-    assert all(torch.equal(a, b) for a, b in zip(four["tensors"]["model"].values(), five["tensors"]["model"].values()))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(four["tensors"]["model"].values(), five["tensors"]["model"].values())
+    )
     a, b = four["objects"]["optimizer"]["state"], five["objects"]["optimizer"]["state"]
     assert all(torch.equal(a[k][n], b[k][n]) for k in a for n in ("step", "exp_avg", "exp_avg_sq"))
     assert distance(five["tensors"], six["tensors"]) > 0
@@ -99,12 +103,19 @@ def test_a_row_of_bad_steps_is_counted_across_log_lines(tmp_path):
 def test_no_host_read_inside_the_step(tmp_path):
     "A CPU stand-in for CUDA's sync debug mode: no tensor value is read by Python during a step."
     from torch.utils._python_dispatch import TorchDispatchMode
+
     class Reads(TorchDispatchMode):
         found = []
+
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.is_nonzero):
+            if func.overloadpacket in (
+                torch.ops.aten._local_scalar_dense,
+                torch.ops.aten.nonzero,
+                torch.ops.aten.is_nonzero,
+            ):
                 self.found.append(func)
             return func(*args, **(kwargs or {}))
+
     r = Run(ToyTask(config(tmp_path, micro_batch=4)))
     with Reads() as reads:
         for _ in range(3):
@@ -142,6 +153,7 @@ def test_validation_uses_the_average_and_fixed_noise(tmp_path):
 def test_a_failing_validation_warns_and_training_goes_on(tmp_path, monkeypatch, caplog):
     def broken(self, module, path):
         raise RuntimeError("no ink")
+
     monkeypatch.setattr(ToyTask, "sample", broken)
     result = run(tmp_path, validate_every=4)
     assert result.step == 12 and not result.stopped
@@ -169,8 +181,10 @@ def test_another_commit_warns(tmp_path, monkeypatch, caplog):
 def test_a_finished_run_does_nothing(tmp_path, monkeypatch):
     "R12."
     first = run(tmp_path)
+
     def never(*_):
         raise AssertionError("a finished run must not build or step")
+
     monkeypatch.setattr(loop, "Run", never)
     again = run(tmp_path)
     assert again.step == 12 and again.exit_code == 0 and again.metrics == first.metrics
@@ -206,13 +220,22 @@ def test_missing_tensors_are_an_error(tmp_path):
     "R13: a checkpoint that lacks the average does not silently continue without it."
     run(tmp_path / "a", ema_decay=0.0, max_steps=3)
     with pytest.raises(UserError, match="ema"):
-        run(tmp_path / "b", max_steps=3, resume=str(latest_checkpoint(tmp_path / "a" / "checkpoints")[0]), force=True)
+        run(
+            tmp_path / "b",
+            max_steps=3,
+            resume=str(latest_checkpoint(tmp_path / "a" / "checkpoints")[0]),
+            force=True,
+        )
 
 
 def test_keys_must_fit_the_model(tmp_path):
     r = Run(ToyTask(config(tmp_path)))
     whole = dict(tensors=r.tensors(), objects=dict(optimizer=r.optimizer.state_dict()), state=r.state())
-    for wrong in (dict(model=whole["tensors"]["model"]), {k: dict(list(v.items())[1:]) for k, v in whole["tensors"].items()}, {k: {n: t[:1] for n, t in v.items()} for k, v in whole["tensors"].items()}):
+    for wrong in (
+        dict(model=whole["tensors"]["model"]),
+        {k: dict(list(v.items())[1:]) for k, v in whole["tensors"].items()},
+        {k: {n: t[:1] for n, t in v.items()} for k, v in whole["tensors"].items()},
+    ):
         with pytest.raises(UserError, match="checkpoint"):
             r.load(whole | dict(tensors=wrong))
     r.load(whole)
@@ -235,6 +258,7 @@ def test_bf16_autocast_keeps_fp32_weights(tmp_path):
 def test_wrong_pairing_is_noticed(tmp_path, monkeypatch):
     "D1: an item that carries another id than the order says."
     from toy import Points
+
     get = Points.__getitem__
     monkeypatch.setattr(Points, "__getitem__", lambda self, i: get(self, (i + 1) % len(self)))
     with pytest.raises(RuntimeError, match="expected"):
@@ -247,11 +271,25 @@ def test_what_a_run_leaves_behind(tmp_path):
     names = {p.name for p in tmp_path.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "checkpoints", "samples", "export", "README.md"} <= names
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-00000010", "step-00000012"]
-    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == ["step-00000006.png", "step-00000012.png"]
+    assert sorted(p.name for p in (tmp_path / "samples").iterdir()) == [
+        "step-00000006.png",
+        "step-00000012.png",
+    ]
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [3, 6, 9, 12] and [r["samples"] for r in rows] == [24, 48, 72, 96]
     for r in rows:
-        assert {"loss", "loss_by_t", "grad_norm", "lr", "images_per_s", "mfu", "peak_memory_gb", "data_wait", "skipped", "epoch"} <= r.keys()
+        assert {
+            "loss",
+            "loss_by_t",
+            "grad_norm",
+            "lr",
+            "images_per_s",
+            "mfu",
+            "peak_memory_gb",
+            "data_wait",
+            "skipped",
+            "epoch",
+        } <= r.keys()
         assert len(r["loss_by_t"]) == 10 and 0 <= r["data_wait"] <= 1 and r["mfu"] > 0
     text = result.summary()
     assert "finished 12 steps" in text and str(tmp_path / "export") in text
@@ -277,7 +315,11 @@ def test_loss_by_t_covers_the_window(tmp_path):
     assert abs(row["loss"] - loss.mean().item()) < 1e-6
     for b in range(10):
         mine = loss[(t * 10).long() == b]
-        assert (row["loss_by_t"][b] is None) if len(mine) == 0 else abs(row["loss_by_t"][b] - mine.mean().item()) < 1e-6
+        assert (
+            (row["loss_by_t"][b] is None)
+            if len(mine) == 0
+            else abs(row["loss_by_t"][b] - mine.mean().item()) < 1e-6
+        )
 
 
 def test_keys_have_no_wrapper_names(tmp_path):
@@ -285,7 +327,10 @@ def test_keys_have_no_wrapper_names(tmp_path):
     run(tmp_path / "plain", max_steps=2)
     run(tmp_path / "compiled", max_steps=2, compile=True)
     assert weights(tmp_path / "plain")["model"].keys() == weights(tmp_path / "compiled")["model"].keys()
-    assert not any(k.startswith(("module.", "_orig_mod.")) or "._orig_mod" in k for k in weights(tmp_path / "compiled")["model"])
+    assert not any(
+        k.startswith(("module.", "_orig_mod.")) or "._orig_mod" in k
+        for k in weights(tmp_path / "compiled")["model"]
+    )
 
 
 def test_dry_run_leaves_nothing(tmp_path, caplog):
@@ -297,6 +342,7 @@ def test_dry_run_leaves_nothing(tmp_path, caplog):
 
 def test_preflight_refuses_what_does_not_fit(tmp_path, monkeypatch):
     import sdcourse.engine.preflight as preflight
+
     monkeypatch.setattr(preflight, "free_memory", lambda device: 100)
     with pytest.raises(UserError, match="need .* has 100 B free"):
         run(tmp_path)
@@ -314,9 +360,11 @@ def test_more_ranks_than_images_is_refused(tmp_path):
 def test_memory_is_flat_over_many_steps(tmp_path):
     "R16 in small: live tensors do not grow between step 20 and step 120."
     import gc
+
     def alive():
         gc.collect()
         return sum(isinstance(o, torch.Tensor) for o in gc.get_objects())
+
     r = Run(ToyTask(config(tmp_path, max_steps=200)), Ranks())
     for _ in range(20):
         step(r)
@@ -327,7 +375,9 @@ def test_memory_is_flat_over_many_steps(tmp_path):
 
 
 def test_memory_of_the_process_is_flat(tmp_path):
-    "R16: a real task, validation and pictures included; resident memory of step 500 is that of step 50, to 2 % or 16 MB."
+    """R16: a real task, validation and pictures included; resident memory of step 500 is that of step 50, to
+    2 % or 16 MB.
+    """
     code = """
 import json, sys
 import psutil, torch
@@ -379,17 +429,31 @@ def test_freed_memory_stays_where_the_cpu_computes():
     "Beside a GPU the host gives back what it held once."
     done = subprocess.run([sys.executable, "-c", PAGES], capture_output=True, text=True)
     first, cuda, cpu, threads, glibc = done.stdout.split()
-    if glibc != "True": pytest.skip("another C library than glibc")
+    if glibc != "True":
+        pytest.skip("another C library than glibc")
     assert float(cpu) < float(first) / 10 and float(cuda) > float(first) / 2 and threads == "1", done.stdout
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP")
 def test_threads_that_wait_leave_their_core():
-    "Beside one busy process two spinning threads are ten times slower than one; OpenMP itself says what it does. Who asks for ACTIVE gets it."
+    """Beside one busy process two spinning threads are ten times slower than one; OpenMP itself says what it
+    does. Who asks for ACTIVE gets it.
+    """
+
     def spins(**env):
         words = [sys.executable, "-c", "import sdcourse, torch"]
-        env = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"} | {"OMP_DISPLAY_ENV": "VERBOSE"} | env
-        return int(re.search(r"GOMP_SPINCOUNT = '(\d+)'", subprocess.run(words, env=env, capture_output=True, text=True).stderr)[1])
+        env = (
+            {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
+            | {"OMP_DISPLAY_ENV": "VERBOSE"}
+            | env
+        )
+        return int(
+            re.search(
+                r"GOMP_SPINCOUNT = '(\d+)'",
+                subprocess.run(words, env=env, capture_output=True, text=True).stderr,
+            )[1]
+        )
+
     assert spins() == 0 and spins(OMP_WAIT_POLICY="ACTIVE") > 0
 
 

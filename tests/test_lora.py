@@ -1,4 +1,5 @@
 """Adapters: nothing at the start, nothing lost in a file."""
+
 import json
 
 import pytest
@@ -15,8 +16,10 @@ from safetensors.torch import load_file
 from sdcourse.models import lora, tiny_sd
 from sdcourse.models.dit import image_generators
 
+
 @pytest.fixture(scope="module")
-def home(built): return built(tiny_sd.make_pipeline)
+def home(built):
+    return built(tiny_sd.make_pipeline)
 
 
 def plain(home):
@@ -25,33 +28,44 @@ def plain(home):
     return pipe
 
 
-def drawn(pipe): return pipe(["a red ring", "a green moon"], generator=image_generators([0, 1]), guidance_scale=2., num_inference_steps=2, output_type="pt").images
+def drawn(pipe):
+    return pipe(
+        ["a red ring", "a green moon"],
+        generator=image_generators([0, 1]),
+        guidance_scale=2.0,
+        num_inference_steps=2,
+        output_type="pt",
+    ).images
 
 
-def trained(pipe, alpha=8., text=True):
+def trained(pipe, alpha=8.0, text=True):
     "Adapters of rank 2 that do something."
     lora.add_lora(pipe.unet, rank=2, alpha=alpha)
-    if text: lora.add_lora(pipe.text_encoder, rank=2, alpha=alpha, modules=lora.TEXT)
+    if text:
+        lora.add_lora(pipe.text_encoder, rank=2, alpha=alpha, modules=lora.TEXT)
     g = torch.Generator().manual_seed(0)
     for model in (pipe.unet, pipe.text_encoder):
         for n, p in model.named_parameters():
-            if "lora_B" in n: p.data = 0.03 * torch.randn(p.shape, generator=g)
+            if "lora_B" in n:
+                p.data = 0.03 * torch.randn(p.shape, generator=g)
     return pipe
 
 
 def test_it_begins_as_the_model_and_only_adapters_learn(home):
     pipe = plain(home)
     before = drawn(pipe)
-    lora.add_lora(pipe.unet, rank=3, alpha=6.)
+    lora.add_lora(pipe.unet, rank=3, alpha=6.0)
     assert (drawn(pipe) - before).abs().max() == 0
-    pipe.unet(torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 32, 128)).sample.square().mean().backward()
+    pipe.unet(
+        torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 32, 128)
+    ).sample.square().mean().backward()
     names = {n: p for n, p in pipe.unet.named_parameters()}
     assert all((p.grad is not None) == ("lora_" in n) for n, p in names.items())
     assert sum(p.numel() for n, p in names.items() if "lora_" in n) == lora.lora_size(pipe.unet)
 
 
 @pytest.mark.parametrize("file", lora.FILES)
-@pytest.mark.parametrize("alpha", [2., 8.])
+@pytest.mark.parametrize("alpha", [2.0, 8.0])
 @pytest.mark.parametrize("text", [False, True])
 def test_a_file_is_the_same_function(tmp_path, home, file, alpha, text):
     "alpha = rank and alpha = 4 rank, with and without adapters of the text encoder."
@@ -62,8 +76,11 @@ def test_a_file_is_the_same_function(tmp_path, home, file, alpha, text):
     again.load_lora_weights(str(tmp_path), weight_name=file)
     assert (wanted - untouched).abs().max() > 0.003 and (drawn(again) - wanted).abs().max() < 1e-5
     x, t = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(1)), torch.tensor([5, 900])
-    def once(): # merging rounds, and a sampler would amplify it
-        with torch.no_grad(): return again.unet(x, t, again.text_encoder(torch.arange(64).view(2, 32)).last_hidden_state).sample
+
+    def once():  # merging rounds, and a sampler would amplify it
+        with torch.no_grad():
+            return again.unet(x, t, again.text_encoder(torch.arange(64).view(2, 32)).last_hidden_state).sample
+
     beside = once()
     again.fuse_lora()
     assert 0 < (once() - beside).abs().max() < 1e-4
@@ -71,16 +88,22 @@ def test_a_file_is_the_same_function(tmp_path, home, file, alpha, text):
 
 def test_peft_reads_the_diffusers_file(tmp_path, home):
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+
     pipe = trained(plain(home), text=False)
     path, _ = lora.save_lora(tmp_path, unet=pipe.unet)
-    with safe_open(path, "pt") as f: said = json.loads(f.metadata()["lora_adapter_metadata"])
+    with safe_open(path, "pt") as f:
+        said = json.loads(f.metadata()["lora_adapter_metadata"])
     config = {k.removeprefix("unet."): v for k, v in said.items()}
     assert config["lora_alpha"] == 8 and config["r"] == 2
-    other = inject_adapter_in_model(LoraConfig(r=config["r"], lora_alpha=config["lora_alpha"], target_modules=config["target_modules"]), plain(home).unet)
+    other = inject_adapter_in_model(
+        LoraConfig(r=config["r"], lora_alpha=config["lora_alpha"], target_modules=config["target_modules"]),
+        plain(home).unet,
+    )
     found = set_peft_model_state_dict(other, {k.removeprefix("unet."): v for k, v in load_file(path).items()})
     assert not found.unexpected_keys
     x, t, c = torch.randn(2, 4, 8, 8), torch.tensor([5, 900]), torch.randn(2, 32, 128)
-    with torch.no_grad(): assert (other(x, t, c).sample - pipe.unet(x, t, c).sample).abs().max() < 1e-5
+    with torch.no_grad():
+        assert (other(x, t, c).sample - pipe.unet(x, t, c).sample).abs().max() < 1e-5
 
 
 def test_kohya_names(tmp_path, home):
@@ -88,18 +111,24 @@ def test_kohya_names(tmp_path, home):
     _, path = lora.save_lora(tmp_path, unet=pipe.unet, text=pipe.text_encoder)
     found = load_file(path)
     layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"
-    assert {f"{layer}.lora_down.weight", f"{layer}.lora_up.weight", f"{layer}.alpha"} <= found.keys() and found[f"{layer}.alpha"].item() == 8
+    assert {
+        f"{layer}.lora_down.weight",
+        f"{layer}.lora_up.weight",
+        f"{layer}.alpha",
+    } <= found.keys() and found[f"{layer}.alpha"].item() == 8
     assert found["lora_te_text_model_encoder_layers_1_self_attn_q_proj.lora_down.weight"].shape == (2, 128)
     assert all(k.startswith(("lora_unet_", "lora_te_text_model_")) for k in found)
 
 
 def test_a_layer_that_is_not_there(home):
-    with pytest.raises(UserError, match="--lora-modules to_qq: no layer of UNet2DConditionModel"): lora.add_lora(plain(home).unet, rank=2, modules=("to_qq",))
+    with pytest.raises(UserError, match="--lora-modules to_qq: no layer of UNet2DConditionModel"):
+        lora.add_lora(plain(home).unet, rank=2, modules=("to_qq",))
 
 
 def test_the_published_size():
     "Stable Diffusion 1.5's UNet and its adapters, without memory."
     from diffusers import UNet2DConditionModel
+
     with torch.device("meta"):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768, attention_head_dim=8)
         assert sum(p.numel() for p in unet.parameters()) == 859_520_964

@@ -1,4 +1,5 @@
 "Nearest training pictures: copies are found exactly, and the yardstick is what new real pictures get."
+
 import pytest
 import torch
 
@@ -7,7 +8,7 @@ from sdcourse.evaluation.memorise import memorisation, neighbours
 
 
 def test_neighbours_finds_copies_exactly():
-    train, rows = digits("train").tensors["pixels"] * 0.7310586, [3, 1000, 7] # no round numbers
+    train, rows = digits("train").tensors["pixels"] * 0.7310586, [3, 1000, 7]  # no round numbers
     index, distance = neighbours(train[rows], train)
     assert index.tolist() == rows and distance.tolist() == [0, 0, 0]
     moved = train[rows].clone()

@@ -1,4 +1,7 @@
-"""Planted bugs: caught means that a test failed, nothing outlives a bug, kept verdicts fall with what they depend on."""
+"""Planted bugs: caught means that a test failed, nothing outlives a bug, kept verdicts fall with what they
+depend on.
+"""
+
 import ast
 import json
 import os
@@ -134,8 +137,10 @@ def test_a_hard_link_changes_no_original(tiny, judged):
 def test_patches_fit_exactly_once():
     assert attempt.patched("a = 1\n", "1", "2", "x.py") == "a = 2\n"
     for text, old, new in (("a = 1\n", "3", "2"), ("a = 1\nb = 1\n", "1", "2")):
-        with pytest.raises(SystemExit, match="must occur once"): attempt.patched(text, old, new, "x.py")
-    with pytest.raises(SyntaxError): attempt.patched("a = 1\n", "1", "(", "x.py")
+        with pytest.raises(SystemExit, match="must occur once"):
+            attempt.patched(text, old, new, "x.py")
+    with pytest.raises(SyntaxError):
+        attempt.patched("a = 1\n", "1", "(", "x.py")
     texts = {b.file: (mutants.ROOT / b.file).read_text(encoding="utf-8") for b in mutants.BUGS}
     assert not [b for b in mutants.BUGS if texts[b.file].count(b.old) != 1]
     assert len({b.name for b in mutants.BUGS}) == len(mutants.BUGS)
@@ -145,8 +150,12 @@ def bug(name, new, test):
     return mutants.Bug(name, "sdcourse/__init__.py", "x = 1", new, f"tests/test_x.py::test_{test}")
 
 
-BUGS = [bug("two", "x = 2", "good"), bug("three", "x = 3", "loose"), bug("four", "x = 4", "skipped"),
-    bug("five", "x = 5", "raises")] # caught, survives, is not tried, has a test that is red anyway
+BUGS = [
+    bug("two", "x = 2", "good"),
+    bug("three", "x = 3", "loose"),
+    bug("four", "x = 4", "skipped"),
+    bug("five", "x = 5", "raises"),
+]  # caught, survives, is not tried, has a test that is red anyway
 COUNTS = ("sdcourse/__init__.py", "tests/test_x.py", "tests/helper.py", "tests/tool.py", "tests/conftest.py")
 
 
@@ -155,6 +164,7 @@ def test_a_key_falls_with_what_the_verdict_depends_on(tiny):
         mutants.digest.cache_clear()
         mutants.used_by.cache_clear()
         return mutants.key(BUGS[0], tiny)
+
     first = keys()
     for name in PARTS:
         (tiny / name).write_text(PARTS[name] + "# more\n")

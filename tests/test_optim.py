@@ -1,4 +1,5 @@
 """Learning rate, AdamW with its guard, clipping, EMA, precision."""
+
 import math
 from types import SimpleNamespace as NS
 
@@ -7,13 +8,35 @@ import torch
 from torch import nn
 
 from sdcourse.core import UserError
-from sdcourse.engine.optim import EMA, build_optimizer, check_master_weights, clip_gradients, guarded_step, lr_at, resolve_precision
+from sdcourse.engine.optim import (
+    EMA,
+    build_optimizer,
+    check_master_weights,
+    clip_gradients,
+    guarded_step,
+    lr_at,
+    resolve_precision,
+)
 
 CPU = torch.device("cpu")
 
 
 def cfg(**over):
-    return NS(**{**dict(lr=1e-3, lr_end=1e-5, lr_schedule="cosine", warmup_steps=10, max_steps=100, optimizer="adamw", beta2=0.99, weight_decay=0.1), **over})
+    return NS(
+        **{
+            **dict(
+                lr=1e-3,
+                lr_end=1e-5,
+                lr_schedule="cosine",
+                warmup_steps=10,
+                max_steps=100,
+                optimizer="adamw",
+                beta2=0.99,
+                weight_decay=0.1,
+            ),
+            **over,
+        }
+    )
 
 
 def test_lr_closed_form():
@@ -47,7 +70,10 @@ def test_optimizer_equals_plain_adamw():
 
 def test_weight_decay_spares_vectors():
     groups = build_optimizer(nn.Linear(3, 3), cfg()).param_groups
-    assert {tuple(p.shape): g["weight_decay"] for g in groups for p in g["params"]} == {(3, 3): 0.1, (3,): 0.0}
+    assert {tuple(p.shape): g["weight_decay"] for g in groups for p in g["params"]} == {
+        (3, 3): 0.1,
+        (3,): 0.0,
+    }
 
 
 @pytest.mark.parametrize("name", ["adamw", "torch.optim.RAdam"])
@@ -59,6 +85,7 @@ def test_a_bad_step_leaves_weights_and_moments(name):
             w.grad = torch.full_like(w, g)
             guarded_step(opt, ~torch.isfinite(w.grad).all())
         return [w.detach()] + [v for v in opt.state[w].values() if isinstance(v, torch.Tensor)]
+
     for a, b in zip(after([0.1, float("inf"), 0.2, float("nan")]), after([0.1, 0.2])):
         assert torch.equal(a, b)
 
@@ -109,7 +136,11 @@ def test_ema_shares_frozen_weights():
     net = nn.Sequential(nn.Linear(2, 2).requires_grad_(False), nn.Linear(2, 2))
     twin = EMA(net, 0.9).module
     assert twin[0].weight is net[0].weight and twin[1].weight is not net[1].weight
-    assert not twin.training and not any(p.requires_grad for p in twin.parameters()) and net[1].weight.requires_grad
+    assert (
+        not twin.training
+        and not any(p.requires_grad for p in twin.parameters())
+        and net[1].weight.requires_grad
+    )
 
 
 def test_low_precision_master_weights_are_refused():

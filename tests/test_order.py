@@ -1,4 +1,5 @@
 """Data order and draws: pure functions of (seed, step, position)."""
+
 import numpy as np
 import torch
 from scipy import stats
@@ -19,6 +20,7 @@ def test_draws_do_not_depend_on_the_split():
 def test_draws_depend_on_everything_else():
     def first(seed=3, step=7, stream="noise", scope="train"):
         return Draws(seed, step, range(4), scope=scope).normal(stream, (5,))
+
     ref = first()
     for other in (first(seed=4), first(step=8), first(stream="posterior"), first(scope="validate")):
         assert (other - ref).abs().max() > 0.1
@@ -39,7 +41,10 @@ def test_draws_have_their_distributions():
 
 
 def test_float64_draws_are_the_float32_numbers():
-    a, b = Draws(0, 0, range(5)).normal("n", (3,)), Draws(0, 0, range(5), dtype=torch.float64).normal("n", (3,))
+    a, b = (
+        Draws(0, 0, range(5)).normal("n", (3,)),
+        Draws(0, 0, range(5), dtype=torch.float64).normal("n", (3,)),
+    )
     assert b.dtype == torch.float64 and torch.equal(a.double(), b)
 
 
@@ -64,7 +69,7 @@ def test_every_item_once_per_epoch_when_batches_straddle():
     order = Order(50, seed=1)
     stream = np.concatenate([order.items(8 * s, 8 * s + 8) for s in range(25)])
     for epoch in range(4):
-        assert sorted(stream[50 * epoch:50 * epoch + 50]) == list(range(50))
+        assert sorted(stream[50 * epoch : 50 * epoch + 50]) == list(range(50))
 
 
 def test_a_batch_larger_than_the_data_set():
@@ -73,9 +78,22 @@ def test_a_batch_larger_than_the_data_set():
 
 def test_plan_is_the_same_stream_for_any_ranks_and_micro_batches():
     order = Order(50, seed=0)
+
     def steps(world, micro, start=0):
-        per_rank = [[i for i in Plan(order, 8, tuple(micro_rows(rank_rows(8, r, world), micro)), start, 10)] for r in range(world)]
-        return [np.concatenate([np.concatenate(p[s * len(p) // (10 - start):(s + 1) * len(p) // (10 - start)]) for p in per_rank]).tolist() for s in range(10 - start)]
+        per_rank = [
+            [i for i in Plan(order, 8, tuple(micro_rows(rank_rows(8, r, world), micro)), start, 10)]
+            for r in range(world)
+        ]
+        return [
+            np.concatenate(
+                [
+                    np.concatenate(p[s * len(p) // (10 - start) : (s + 1) * len(p) // (10 - start)])
+                    for p in per_rank
+                ]
+            ).tolist()
+            for s in range(10 - start)
+        ]
+
     whole = steps(1, 0)
     assert whole == steps(2, 0) == steps(1, 3) == steps(3, 2) == steps(8, 1)
     assert whole[6:] == steps(2, 3, start=6)

@@ -1,4 +1,5 @@
 """Pictures: bytes, sheets, figures that show themselves once, films."""
+
 import base64, io, subprocess, sys
 
 import numpy as np
@@ -7,7 +8,17 @@ import torch
 from PIL import Image
 
 from sdcourse.core import UserError
-from sdcourse.plot import COLORS, CYCLE, figure_png, image_grid, plot_curves, save_gif, show_images, show_points, to_uint8
+from sdcourse.plot import (
+    COLORS,
+    CYCLE,
+    figure_png,
+    image_grid,
+    plot_curves,
+    save_gif,
+    show_images,
+    show_points,
+    to_uint8,
+)
 
 
 def test_bytes_are_rounded_and_clipped():
@@ -21,12 +32,15 @@ def test_bytes_are_rounded_and_clipped():
 
 @pytest.mark.parametrize("shape", [(1, 4, 8, 8), (8, 8), (2, 2, 8, 8)])
 def test_other_shapes_are_refused(shape):
-    with pytest.raises(UserError, match="1 or 3 channels"): to_uint8(torch.zeros(shape))
+    with pytest.raises(UserError, match="1 or 3 channels"):
+        to_uint8(torch.zeros(shape))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_sheet_holds_every_image_in_order(channels):
-    images = torch.randint(256, (10, channels, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    images = torch.randint(
+        256, (10, channels, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
     sheet = np.array(image_grid(images, ncols=4, pad=2)).reshape(3 * 34 + 2, 4 * 34 + 2, channels)
     assert (sheet[:2] == 255).all() and (sheet[:, 34:36] == 255).all()
     for i, image in enumerate(images):
@@ -37,6 +51,7 @@ def test_sheet_holds_every_image_in_order(channels):
 
 def test_figures_come_back_closed_and_labelled():
     import matplotlib.pyplot as plt
+
     before = plt.get_fignums()
     fig = show_images(torch.zeros(3, 1, 8, 8), ["a", "b", "c"], ncols=2, title="three")
     assert [ax.get_title() for ax in fig.axes][:3] == ["a", "b", "c"] and fig.get_suptitle() == "three"
@@ -47,9 +62,21 @@ def test_figures_come_back_closed_and_labelled():
 
 def test_curves_keep_their_colours():
     import matplotlib.pyplot as plt
-    ax = plot_curves({"other": ([1, 2], [3, 4]), "data": ([1, 2], [3, 4], [2, 3], [4, 5]), "third": ([1, 2], [1, 1])}, "x (s)", "y (m)", "up", logy=True)
+
+    ax = plot_curves(
+        {"other": ([1, 2], [3, 4]), "data": ([1, 2], [3, 4], [2, 3], [4, 5]), "third": ([1, 2], [1, 1])},
+        "x (s)",
+        "y (m)",
+        "up",
+        logy=True,
+    )
     assert [line.get_color() for line in ax.get_lines()] == [CYCLE[1], COLORS["data"], CYCLE[2]]
-    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_title(), ax.get_yscale()) == ("x (s)", "y (m)", "up", "log")
+    assert (ax.get_xlabel(), ax.get_ylabel(), ax.get_title(), ax.get_yscale()) == (
+        "x (s)",
+        "y (m)",
+        "up",
+        "log",
+    )
     assert ax.get_legend() is not None and len(ax.collections) == 1
     assert plot_curves({"one": ([1], [1])}, "x", "y", ax=ax.figure.subplots()).get_legend() is None
     plt.close(ax.figure)
@@ -57,13 +84,20 @@ def test_curves_keep_their_colours():
 
 def test_shown_figures_are_small_and_true():
     import matplotlib.pyplot as plt
-    ax = plot_curves({f"c{i}": (torch.linspace(0, 1, 50), torch.linspace(0, i, 50)) for i in range(5)}, "x", "y", "title")
+
+    ax = plot_curves(
+        {f"c{i}": (torch.linspace(0, 1, 50), torch.linspace(0, i, 50)) for i in range(5)}, "x", "y", "title"
+    )
     data, shown = figure_png(ax.figure)
     image = Image.open(io.BytesIO(base64.b64decode(data)))
     full = io.BytesIO()
     ax.figure.savefig(full, format="png", dpi=140)
-    error = np.abs(np.array(image.convert("RGB")).astype(int) - np.array(Image.open(full).convert("RGB")).astype(int))
-    assert image.mode == "P" and len(data) < 0.8 * len(full.getvalue()) and error.mean() < 1 and error.max() < 30
+    error = np.abs(
+        np.array(image.convert("RGB")).astype(int) - np.array(Image.open(full).convert("RGB")).astype(int)
+    )
+    assert (
+        image.mode == "P" and len(data) < 0.8 * len(full.getvalue()) and error.mean() < 1 and error.max() < 30
+    )
     assert shown == {"width": 550, "height": 320}
     plt.close(ax.figure)
 
@@ -77,8 +111,10 @@ def test_film_has_all_frames_and_is_written_whole(tmp_path):
             im.seek(k)
             durations.append(im.info["duration"])
         assert durations == [200, 200, 2000] and im.info["loop"] == 0
-    with pytest.raises(UserError, match="no frames"): save_gif([], tmp_path / "b.gif")
-    with pytest.raises(Exception): save_gif([image_grid(frames[0]), "not a frame"], tmp_path / "c.gif")
+    with pytest.raises(UserError, match="no frames"):
+        save_gif([], tmp_path / "b.gif")
+    with pytest.raises(Exception):
+        save_gif([image_grid(frames[0]), "not a frame"], tmp_path / "c.gif")
     assert [p.name for p in tmp_path.iterdir()] == ["a.gif"]
 
 

@@ -1,4 +1,5 @@
 """R1: a run that was stopped and resumed equals one that was not, bit for bit."""
+
 import os
 import signal
 import time
@@ -21,15 +22,18 @@ from sdcourse.engine.trackers import read_metrics
 def watched(stop_after=None):
     "Record the ids of every step; send a real SIGUSR1 to this process after step `stop_after`."
     ids, step, place = [], loop.step, loop.Run.place
+
     def one(run):
         ids.append([])
         step(run)
         if run.step == stop_after:
             os.kill(os.getpid(), signal.SIGUSR1)
+
     def seen(self, batch, data, items):
         if ids and data is self.data:
             ids[-1] += [int(i) for i in batch["id"]]
         return place(self, batch, data, items)
+
     loop.step, loop.Run.place = one, seen
     try:
         yield ids
@@ -49,11 +53,36 @@ def same(a, b):
 
 def outcome(folder):
     c = load_checkpoint(latest_checkpoint(folder / "checkpoints")[0])
-    rows = [{k: r.get(k) for k in ("step", "samples", "loss", "loss_by_t", "grad_norm", "lr", "skipped", "val_loss", "weight")} for r in read_metrics(folder)]
+    rows = [
+        {
+            k: r.get(k)
+            for k in (
+                "step",
+                "samples",
+                "loss",
+                "loss_by_t",
+                "grad_norm",
+                "lr",
+                "skipped",
+                "val_loss",
+                "weight",
+            )
+        }
+        for r in read_metrics(folder)
+    ]
     return c["tensors"], c["objects"], rows
 
 
-CASES = [(1, {}), (4, {}), (6, dict(items=48)), (11, {}), (5, dict(micro_batch=2)), (7, dict(num_workers=2)), (3, dict(num_workers=2, micro_batch=3)), (5, dict(validate_every=2))]
+CASES = [
+    (1, {}),
+    (4, {}),
+    (6, dict(items=48)),
+    (11, {}),
+    (5, dict(micro_batch=2)),
+    (7, dict(num_workers=2)),
+    (3, dict(num_workers=2, micro_batch=3)),
+    (5, dict(validate_every=2)),
+]
 
 
 @pytest.mark.parametrize("stop,over", CASES)
@@ -108,13 +137,17 @@ def test_resume_does_not_read_what_it_throws_away(tmp_path):
 
 def test_killed_between_checkpoints_truncates_the_log(tmp_path):
     "Rows beyond the checkpoint are written again, not twice."
+
     class Power(BaseException):
         pass
+
     step = loop.step
+
     def cut(r):
         step(r)
         if r.step == 11:
             raise Power
+
     loop.step = cut
     try:
         with pytest.raises(Power):
@@ -131,8 +164,10 @@ def test_killed_between_checkpoints_truncates_the_log(tmp_path):
 def test_a_resume_hashes_each_byte_once(tmp_path):
     "To find the newest checkpoint and to load it needs one proof."
     run(tmp_path, max_steps=4)
-    with counted() as proof: verify_checkpoint(latest_checkpoint(tmp_path / "checkpoints")[0])
-    with counted() as found: assert loop.find_start(config(tmp_path, max_steps=4))["state"]["step"] == 4
+    with counted() as proof:
+        verify_checkpoint(latest_checkpoint(tmp_path / "checkpoints")[0])
+    with counted() as found:
+        assert loop.find_start(config(tmp_path, max_steps=4))["state"]["step"] == 4
     assert 2 * found["hashed"] == proof["hashed"] > 0
 
 
@@ -141,36 +176,61 @@ def test_a_resume_hashes_each_byte_once(tmp_path):
 def test_every_way_to_stop(tmp_path, monkeypatch, how, when):
     "R7: asked in step 5, whatever runs then; saved and left within two steps, and the same command goes on."
     flags, fired = [], []
-    opened, step, place, sample, save = StopFlag.__init__, loop.step, loop.Run.place, ToyTask.sample, loop.save_checkpoint
+    opened, step, place, sample, save = (
+        StopFlag.__init__,
+        loop.step,
+        loop.Run.place,
+        ToyTask.sample,
+        loop.save_checkpoint,
+    )
+
     def remember(self, *args, **kwargs):
         opened(self, *args, **kwargs)
         flags.append(self)
+
     def fire(where, n):
-        if where != when or n != 5 or fired: return
+        if where != when or n != 5 or fired:
+            return
         fired.append(n)
         if how == "file STOP":
             (tmp_path / "STOP").touch()
             flags[-1]._looked = 0.0
-        elif how.startswith("SIG"): os.kill(os.getpid(), getattr(signal, how))
-        else: flags[-1].deadlines[how] = 0.0
+        elif how.startswith("SIG"):
+            os.kill(os.getpid(), getattr(signal, how))
+        else:
+            flags[-1].deadlines[how] = 0.0
+
     def one(r):
         step(r)
         fire("training", r.step)
+
     def placed(self, batch, data, items):
-        if data is not self.data: fire("validation", self.step)
+        if data is not self.data:
+            fire("validation", self.step)
         return place(self, batch, data, items)
+
     def sampled(self, module, path):
         fire("sampling", int(path.stem[5:]))
         sample(self, module, path)
+
     def saved(root, n, **parts):
         fire("saving", n)
         return save(root, n, **parts)
-    for owner, name, new in ((StopFlag, "__init__", remember), (loop, "step", one), (loop.Run, "place", placed), (ToyTask, "sample", sampled), (loop, "save_checkpoint", saved)):
+
+    for owner, name, new in (
+        (StopFlag, "__init__", remember),
+        (loop, "step", one),
+        (loop.Run, "place", placed),
+        (ToyTask, "sample", sampled),
+        (loop, "save_checkpoint", saved),
+    ):
         monkeypatch.setattr(owner, name, new)
     over = dict(requeue_code=75, validate_every=5, checkpoint_every=5)
     result = run(tmp_path, **over)
     assert fired and 5 <= result.step <= 7 and result.stopped == how
-    assert result.exit_code == (0 if how == "file STOP" else 75) # a person who asks for a stop does not want it requeued
+    assert result.exit_code == (
+        0 if how == "file STOP" else 75
+    )  # a person who asks for a stop does not want it requeued
     path, skipped = latest_checkpoint(tmp_path / "checkpoints")
     assert load_checkpoint(path)["state"]["step"] == result.step and not skipped
     assert not (tmp_path / "STOP").exists() and not (tmp_path / "export").exists()
@@ -179,7 +239,8 @@ def test_every_way_to_stop(tmp_path, monkeypatch, how, when):
 
 
 def test_a_stopped_run_exits_with_0_unless_it_is_told_otherwise(tmp_path):
-    with watched(3): result = run(tmp_path)
+    with watched(3):
+        result = run(tmp_path)
     assert (result.stopped, result.exit_code) == ("SIGUSR1", 0)
 
 
@@ -191,7 +252,9 @@ def test_a_signal_before_the_run_is_built_is_not_lost(tmp_path):
 
 
 def test_the_end_of_the_job_is_a_deadline(tmp_path, monkeypatch):
-    "A job whose script did not ask for a signal still saves in time: a minute before its end, or a tenth of it."
+    """A job whose script did not ask for a signal still saves in time: a minute before its end, or a tenth of
+    it.
+    """
     now = time.time()
     for left, expected in ((3600, 3540), (100, 90), (-5, -5)):
         monkeypatch.setenv("SLURM_JOB_END_TIME", str(int(now) + left))
@@ -201,7 +264,9 @@ def test_the_end_of_the_job_is_a_deadline(tmp_path, monkeypatch):
 
 
 def test_readers_outlive_a_signal_to_the_whole_group(tmp_path):
-    "SLURM signals every process of a step: the processes that read data must not die of it, or the last checkpoint is lost."
+    """SLURM signals every process of a step: the processes that read data must not die of it, or the last
+    checkpoint is lost.
+    """
     code = f"""
 import os, signal, sys
 sys.path[:0] = [{str(Path(__file__).parent)!r}]
@@ -216,5 +281,7 @@ r = run({str(tmp_path)!r} + '/NAME', num_workers=2, requeue_code=75)
 print(r.step, r.stopped, r.exit_code)
 """
     for name in ("SIGUSR1", "SIGTERM"):
-        done = warm.run(["-c", code.replace("NAME", name)]) # in a session of its own
-        assert done.returncode == 0 and done.stdout.strip() == f"5 {name} 75", done.stdout + done.stderr[-1500:]
+        done = warm.run(["-c", code.replace("NAME", name)])  # in a session of its own
+        assert done.returncode == 0 and done.stdout.strip() == f"5 {name} 75", (
+            done.stdout + done.stderr[-1500:]
+        )

@@ -1,4 +1,5 @@
 """Lesson 03: the tiny Stable Diffusion, its autoencoder, and the trainer."""
+
 import json
 import subprocess
 import sys
@@ -22,21 +23,36 @@ from sdcourse.models import tiny_sd
 from sdcourse.models.home import noise_of
 from sdcourse.train import sd15, vae
 
+
 @pytest.fixture(scope="module")
-def model(built): return built(tiny_sd.make_pipeline)
+def model(built):
+    return built(tiny_sd.make_pipeline)
 
 
 @pytest.fixture(scope="module")
 def model2(tmp_path_factory, model):
-    "What Stable Diffusion 2.1 has and 1.5 has not: a prediction of v, linear projections, heads of one width, DDIM; autoencoder and text encoder are those of `model`."
+    """What Stable Diffusion 2.1 has and 1.5 has not: a prediction of v, linear projections, heads of one
+    width, DDIM; autoencoder and text encoder are those of `model`.
+    """
     import shutil
     from diffusers import DDIMScheduler, UNet2DConditionModel
+
     folder = shutil.copytree(model, tmp_path_factory.mktemp("models") / "sd2")
     unet = UNet2DConditionModel.load_config(folder / "unet")
-    UNet2DConditionModel.from_config(unet | dict(use_linear_projection=True, attention_head_dim=[2 * (i + 1) for i in range(len(unet["block_out_channels"]))])).save_pretrained(folder / "unet")
-    DDIMScheduler.from_pretrained(folder / "scheduler", prediction_type="v_prediction", clip_sample=False).save_pretrained(folder / "scheduler")
+    UNet2DConditionModel.from_config(
+        unet
+        | dict(
+            use_linear_projection=True,
+            attention_head_dim=[2 * (i + 1) for i in range(len(unet["block_out_channels"]))],
+        )
+    ).save_pretrained(folder / "unet")
+    DDIMScheduler.from_pretrained(
+        folder / "scheduler", prediction_type="v_prediction", clip_sample=False
+    ).save_pretrained(folder / "scheduler")
     index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | dict(scheduler=["diffusers", "DDIMScheduler"])))
+    (folder / "model_index.json").write_text(
+        json.dumps(index | dict(scheduler=["diffusers", "DDIMScheduler"]))
+    )
     return folder
 
 
@@ -44,47 +60,93 @@ def model2(tmp_path_factory, model):
 def scenes(tmp_path_factory, model):
     "Twelve captioned pictures, with caches of latents and prompts."
     root = tmp_path_factory.mktemp("data")
-    assert cli.run(["prepare", "scenes", str(root / "data"), "--train", "12", "--val", "4", "--test", "4", "--size", "32"]) == 0
+    assert (
+        cli.run(
+            [
+                "prepare",
+                "scenes",
+                str(root / "data"),
+                "--train",
+                "12",
+                "--val",
+                "4",
+                "--test",
+                "4",
+                "--size",
+                "32",
+            ]
+        )
+        == 0
+    )
     common = ["--model", str(model), "--dtype", "fp32", "--encode-batch", "4"]
-    assert cli.run(["cache", "latents", str(root / "data"), str(root / "latents"), "--size", "32", *common]) == 0
+    assert (
+        cli.run(["cache", "latents", str(root / "data"), str(root / "latents"), "--size", "32", *common]) == 0
+    )
     assert cli.run(["cache", "prompts", str(root / "data"), str(root / "prompts"), *common]) == 0
     return root
 
 
 def config(out, **over):
-    base = dict(out=str(out), image_size=32, flip=False, max_steps=3, batch_size=4, encode_batch=4, lr=1e-4, ema_decay=0.9, checkpoint_every=0, num_samples=0, num_inference_steps=2, validation_prompts=("a red ring",), log_every=1)
+    base = dict(
+        out=str(out),
+        image_size=32,
+        flip=False,
+        max_steps=3,
+        batch_size=4,
+        encode_batch=4,
+        lr=1e-4,
+        ema_decay=0.9,
+        checkpoint_every=0,
+        num_samples=0,
+        num_inference_steps=2,
+        validation_prompts=("a red ring",),
+        log_every=1,
+    )
     return resolve(sd15.Config, preset="tiny", overrides=base | over)
 
 
 def weights(out):
     from sdcourse.engine.checkpoint import latest_checkpoint, load_checkpoint
+
     return load_checkpoint(latest_checkpoint(Path(out) / "checkpoints")[0])["tensors"]["model"]
 
 
-def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 # ---- the autoencoder
+
 
 def test_autoencoder_reconstructs_held_out_pictures():
     "Asked: 26 dB for scenes and faces, 22 dB for photographs."
     test = vae.worlds("test", 32).tensors
     rows = torch.cat([(test["world"] == k).nonzero()[:100, 0] for k in range(3)])
     found = vae.measured(load_shipped("tiny-vae"), {k: v[rows] for k, v in test.items()})
-    assert found["psnr_scenes"]["value"] > 36 and found["psnr_faces"]["value"] > 30 and found["psnr_photos"]["value"] > 22, found
+    assert (
+        found["psnr_scenes"]["value"] > 36
+        and found["psnr_faces"]["value"] > 30
+        and found["psnr_photos"]["value"] > 22
+    ), found
 
 
 def test_latents_have_deviation_one():
     net, x = load_shipped("tiny-vae"), vae.worlds("test", 32, 0.2).tensors["pixels"]
-    with torch.no_grad(): z = net.encode(x.float() / 127.5 - 1).latent_dist.mean * net.config.scaling_factor
+    with torch.no_grad():
+        z = net.encode(x.float() / 127.5 - 1).latent_dist.mean * net.config.scaling_factor
     assert abs(z.std().item() - 1) < 0.1
 
 
 def test_pictures_come_back_as_bytes():
     class Half(torch.nn.Module):
         device = "cpu"
-        def encode(self, x): return type("O", (), dict(latent_dist=type("D", (), dict(mean=x))))
-        def decode(self, z): return type("O", (), dict(sample=z * 0.5))
+
+        def encode(self, x):
+            return type("O", (), dict(latent_dist=type("D", (), dict(mean=x))))
+
+        def decode(self, z):
+            return type("O", (), dict(sample=z * 0.5))
+
     x = torch.tensor([0, 100, 255], dtype=torch.uint8).view(1, 3, 1, 1)
     assert vae.reconstructed(Half(), x).flatten().tolist() == [64, 114, 191]
     found = vae.measured(Half(), dict(pixels=x.expand(4, 3, 12, 12), world=torch.tensor([0, 0, 1, 2])))
@@ -93,93 +155,162 @@ def test_pictures_come_back_as_bytes():
 
 def test_divergence_is_that_of_torch():
     from torch.distributions import Normal, kl_divergence
+
     task = vae.Task(resolve(vae.Config, overrides=dict(widths=(8, 8), side=8, beta=0.5)))
     module = task.build().eval()
     x = torch.randint(0, 256, (3, 3, 8, 8), dtype=torch.uint8)
     d = module.vae.encode(x / 127.5 - 1).latent_dist
-    kl = kl_divergence(Normal(d.mean, d.std), Normal(torch.zeros_like(d.mean), 1.)).mean((1, 2, 3))
+    kl = kl_divergence(Normal(d.mean, d.std), Normal(torch.zeros_like(d.mean), 1.0)).mean((1, 2, 3))
     error = (module.vae.decode(d.mean).sample - (x / 127.5 - 1)).square().mean((1, 2, 3))
     torch.testing.assert_close(module(dict(pixels=x), Draws(0, 0, range(3)))[0], error + 0.5 * kl)
 
 
-@pytest.mark.parametrize("over, words", [(dict(side=30), "no multiple of 4"), (dict(widths=(9, 8)), "multiples of 8"), (dict(beta=-1.), "at least 0"), (dict(share=0.), "greater than 0 and at most 1")])
+@pytest.mark.parametrize(
+    "over, words",
+    [
+        (dict(side=30), "no multiple of 4"),
+        (dict(widths=(9, 8)), "multiples of 8"),
+        (dict(beta=-1.0), "at least 0"),
+        (dict(share=0.0), "greater than 0 and at most 1"),
+    ],
+)
 def test_autoencoder_refuses(over, words):
-    with pytest.raises(UserError, match=words): vae.Task(resolve(vae.Config, overrides=over)).check()
+    with pytest.raises(UserError, match=words):
+        vae.Task(resolve(vae.Config, overrides=over)).check()
 
 
 # ---- the tokenizer
 
+
 def test_tokenizer_is_clips_own(model):
     from transformers import CLIPTokenizer
-    there, made = CLIPTokenizer.from_pretrained(str(model / "tokenizer")), tiny_sd.make_tokenizer(tiny_sd.sample_captions())
+
+    there, made = (
+        CLIPTokenizer.from_pretrained(str(model / "tokenizer")),
+        tiny_sd.make_tokenizer(tiny_sd.sample_captions()),
+    )
     texts = ["a small red circle", "Ünknown wörds, 漢字 & 42!", ""]
     assert there(texts).input_ids == made(texts).input_ids and there.model_max_length == 32
-    for ids in there(texts).input_ids: assert ids[0] == there.bos_token_id and ids[-1] == there.eos_token_id and there.eos_token_id not in ids[1:-1]
+    for ids in there(texts).input_ids:
+        assert (
+            ids[0] == there.bos_token_id
+            and ids[-1] == there.eos_token_id
+            and there.eos_token_id not in ids[1:-1]
+        )
     assert max(len(ids) for ids in there(tiny_sd.sample_captions()).input_ids) <= 32
 
 
 def test_the_same_seed_gives_the_same_bytes(tmp_path, model):
     from sdcourse.models.files import weights_id
+
     again, other = tiny_sd.make_pipeline(tmp_path / "a"), tiny_sd.make_pipeline(tmp_path / "b", seed=1)
     assert weights_id(again / "unet") == weights_id(model / "unet") != weights_id(other / "unet")
-    with pytest.raises(UserError, match="not empty"): tiny_sd.make_pipeline(tmp_path / "a")
+    with pytest.raises(UserError, match="not empty"):
+        tiny_sd.make_pipeline(tmp_path / "a")
 
 
 def test_the_shipped_model_draws_what_is_asked():
-    "Through plain diffusers, from the float16 files; each fact in nine of ten objects, pairs of shape and colour that were never trained included."
+    """Through plain diffusers, from the float16 files; each fact in nine of ten objects, pairs of shape and
+    colour that were never trained included.
+    """
     from diffusers import StableDiffusionPipeline
     from sdcourse.core import read_json
     from sdcourse.evaluation.adherence import asked
     from sdcourse.models.dit import image_generators
+
     pipe = StableDiffusionPipeline.from_pretrained(shipped_folder("tiny-sd15"))
     pipe.set_progress_bar_config(disable=True)
-    assert {p.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters()} == {torch.float32} and pipe.scheduler.config.prediction_type == "epsilon"
-    def draw(texts, seeds): return pipe(list(texts), generator=image_generators(list(seeds)), guidance_scale=2., num_inference_steps=20, output_type="pt").images * 2 - 1
+    assert {p.dtype for part in (pipe.unet, pipe.vae, pipe.text_encoder) for p in part.parameters()} == {
+        torch.float32
+    } and pipe.scheduler.config.prediction_type == "epsilon"
+
+    def draw(texts, seeds):
+        return (
+            pipe(
+                list(texts),
+                generator=image_generators(list(seeds)),
+                guidance_scale=2.0,
+                num_inference_steps=20,
+                output_type="pt",
+            ).images
+            * 2
+            - 1
+        )
+
     found = asked(draw, 30)
     assert len(found) == 12 and all(n["value"] >= 0.9 for n in found.values()), found
-    assert all(n["low"] >= 0.9 and n["n"] >= 200 for n in read_json(shipped_home() / "manifest.json")["tiny-sd15"]["metrics"].values())
+    assert all(
+        n["low"] >= 0.9 and n["n"] >= 200
+        for n in read_json(shipped_home() / "manifest.json")["tiny-sd15"]["metrics"].values()
+    )
 
 
 # ---- the loss
 
+
 def denoiser(**over):
     cfg = config("", **over)
+
     class Net(torch.nn.Module):
-        def __init__(self): super().__init__(); self.w = torch.nn.Parameter(torch.tensor(0.5))
-        def forward(self, x, t, c): self.seen = (x, t, c); return type("O", (), dict(sample=self.w * x))
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, x, t, c):
+            self.seen = (x, t, c)
+            return type("O", (), dict(sample=self.w * x))
+
     abar = noise_of({"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012})[0]
-    return sd15.Denoiser(Net(), cfg, abar=abar, prediction=over.get("prediction", "eps"), shift=0.1, scale=2., empty=torch.full((5, 3), 7.)), abar
+    return sd15.Denoiser(
+        Net(),
+        cfg,
+        abar=abar,
+        prediction=over.get("prediction", "eps"),
+        shift=0.1,
+        scale=2.0,
+        empty=torch.full((5, 3), 7.0),
+    ), abar
 
 
 def batch_of(n):
     g = torch.Generator().manual_seed(1)
-    return {"mean": torch.randn(n, 1, 4, 4, 4, generator=g), "std": torch.full((n, 1, 4, 4, 4), 0.1), "text_encoder.hidden": torch.randn(n, 5, 3, generator=g)}
+    return {
+        "mean": torch.randn(n, 1, 4, 4, 4, generator=g),
+        "std": torch.full((n, 1, 4, 4, 4), 0.1),
+        "text_encoder.hidden": torch.randn(n, 5, 3, generator=g),
+    }
 
 
 @pytest.mark.parametrize("prediction", ["eps", "v"])
 def test_loss_is_that_of_diffusers(prediction):
     from diffusers import DDPMScheduler
-    module, _ = denoiser(prediction=prediction, cond_drop=0.)
+
+    module, _ = denoiser(prediction=prediction, cond_drop=0.0)
     batch, draws = batch_of(16), Draws(0, 3, range(16))
     loss, at = module(batch, draws)
     x, t, context = module.unet.seen
-    z = (batch["mean"][:, 0] + 0.1 * draws.normal("posterior", (4, 4, 4)) - 0.1) * 2.
+    z = (batch["mean"][:, 0] + 0.1 * draws.normal("posterior", (4, 4, 4)) - 0.1) * 2.0
     eps = draws.normal("noise", (4, 4, 4))
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     torch.testing.assert_close(x, scheduler.add_noise(z, eps, t), atol=2e-5, rtol=1e-5)
     target = eps if prediction == "eps" else scheduler.get_velocity(z, eps, t)
-    torch.testing.assert_close(loss, F.mse_loss(0.5 * x, target, reduction="none").mean((1, 2, 3)), atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        loss, F.mse_loss(0.5 * x, target, reduction="none").mean((1, 2, 3)), atol=2e-5, rtol=1e-4
+    )
     assert torch.equal(context, batch["text_encoder.hidden"]) and torch.equal(at, t / 1000)
 
 
 def test_min_snr_weighs_as_diffusers_computes():
     from diffusers import DDPMScheduler
     from diffusers.training_utils import compute_snr
-    plain, weighted = (denoiser(min_snr_gamma=g, cond_drop=0.)[0] for g in (0., 5.))
+
+    plain, weighted = (denoiser(min_snr_gamma=g, cond_drop=0.0)[0] for g in (0.0, 5.0))
     batch, draws = batch_of(16), Draws(0, 3, range(16))
     (a, at), (b, _) = plain(batch, draws), weighted(batch, draws)
-    s = compute_snr(DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"), plain.unet.seen[1])
-    torch.testing.assert_close(b / a, s.clamp(max=5.) / s, atol=1e-4, rtol=1e-4)
+    s = compute_snr(
+        DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"), plain.unet.seen[1]
+    )
+    torch.testing.assert_close(b / a, s.clamp(max=5.0) / s, atol=1e-4, rtol=1e-4)
 
 
 def test_every_step_is_trained_and_captions_are_dropped_at_their_rate():
@@ -188,10 +319,11 @@ def test_every_step_is_trained_and_captions_are_dropped_at_their_rate():
     for step in range(40):
         batch = batch_of(256)
         module(batch, Draws(0, step, range(256)))
-        gone = (module.unet.seen[2] == 7.).all(2).all(1)
+        gone = (module.unet.seen[2] == 7.0).all(2).all(1)
         assert torch.equal(module.unet.seen[2][~gone], batch["text_encoder.hidden"][~gone])
         assert 0 < gone.sum() < 256
-        t.append(module.unet.seen[1]); dropped.append(gone)
+        t.append(module.unet.seen[1])
+        dropped.append(gone)
     t, share = torch.cat(t), torch.cat(dropped).double().mean().item()
     assert t.min() < 5 and t.max() > 994 and abs(t.double().mean() - 499.5) < 3 * 289 / 101
     assert abs(share - 0.1) < 3 * (0.09 / 10240) ** 0.5
@@ -199,21 +331,30 @@ def test_every_step_is_trained_and_captions_are_dropped_at_their_rate():
 
 def losses(batch=16, **over):
     "(loss, network input, timesteps, draws, the clean latents) of one forward pass."
-    module, abar = denoiser(cond_drop=0., **over)
+    module, abar = denoiser(cond_drop=0.0, **over)
     b, draws = batch_of(batch), Draws(0, 3, range(batch))
     loss, _ = module(b, draws)
-    z = (b["mean"][:, 0] + 0.1 * draws.normal("posterior", (4, 4, 4)) - 0.1) * 2.
+    z = (b["mean"][:, 0] + 0.1 * draws.normal("posterior", (4, 4, 4)) - 0.1) * 2.0
     return loss.detach(), module.unet.seen[0], module.unet.seen[1], draws, z, abar
 
 
 def test_dream_is_that_of_diffusers():
     from diffusers import DDPMScheduler
     from diffusers.training_utils import compute_dream_and_update_latents
-    loss, seen, t, draws, z, _ = losses(dream=True, dream_detail_preservation=2.)
-    scheduler, eps = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"), draws.normal("noise", (4, 4, 4))
+
+    loss, seen, t, draws, z, _ = losses(dream=True, dream_detail_preservation=2.0)
+    scheduler, eps = (
+        DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"),
+        draws.normal("noise", (4, 4, 4)),
+    )
+
     class Net(torch.nn.Module):
-        def forward(self, x, t, c): return type("O", (), dict(sample=0.5 * x))
-    x, target = compute_dream_and_update_latents(Net(), scheduler, t, eps, scheduler.add_noise(z, eps, t), eps, None, 2.)
+        def forward(self, x, t, c):
+            return type("O", (), dict(sample=0.5 * x))
+
+    x, target = compute_dream_and_update_latents(
+        Net(), scheduler, t, eps, scheduler.add_noise(z, eps, t), eps, None, 2.0
+    )
     torch.testing.assert_close(seen, x, atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(loss, (0.5 * x - target).square().mean((1, 2, 3)), atol=2e-5, rtol=1e-4)
 
@@ -231,22 +372,32 @@ def test_perturbation_is_in_the_input_and_offset_in_both():
 
 
 def test_biased_timesteps_have_their_share():
-    t = losses(4096, timestep_bias="later", timestep_bias_multiplier=3., timestep_bias_portion=0.25)[2]
+    t = losses(4096, timestep_bias="later", timestep_bias_multiplier=3.0, timestep_bias_portion=0.25)[2]
     assert abs((t >= 750).double().mean().item() - 0.5) < 3 * (0.25 / 4096) ** 0.5
-    t = losses(4096, timestep_bias="range", timestep_bias_multiplier=0., timestep_bias_begin=100, timestep_bias_end=900)[2]
+    t = losses(
+        4096,
+        timestep_bias="range",
+        timestep_bias_multiplier=0.0,
+        timestep_bias_begin=100,
+        timestep_bias_end=900,
+    )[2]
     assert ((t < 100) | (t >= 900)).all()
 
 
 def test_debiased_weight():
     (a, _, t, _, _, abar), (b, *_) = losses(), losses(debiased=True)
-    torch.testing.assert_close(b / a, ((1 - abar[t]) / abar[t]).clamp(1e-3, 1e3).sqrt().float(), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        b / a, ((1 - abar[t]) / abar[t]).clamp(1e-3, 1e3).sqrt().float(), atol=1e-3, rtol=1e-3
+    )
 
 
 def test_zero_terminal_snr_stays_finite_and_reaches_the_sampler(model):
     task = sd15.Task(config("", model=str(model), zero_terminal_snr=True, prediction="v"))
     assert task.noise[0][-1] == 0
     module = task.build().eval()
-    b = {k: v for k, v in batch_of(64).items() if k != "text_encoder.hidden"} | {"text_encoder.hidden": torch.randn(64, 32, 128)}
+    b = {k: v for k, v in batch_of(64).items() if k != "text_encoder.hidden"} | {
+        "text_encoder.hidden": torch.randn(64, 32, 128)
+    }
     b |= {k: torch.nn.functional.pad(b[k], (0, 4, 0, 4), value=0.1) for k in ("mean", "std")}
     module.often = torch.nn.functional.one_hot(torch.tensor(999), 1000).double()
     loss, t = module(b, Draws(0, 0, range(64)))
@@ -259,55 +410,134 @@ def test_zero_terminal_snr_stays_finite_and_reaches_the_sampler(model):
 
 def test_lr_grows_with_the_batch():
     cfg = config("", scale_lr=True, lr=1e-4, batch_size=8)
-    assert cfg.lr == pytest.approx(8e-4) and resolve(sd15.Config, overrides={k: v for k, v in cfg.__dict__.items()}).lr == cfg.lr # once
+    assert (
+        cfg.lr == pytest.approx(8e-4)
+        and resolve(sd15.Config, overrides={k: v for k, v in cfg.__dict__.items()}).lr == cfg.lr
+    )  # once
 
 
 def test_complete_captions_say_everything(model):
     from sdcourse.data.sets.scenes import captions, facts
+
     data = sd15.Task(config("", model=str(model), scene_captions="complete")).dataset("train")
     found = data.__getitems__([(i, 7 * i) for i in range(20)])
     known = facts(data.ids[:20])
     assert found["text"] == [captions(known, i)[3] for i in range(20)]
-    mixed = sd15.Task(config("", model=str(model))).dataset("train").__getitems__([(i, 7 * i) for i in range(20)])
+    mixed = (
+        sd15.Task(config("", model=str(model))).dataset("train").__getitems__([(i, 7 * i) for i in range(20)])
+    )
     assert {captions(known, i).index(t) for i, t in enumerate(mixed["text"])} == set(range(5))
 
 
 # ---- training
 
+
 def test_caches_give_the_weights_of_online_training(tmp_path, scenes, model):
     "Bit by bit, from float32 caches with the same encode batches."
     common = dict(model=str(model), data=str(scenes / "data"), num_workers=0)
     train(sd15.Task(config(tmp_path / "online", **common)))
-    train(sd15.Task(config(tmp_path / "cached", **common, latents=str(scenes / "latents"), prompts=str(scenes / "prompts"))))
+    train(
+        sd15.Task(
+            config(
+                tmp_path / "cached",
+                **common,
+                latents=str(scenes / "latents"),
+                prompts=str(scenes / "prompts"),
+            )
+        )
+    )
     a, b = weights(tmp_path / "online"), weights(tmp_path / "cached")
     assert max((a[k] - b[k]).abs().max().item() for k in a) == 0
 
 
 def test_micro_batches_and_ranks_change_nothing(tmp_path, scenes, model):
     "O1, O2, D1: 8, 3 + 3 + 2, and two processes see the same pairs and reach the same weights."
-    common = dict(model=str(model), data=str(scenes / "data"), latents=str(scenes / "latents"), prompts=str(scenes / "prompts"), precision="fp64", batch_size=8, max_steps=10)
-    for name, micro in (("whole", 8), ("parts", 3)): train(sd15.Task(config(tmp_path / name, **common, micro_batch=micro)))
-    options = {k: v for k, v in config(tmp_path / "ranks", **common, micro_batch=4).__dict__.items() if k in {*common, "out", "image_size", "encode_batch", "lr", "ema_decay", "checkpoint_every", "num_samples", "num_inference_steps", "micro_batch", "log_every"}}
+    common = dict(
+        model=str(model),
+        data=str(scenes / "data"),
+        latents=str(scenes / "latents"),
+        prompts=str(scenes / "prompts"),
+        precision="fp64",
+        batch_size=8,
+        max_steps=10,
+    )
+    for name, micro in (("whole", 8), ("parts", 3)):
+        train(sd15.Task(config(tmp_path / name, **common, micro_batch=micro)))
+    options = {
+        k: v
+        for k, v in config(tmp_path / "ranks", **common, micro_batch=4).__dict__.items()
+        if k
+        in {
+            *common,
+            "out",
+            "image_size",
+            "encode_batch",
+            "lr",
+            "ema_decay",
+            "checkpoint_every",
+            "num_samples",
+            "num_inference_steps",
+            "micro_batch",
+            "log_every",
+        }
+    }
     words = [w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", str(v))]
-    ends = ranks.finish(ranks.start(["-m", "sdcourse.train", "sd15", "--preset", "tiny", *words, "--no-flip", "--threads", "1"], 2, first=warm.MODELS), warm.LONG)
+    ends = ranks.finish(
+        ranks.start(
+            ["-m", "sdcourse.train", "sd15", "--preset", "tiny", *words, "--no-flip", "--threads", "1"],
+            2,
+            first=warm.MODELS,
+        ),
+        warm.LONG,
+    )
     assert [c for c, _, _ in ends] == [0, 0], ends[0][2][-3000:]
     want = weights(tmp_path / "whole")
     for name in ("parts", "ranks"):
         got = weights(tmp_path / name)
         assert got.keys() == want.keys() and max((got[k] - want[k]).abs().max().item() for k in want) <= 1e-9
-    rows = [[json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("whole", "ranks")]
-    assert [r["loss"] for r in rows[0] if "loss" in r] == pytest.approx([r["loss"] for r in rows[1] if "loss" in r], rel=1e-9)
+    rows = [
+        [json.loads(line) for line in (tmp_path / n / "metrics.jsonl").read_text().splitlines()]
+        for n in ("whole", "ranks")
+    ]
+    assert [r["loss"] for r in rows[0] if "loss" in r] == pytest.approx(
+        [r["loss"] for r in rows[1] if "loss" in r], rel=1e-9
+    )
 
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_resumed_is_uninterrupted(tmp_path, scenes, model, cached):
-    "R1: drawn scenes with the text encoder trained along; from caches, accumulated four times, read by two workers, across the end of an epoch."
+    """R1: drawn scenes with the text encoder trained along; from caches, accumulated four times, read by two
+    workers, across the end of an epoch.
+    """
     import shutil
-    common = dict(model=str(model), data="scenes", train_text=True, batch_size=6, micro_batch=4, checkpoint_every=1, keep=3)
-    if cached: common |= dict(data=str(scenes / "data"), latents=str(scenes / "latents"), prompts=str(scenes / "prompts"), train_text=False, batch_size=8, micro_batch=2, num_workers=2)
-    for name in ("whole", "parts"): train(sd15.Task(config(tmp_path / name, **common)))
+
+    common = dict(
+        model=str(model),
+        data="scenes",
+        train_text=True,
+        batch_size=6,
+        micro_batch=4,
+        checkpoint_every=1,
+        keep=3,
+    )
+    if cached:
+        common |= dict(
+            data=str(scenes / "data"),
+            latents=str(scenes / "latents"),
+            prompts=str(scenes / "prompts"),
+            train_text=False,
+            batch_size=8,
+            micro_batch=2,
+            num_workers=2,
+        )
+    for name in ("whole", "parts"):
+        train(sd15.Task(config(tmp_path / name, **common)))
     for gone in ("checkpoints/step-3", "checkpoints/step-2", "export"):
-        there = next(p for p in (tmp_path / "parts").glob(gone.replace("step-", "step-*")) if gone == "export" or int(p.name[5:]) == int(gone[-1]))
+        there = next(
+            p
+            for p in (tmp_path / "parts").glob(gone.replace("step-", "step-*"))
+            if gone == "export" or int(p.name[5:]) == int(gone[-1])
+        )
         shutil.rmtree(there)
     assert train(sd15.Task(config(tmp_path / "parts", **common))).step == 3
     a, b = weights(tmp_path / "whole"), weights(tmp_path / "parts")
@@ -318,24 +548,55 @@ def test_resumed_is_uninterrupted(tmp_path, scenes, model, cached):
 def test_export_draws_in_plain_diffusers_what_the_task_draws(tmp_path, scenes, request, name, prediction):
     from diffusers import StableDiffusionPipeline
     from sdcourse.models.dit import image_generators
-    task = sd15.Task(config(tmp_path / "run", model=str(request.getfixturevalue(name)), data=str(scenes / "data"), latents=str(scenes / "latents"), prompts=str(scenes / "prompts"), lr=1e-3))
+
+    task = sd15.Task(
+        config(
+            tmp_path / "run",
+            model=str(request.getfixturevalue(name)),
+            data=str(scenes / "data"),
+            latents=str(scenes / "latents"),
+            prompts=str(scenes / "prompts"),
+            lr=1e-3,
+        )
+    )
     train(task)
     run = tmp_path / "run"
     pipe = StableDiffusionPipeline.from_pretrained(run / "export", safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     module = task.build()
-    assert module.prediction == prediction and pipe.scheduler.config.prediction_type == {"eps": "epsilon", "v": "v_prediction"}[prediction]
+    assert (
+        module.prediction == prediction
+        and pipe.scheduler.config.prediction_type == {"eps": "epsilon", "v": "v_prediction"}[prediction]
+    )
     from sdcourse.engine.checkpoint import latest_checkpoint, load_checkpoint
+
     ema = load_checkpoint(latest_checkpoint(run / "checkpoints")[0])["tensors"]["ema"]
     module.load_state_dict(ema, strict=False)
     assert same({f"unet.{k}": v for k, v in pipe.unet.state_dict().items()}, ema)
-    assert cli.run(["export", str(run), str(tmp_path / "unet"), "--part", "unet"]) == 0 # the newest checkpoint is the last step
+    assert (
+        cli.run(["export", str(run), str(tmp_path / "unet"), "--part", "unet"]) == 0
+    )  # the newest checkpoint is the last step
     assert same(pipe.unet.state_dict(), type(pipe.unet).from_pretrained(tmp_path / "unet").state_dict())
     texts = ["a red ring", "a green moon"]
-    theirs = pipe(texts, generator=image_generators([0, 1]), guidance_scale=2., num_inference_steps=2, output_type="pt").images * 2 - 1
+    theirs = (
+        pipe(
+            texts,
+            generator=image_generators([0, 1]),
+            guidance_scale=2.0,
+            num_inference_steps=2,
+            output_type="pt",
+        ).images
+        * 2
+        - 1
+    )
     assert (task.images(module.eval(), texts, [0, 1]) - theirs).abs().max() < 1e-5
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["step"] == 3 and "val_loss" in rows[-1] and next((run / "samples").glob("*.png")) and (run / "README.md").is_file()
+    assert (
+        rows[-1]["step"] == 3
+        and "val_loss" in rows[-1]
+        and next((run / "samples").glob("*.png"))
+        and (run / "README.md").is_file()
+    )
 
 
 def test_only_what_is_asked_trains(model):
@@ -357,15 +618,28 @@ def test_lora_of_both_networks_comes_out_as_it_was_trained(tmp_path, model):
     from sdcourse.commands.export import ExportOptions, export
     from sdcourse.models.dit import image_generators
     from sdcourse.models.lora import FILES
-    common = dict(model=str(model), lora_rank=2, lora_alpha=8., lora_text=True, lr=1e-2, checkpoint_every=2)
+
+    common = dict(model=str(model), lora_rank=2, lora_alpha=8.0, lora_text=True, lr=1e-2, checkpoint_every=2)
     train(sd15.Task(config(tmp_path / "run", **common)))
     saved = weights(tmp_path / "run")
-    assert saved and all(".lora_" in k for k in saved) and {k.split(".")[0] for k in saved} == {"unet", "text"}
-    with pytest.raises(UserError, match="adapters, which are files of their own"): export(tmp_path / "run", tmp_path / "unet", ExportOptions(part="unet"))
+    assert (
+        saved and all(".lora_" in k for k in saved) and {k.split(".")[0] for k in saved} == {"unet", "text"}
+    )
+    with pytest.raises(UserError, match="adapters, which are files of their own"):
+        export(tmp_path / "run", tmp_path / "unet", ExportOptions(part="unet"))
     assert export(tmp_path / "run", tmp_path / "again", ExportOptions()) == 0
-    for file in FILES: assert same(load_file(tmp_path / "again" / file), load_file(tmp_path / "run/export" / file))
-    ours, _ = open_pipeline(tmp_path / "run", GenerateOptions(), "cpu") # of the checkpoint
-    draw = lambda pipe: pipe(["a red ring", "a moon"], generator=image_generators([0, 1]), guidance_scale=2., num_inference_steps=2, output_type="pt").images
+    for file in FILES:
+        assert same(load_file(tmp_path / "again" / file), load_file(tmp_path / "run/export" / file))
+    ours, _ = open_pipeline(tmp_path / "run", GenerateOptions(), "cpu")  # of the checkpoint
+    draw = lambda pipe: (
+        pipe(
+            ["a red ring", "a moon"],
+            generator=image_generators([0, 1]),
+            guidance_scale=2.0,
+            num_inference_steps=2,
+            output_type="pt",
+        ).images
+    )
     for file in FILES:
         plain = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
         before = draw(plain)
@@ -375,100 +649,161 @@ def test_lora_of_both_networks_comes_out_as_it_was_trained(tmp_path, model):
 
 def test_eight_scenes_are_learned_by_heart(model):
     "O13: a tenth of the first loss within 300 steps."
-    task = sd15.Task(config("", model=str(model), lr=2e-3, train_text=True, cond_drop=0.))
+    task = sd15.Task(config("", model=str(model), lr=2e-3, train_text=True, cond_drop=0.0))
     torch.manual_seed(0)
     module = task.build().train()
     batch = task.encode(task.dataset("train").__getitems__([(i, i) for i in range(8)]), Draws(0, 0, range(8)))
     optimizer, seen = torch.optim.AdamW(module.parameters(), lr=2e-3), []
     for step in range(300):
         loss = module(batch, Draws(0, step, range(8)))[0].mean()
-        optimizer.zero_grad(); loss.backward(); optimizer.step()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
         seen.append(loss.item())
-        if step > 60 and np.mean(seen[-20:]) < 0.08 * np.mean(seen[:3]): break
+        if step > 60 and np.mean(seen[-20:]) < 0.08 * np.mean(seen[:3]):
+            break
     assert np.mean(seen[-20:]) < 0.1 * np.mean(seen[:3]), seen[::20]
 
 
 # ---- bad input
 
-@pytest.mark.parametrize("over, words", [
-    (dict(model="/nowhere/model"), "--model .*no such folder"),
-    (dict(model="CompVis/stable-diffusion-v1-4"), "not in the local hub cache.*licence"),
-    (dict(image_size=34), "no multiple of 8"),
-    (dict(cond_drop=1.), "at least 0 and less than 1"),
-    (dict(min_snr_gamma=-1.), "at least 0"),
-    (dict(min_snr_gamma=5., debiased=True), "two weights"),
-    (dict(zero_terminal_snr=True), "give --prediction v"),
-    (dict(dream=True, prediction="v"), "prediction eps"),
-    (dict(lora_rank=2, train_text=True), "beside frozen weights"),
-    (dict(lora_text=True), "need --lora-rank"),
-    (dict(timestep_bias="range", timestep_bias_begin=900, timestep_bias_end=100), "must lie within"),
-    (dict(data="scenes", flip=True), "left and right"),
-    (dict(latents="/nowhere/latents"), "sdcourse cache latents .* --size 32"),
-    (dict(prompts="/nowhere/prompts"), "sdcourse cache prompts"),
-    (dict(prompts="x", train_text=True), "would not change with the text encoder")])
+
+@pytest.mark.parametrize(
+    "over, words",
+    [
+        (dict(model="/nowhere/model"), "--model .*no such folder"),
+        (dict(model="CompVis/stable-diffusion-v1-4"), "not in the local hub cache.*licence"),
+        (dict(image_size=34), "no multiple of 8"),
+        (dict(cond_drop=1.0), "at least 0 and less than 1"),
+        (dict(min_snr_gamma=-1.0), "at least 0"),
+        (dict(min_snr_gamma=5.0, debiased=True), "two weights"),
+        (dict(zero_terminal_snr=True), "give --prediction v"),
+        (dict(dream=True, prediction="v"), "prediction eps"),
+        (dict(lora_rank=2, train_text=True), "beside frozen weights"),
+        (dict(lora_text=True), "need --lora-rank"),
+        (dict(timestep_bias="range", timestep_bias_begin=900, timestep_bias_end=100), "must lie within"),
+        (dict(data="scenes", flip=True), "left and right"),
+        (dict(latents="/nowhere/latents"), "sdcourse cache latents .* --size 32"),
+        (dict(prompts="/nowhere/prompts"), "sdcourse cache prompts"),
+        (dict(prompts="x", train_text=True), "would not change with the text encoder"),
+    ],
+)
 def test_refused_in_one_line(over, words, scenes, model):
     over = dict(model=str(model), data=str(scenes / "data")) | over
-    with pytest.raises(UserError, match=words) as e: sd15.Task(config("", **over)).check()
+    with pytest.raises(UserError, match=words) as e:
+        sd15.Task(config("", **over)).check()
     assert "\n" not in str(e.value)
 
 
 def test_dream_is_refused_for_a_model_of_v(scenes, model2):
-    with pytest.raises(UserError, match="predict eps, and .* predicts v"): sd15.Task(config("", model=str(model2), data=str(scenes / "data"), dream=True)).check()
+    with pytest.raises(UserError, match="predict eps, and .* predicts v"):
+        sd15.Task(config("", model=str(model2), data=str(scenes / "data"), dream=True)).check()
 
 
 def test_pictures_without_captions_are_refused(tmp_path, model):
     from PIL import Image
+
     for split in ("train", "val"):
         (tmp_path / "d" / split).mkdir(parents=True)
         Image.new("RGB", (32, 32)).save(tmp_path / "d" / split / "a.png")
-    with pytest.raises(UserError, match="a has no caption"): sd15.Task(config("", model=str(model), data=str(tmp_path / "d"))).check()
+    with pytest.raises(UserError, match="a has no caption"):
+        sd15.Task(config("", model=str(model), data=str(tmp_path / "d"))).check()
 
 
 def test_one_file_is_taken_apart_and_trains_alike(tmp_path, model):
     from diffusers import StableDiffusionPipeline
     from ldm import save_original
     from safetensors.torch import load_file, save_file
-    path = str(save_original(StableDiffusionPipeline.from_pretrained(model, safety_checker=None), tmp_path / "one.safetensors"))
+
+    path = str(
+        save_original(
+            StableDiffusionPipeline.from_pretrained(model, safety_checker=None), tmp_path / "one.safetensors"
+        )
+    )
     a, b = (sd15.Task(config("", model=m, model_config=c)) for m, c in ((path, str(model)), (str(model), "")))
     a.check()
     assert same(a.build().state_dict(), b.build().state_dict()) and a.vae == b.vae
-    with pytest.raises(UserError, match="give --model-config"): sd15.Task(config("", model=path)).check()
-    with pytest.raises(UserError, match="no such file"): sd15.Task(config("", model=str(tmp_path / "x.safetensors"), model_config=str(model))).check()
+    with pytest.raises(UserError, match="give --model-config"):
+        sd15.Task(config("", model=path)).check()
+    with pytest.raises(UserError, match="no such file"):
+        sd15.Task(config("", model=str(tmp_path / "x.safetensors"), model_config=str(model))).check()
     t = load_file(path)
-    for gone in ("model.diffusion_model.out.2.weight", "first_stage_model.decoder.conv_out.bias", "cond_stage_model.transformer.text_model.final_layer_norm.weight"):
+    for gone in (
+        "model.diffusion_model.out.2.weight",
+        "first_stage_model.decoder.conv_out.bias",
+        "cond_stage_model.transformer.text_model.final_layer_norm.weight",
+    ):
         save_file({k: v for k, v in t.items() if k != gone}, tmp_path / "less.safetensors")
-        with pytest.raises(UserError, match="less.safetensors"): sd15.Task(config("", model=str(tmp_path / "less.safetensors"), model_config=str(model))).check()
+        with pytest.raises(UserError, match="less.safetensors"):
+            sd15.Task(config("", model=str(tmp_path / "less.safetensors"), model_config=str(model))).check()
 
 
 def test_prompts_of_another_text_encoder_are_refused(tmp_path, scenes):
     other = tiny_sd.make_pipeline(tmp_path / "other", seed=1)
-    with pytest.raises(UserError, match="made by another text encoder"): sd15.Task(config("", model=str(other), data=str(scenes / "data"), prompts=str(scenes / "prompts"))).check()
+    with pytest.raises(UserError, match="made by another text encoder"):
+        sd15.Task(
+            config("", model=str(other), data=str(scenes / "data"), prompts=str(scenes / "prompts"))
+        ).check()
 
 
 def test_a_pipeline_with_a_part_missing(tmp_path, model):
     import shutil
+
     shutil.copytree(model, tmp_path / "sd")
     shutil.rmtree(tmp_path / "sd" / "vae")
-    with pytest.raises(UserError, match="has no vae/"): sd15.Task(config("", model=str(tmp_path / "sd"))).check()
+    with pytest.raises(UserError, match="has no vae/"):
+        sd15.Task(config("", model=str(tmp_path / "sd"))).check()
 
 
 def test_the_smoke_run_in_a_fresh_process(tmp_path):
     "U2: a picture, metrics, a checkpoint, a card, a pipeline; the shipped model is where it begins."
-    done = subprocess.run([sys.executable, "-m", "sdcourse.train", "sd15", "--preset", "tiny", "--max-steps", "30", "--out", str(tmp_path / "run")], capture_output=True, text=True)
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "sdcourse.train",
+            "sd15",
+            "--preset",
+            "tiny",
+            "--max-steps",
+            "30",
+            "--out",
+            str(tmp_path / "run"),
+        ],
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     run = tmp_path / "run"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert rows[-1]["step"] == 30 and next((run / "samples").glob("*.png")) and (run / "checkpoints/step-00000030").is_dir()
-    assert "StableDiffusionPipeline" in (run / "README.md").read_text() and (run / "export/unet/diffusion_pytorch_model.safetensors").is_file()
+    assert (
+        rows[-1]["step"] == 30
+        and next((run / "samples").glob("*.png"))
+        and (run / "checkpoints/step-00000030").is_dir()
+    )
+    assert (
+        "StableDiffusionPipeline" in (run / "README.md").read_text()
+        and (run / "export/unet/diffusion_pytorch_model.safetensors").is_file()
+    )
     first = [r["loss"] for r in rows if "loss" in r][0]
-    assert first < 0.2 # an untrained one begins at 1
+    assert first < 0.2  # an untrained one begins at 1
 
 
 @pytest.mark.parametrize("preset", ["full", "onepiece", "8gb", "24gb"])
 def test_absent_weights_are_said_before_anything_is_imported(tmp_path, preset):
     "U5: one line with the remedy, and diffusers was not needed to say it."
     code = "import sys\nfrom sdcourse.cli import main\ncode = main(['train', *sys.argv[1:]])\nassert 'diffusers' not in sys.modules and 'transformers' not in sys.modules\nsys.exit(code)"
-    done = subprocess.run([sys.executable, "-c", code, "sd15", "--preset", preset, "--out", str(tmp_path / "run")], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "sd15", "--preset", preset, "--out", str(tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
     said = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and len(said) == 1 and ("stable-diffusion-v1-" in said[0]) and "Traceback" not in said[0], done.stderr
+    assert (
+        done.returncode == 2
+        and len(said) == 1
+        and ("stable-diffusion-v1-" in said[0])
+        and "Traceback" not in said[0]
+    ), done.stderr
     assert not (tmp_path / "run").exists()

@@ -1,4 +1,7 @@
-"""Tars with an index: the same bytes every time, each sample found by its id and seen once, hostile tars refused."""
+"""Tars with an index: the same bytes every time, each sample found by its id and seen once, hostile tars
+refused.
+"""
+
 import io, json, os, pickle, resource, subprocess, sys, tarfile, time
 from collections import Counter
 from pathlib import Path
@@ -13,10 +16,16 @@ from sdcourse.data import shards as sh
 from sdcourse.data.images import open_image
 from sdcourse.data.manifests import load_manifest, verify
 
+
 class Never:
     reason = ""
-    def raised(self): return False
-    def clear_file(self): pass
+
+    def raised(self):
+        return False
+
+    def clear_file(self):
+        pass
+
 
 def data_folder(folder, n=20, formats=("JPEG", "PNG", "WEBP"), split="train", w=40):
     "A prepared folder with odd ids and pictures of several formats."
@@ -26,12 +35,32 @@ def data_folder(folder, n=20, formats=("JPEG", "PNG", "WEBP"), split="train", w=
     for i in range(n):
         name = f"x{i}.{dict(JPEG='jpg', PNG='png', WEBP='webp')[formats[i % len(formats)]]}"
         (home / name).write_bytes(picture(w, 30, seed=i, format=formats[i % len(formats)]))
-        lines.append(json.dumps({"file_name": name, "id": ["-aB", "a.b", "n01/x"][i % 3] + f"_{i}", "text": f"über {i}", "label": i % 5}, ensure_ascii=False))
+        lines.append(
+            json.dumps(
+                {
+                    "file_name": name,
+                    "id": ["-aB", "a.b", "n01/x"][i % 3] + f"_{i}",
+                    "text": f"über {i}",
+                    "label": i % 5,
+                },
+                ensure_ascii=False,
+            )
+        )
     (home / "metadata.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
 
-def rows(folder, split="train"): return [json.loads(l) for l in (folder / split / "metadata.jsonl").read_text(encoding="utf-8").splitlines()]
-def tree(folder): return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+def rows(folder, split="train"):
+    return [
+        json.loads(l) for l in (folder / split / "metadata.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
+
+
+def tree(folder):
+    return {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()
+    }
+
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
@@ -40,6 +69,7 @@ def packed(tmp_path_factory):
     folder = data_folder(data_folder(home / "in", 20), 7, split="val")
     assert sh.pack(folder, home / "out", sh.Shards(max_bytes=20_480), flag=Never()) == 0
     return folder, home / "out"
+
 
 # ---- writing
 def test_every_sample_comes_back_as_it_was(packed):
@@ -50,35 +80,49 @@ def test_every_sample_comes_back_as_it_was(packed):
         for i, r in enumerate(rows(folder, split)):
             item = data[i]
             assert (item["id"], item["text"], item["label"]) == (r["id"], r["text"], r["label"])
-            assert data.read(i) == (folder / split / r["file_name"]).read_bytes() and item["image"].tobytes() == open_image(folder / split / r["file_name"]).tobytes()
+            assert (
+                data.read(i) == (folder / split / r["file_name"]).read_bytes()
+                and item["image"].tobytes() == open_image(folder / split / r["file_name"]).tobytes()
+            )
     assert len(sh.TarSet(out)) == 27 and data[-1]["id"] == data.ids[-1]
-    with pytest.raises(IndexError): data[7]
+    with pytest.raises(IndexError):
+        data[7]
+
 
 def test_tars_are_bounded_and_there_are_several(packed):
     sizes = [p.stat().st_size for p in packed[1].glob("*.tar")]
     assert len(sizes) >= 6 and max(sizes) <= 20_480 and sum(sizes) / len(sizes) > 10_000
 
+
 def test_the_same_bytes_every_time(packed, tmp_path):
     folder, out = packed
-    time.sleep(1.1) # a time in a header would show
-    for p in (folder / "train").iterdir(): os.utime(p)
+    time.sleep(1.1)  # a time in a header would show
+    for p in (folder / "train").iterdir():
+        os.utime(p)
     sh.pack(folder, tmp_path / "again", sh.Shards(max_bytes=20_480), flag=Never())
     assert tree(tmp_path / "again") == tree(out)
+
 
 def test_headers_say_nothing_of_this_machine(packed):
     with tarfile.open(next(packed[1].glob("*.tar"))) as tar:
         assert {(m.mtime, m.uid, m.gid, m.uname, m.gname, m.mode) for m in tar} == {(0, 0, 0, "", "", 0o644)}
 
+
 def test_the_folder_describes_itself(packed):
     _, out = packed
-    assert verify(load_manifest(out / "manifest.json"), out) == [] and load_manifest(out / "manifest.json")["licence"]["name"] == "not recorded"
+    assert (
+        verify(load_manifest(out / "manifest.json"), out) == []
+        and load_manifest(out / "manifest.json")["licence"]["name"] == "not recorded"
+    )
     assert {p.suffix for p in out.iterdir()} == {".tar", ".jsonl", ".json"}
+
 
 def test_the_origin_is_carried_over(tmp_path):
     folder = data_folder(tmp_path / "in", 3)
     (folder / "manifest.json").write_text(json.dumps(load_manifest("digits")))
     sh.pack(folder, tmp_path / "out", sh.Shards(), flag=Never())
     assert load_manifest(tmp_path / "out/manifest.json")["licence"] == load_manifest("digits")["licence"]
+
 
 def test_webdataset_reads_them(packed):
     wds = pytest.importorskip("webdataset")
@@ -88,35 +132,77 @@ def test_webdataset_reads_them(packed):
     assert len(got) == 20
     for sample, r in zip(got, want):
         suffix = r["file_name"].split(".")[1]
-        assert sample["__key__"] == sh.key_of(r["id"]) and sample[suffix] == (folder / "train" / r["file_name"]).read_bytes() and json.loads(sample["json"])["text"] == r["text"]
+        assert (
+            sample["__key__"] == sh.key_of(r["id"])
+            and sample[suffix] == (folder / "train" / r["file_name"]).read_bytes()
+            and json.loads(sample["json"])["text"] == r["text"]
+        )
+
 
 def test_plain_tar_reads_them(packed, tmp_path):
-    subprocess.run(["tar", "-xf", str(next(packed[1].glob("train-00000.tar"))), "-C", str(tmp_path)], check=True, timeout=60)
+    subprocess.run(
+        ["tar", "-xf", str(next(packed[1].glob("train-00000.tar"))), "-C", str(tmp_path)],
+        check=True,
+        timeout=60,
+    )
     assert (tmp_path / "-aB_0.jpg").read_bytes() == (packed[0] / "train/x0.jpg").read_bytes()
+
 
 def test_a_sample_larger_than_a_tar_is_refused_before_anything_is_written(tmp_path):
     folder = data_folder(tmp_path / "in", 3)
-    with pytest.raises(UserError, match="--max-bytes"): sh.pack(folder, tmp_path / "out", sh.Shards(max_bytes=10_000), flag=Never())
+    with pytest.raises(UserError, match="--max-bytes"):
+        sh.pack(folder, tmp_path / "out", sh.Shards(max_bytes=10_000), flag=Never())
     assert [p.name for p in tmp_path.iterdir()] == ["in"]
 
-@pytest.mark.parametrize("break_it, words", [
-    (lambda f: (f / "train/x1.png").unlink(), "missing: train/x1.png"), (lambda f: (f / "train/new.jpg").write_bytes(b"x"), "extra: train/new.jpg"),
-    (lambda f: (f / "train/metadata.jsonl").write_text('{"file_name": "../../x.jpg"}\n'), "outside its folder"), (lambda f: (f / "train/metadata.jsonl").write_text("{"), "is broken"),
-    (lambda f: (f / "train/metadata.jsonl").unlink(), "holds neither tars nor"), (lambda f: (f / "train/x0.jpg").rename(f / "train/x0.gif") and (f / "train/metadata.jsonl").write_text('{"file_name": "x0.gif"}\n'), "extra|cannot be packed"),
-    (lambda f: (f / "train/metadata.jsonl").write_text((f / "train/metadata.jsonl").read_text().replace("-aB_0", "y" * 95)), "too long")])
+
+@pytest.mark.parametrize(
+    "break_it, words",
+    [
+        (lambda f: (f / "train/x1.png").unlink(), "missing: train/x1.png"),
+        (lambda f: (f / "train/new.jpg").write_bytes(b"x"), "extra: train/new.jpg"),
+        (
+            lambda f: (f / "train/metadata.jsonl").write_text('{"file_name": "../../x.jpg"}\n'),
+            "outside its folder",
+        ),
+        (lambda f: (f / "train/metadata.jsonl").write_text("{"), "is broken"),
+        (lambda f: (f / "train/metadata.jsonl").unlink(), "holds neither tars nor"),
+        (
+            lambda f: (
+                (f / "train/x0.jpg").rename(f / "train/x0.gif")
+                and (f / "train/metadata.jsonl").write_text('{"file_name": "x0.gif"}\n')
+            ),
+            "extra|cannot be packed",
+        ),
+        (
+            lambda f: (f / "train/metadata.jsonl").write_text(
+                (f / "train/metadata.jsonl").read_text().replace("-aB_0", "y" * 95)
+            ),
+            "too long",
+        ),
+    ],
+)
 def test_rows_and_pictures_that_do_not_belong_together(tmp_path, break_it, words):
     folder = data_folder(tmp_path / "in", 3)
     break_it(folder)
-    with pytest.raises(UserError, match=words) as e: sh.pack(folder, tmp_path / "out", sh.Shards(), flag=Never())
+    with pytest.raises(UserError, match=words) as e:
+        sh.pack(folder, tmp_path / "out", sh.Shards(), flag=Never())
     assert "\n" not in str(e.value) and not (tmp_path / "out").exists()
 
+
 def test_ids_that_tars_would_take_apart_survive():
-    for name in ("a.b", "a/b", "a%2Eb", "%", "ü x", "a..b.jpg"): assert "." not in sh.key_of(name) and "/" not in sh.key_of(name) and sh.unquote(sh.key_of(name)) == name
+    for name in ("a.b", "a/b", "a%2Eb", "%", "ü x", "a..b.jpg"):
+        assert (
+            "." not in sh.key_of(name) and "/" not in sh.key_of(name) and sh.unquote(sh.key_of(name)) == name
+        )
+
 
 # ---- each sample once (D2, B13)
 def test_the_engines_plan_sees_every_sample_once_per_epoch_over_ranks_and_workers(packed):
-    "Three shuffled epochs of 20 samples in batches of 6 on 2 ranks: batches straddle epochs, nothing is padded or dropped, id and pixels belong together."
+    """Three shuffled epochs of 20 samples in batches of 6 on 2 ranks: batches straddle epochs, nothing is
+    padded or dropped, id and pixels belong together.
+    """
     from sdcourse.engine.order import Order, Plan, rank_rows
+
     folder, out = packed
     data = sh.TarSet(out, "train")
     truth = {r["id"]: open_image(folder / "train" / r["file_name"]).tobytes() for r in rows(folder)}
@@ -129,7 +215,11 @@ def test_the_engines_plan_sees_every_sample_once_per_epoch_over_ranks_and_worker
                 assert item["image"].tobytes() == truth[item["id"]]
                 seen[step * 6 + row] = item["id"]
     order = [seen[p] for p in range(60)]
-    assert all(Counter(order[e * 20:e * 20 + 20]) == Counter(list(truth)) for e in range(3)) and order[:20] != order[20:40]
+    assert (
+        all(Counter(order[e * 20 : e * 20 + 20]) == Counter(list(truth)) for e in range(3))
+        and order[:20] != order[20:40]
+    )
+
 
 def test_a_pickled_set_and_forked_readers_open_their_own_files(packed):
     data = sh.TarSet(packed[1], "train", open_files=2)
@@ -138,32 +228,45 @@ def test_a_pickled_set_and_forked_readers_open_their_own_files(packed):
     twin = pickle.loads(pickle.dumps(data))
     assert [twin.read(i) for i in range(20)] == want
     pid = os.fork()
-    if pid == 0: os._exit(0 if [data.read(i) for i in range(20)] == want and data._pid == os.getpid() else 1)
+    if pid == 0:
+        os._exit(0 if [data.read(i) for i in range(20)] == want and data._pid == os.getpid() else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0 and data.read(5) == want[5]
+
 
 # ---- an index that does not fit
 @pytest.fixture
 def copy(packed, tmp_path):
     import shutil
+
     shutil.copytree(packed[1], tmp_path / "tars")
     return tmp_path / "tars"
+
 
 def test_a_tar_that_changed_is_refused(copy):
     tar = copy / "train-00001.tar"
     tar.write_bytes(tar.read_bytes()[:-512])
-    with pytest.raises(UserError, match="its index says"): sh.TarSet(copy)
+    with pytest.raises(UserError, match="its index says"):
+        sh.TarSet(copy)
     tar.unlink()
-    with pytest.raises(UserError, match="No such file"): sh.TarSet(copy)
+    with pytest.raises(UserError, match="No such file"):
+        sh.TarSet(copy)
     sh.TarSet(copy, "val")
+
 
 def test_a_tar_that_is_cut_while_it_is_read(copy):
     data = sh.TarSet(copy, "val")
-    for tar in copy.glob("val-*.tar"): os.truncate(tar, 1000)
-    with pytest.raises(UserError, match="ends inside"): data[3]
+    for tar in copy.glob("val-*.tar"):
+        os.truncate(tar, 1000)
+    with pytest.raises(UserError, match="ends inside"):
+        data[3]
+
 
 def test_an_unknown_split_is_refused(packed):
-    with pytest.raises(UserError, match="has no split tests; it has train, val"): sh.TarSet(packed[1], "tests")
-    with pytest.raises(UserError, match="no such file"): sh.TarSet(packed[0])
+    with pytest.raises(UserError, match="has no split tests; it has train, val"):
+        sh.TarSet(packed[1], "tests")
+    with pytest.raises(UserError, match="no such file"):
+        sh.TarSet(packed[0])
+
 
 # ---- tars of strangers
 def tar_of(path, *members, end=b"\0" * 1024):
@@ -172,129 +275,268 @@ def tar_of(path, *members, end=b"\0" * 1024):
         for name, data, fields in members:
             info = tarfile.TarInfo(name)
             info.size = len(data)
-            for k, v in fields.items(): setattr(info, k, v)
+            for k, v in fields.items():
+                setattr(info, k, v)
             f.write(info.tobuf(tarfile.GNU_FORMAT) + data + bytes(-len(data) % 512))
         f.write(end)
     return path
 
+
 PIC = picture(16, 16)
 
+
 def test_foreign_tars_are_indexed(tmp_path):
-    tar_of(tmp_path / "train-0000.tar", ("./", b"", {"type": tarfile.DIRTYPE}), ("./a/1.JPG", PIC, {}), ("./a/1.txt", "ein Bild\n".encode(), {}), ("./a/1.cls", b"7", {}), ("2.jpeg", PIC, {}), ("2.seg.png", PIC, {}), ("3.json", b"{}", {}), ("README", b"x", {}))
-    tar_of(tmp_path / "train-0001.tar", ("2.webp", picture(16, 16, format="WEBP"), {}), ("2.json", b'{"text": "zwei", "id": "other"}', {}))
+    tar_of(
+        tmp_path / "train-0000.tar",
+        ("./", b"", {"type": tarfile.DIRTYPE}),
+        ("./a/1.JPG", PIC, {}),
+        ("./a/1.txt", "ein Bild\n".encode(), {}),
+        ("./a/1.cls", b"7", {}),
+        ("2.jpeg", PIC, {}),
+        ("2.seg.png", PIC, {}),
+        ("3.json", b"{}", {}),
+        ("README", b"x", {}),
+    )
+    tar_of(
+        tmp_path / "train-0001.tar",
+        ("2.webp", picture(16, 16, format="WEBP"), {}),
+        ("2.json", b'{"text": "zwei", "id": "other"}', {}),
+    )
     assert sh.index_folder(tmp_path, tmp_path) == 0
     data = sh.TarSet(tmp_path, "train")
     assert data.ids == ["train-0000/a/1", "train-0000/2", "train-0001/2"]
     one, two, three = (data[i] for i in range(3))
-    assert (one["text"], one["label"]) == ("ein Bild", 7) and "text" not in two and (three["text"], three["id"]) == ("zwei", "train-0001/2") and three["image"].size == (16, 16)
-    assert {(w["key"], w["reason"]) for w in json.loads((tmp_path / "index.json").read_text())["left_out"]} == {("2.seg.png", "neither picture nor caption"), ("README", "neither picture nor caption"), ("3", "no picture")}
+    assert (
+        (one["text"], one["label"]) == ("ein Bild", 7)
+        and "text" not in two
+        and (three["text"], three["id"]) == ("zwei", "train-0001/2")
+        and three["image"].size == (16, 16)
+    )
+    assert {
+        (w["key"], w["reason"]) for w in json.loads((tmp_path / "index.json").read_text())["left_out"]
+    } == {
+        ("2.seg.png", "neither picture nor caption"),
+        ("README", "neither picture nor caption"),
+        ("3", "no picture"),
+    }
+
 
 def test_a_broken_sample_is_named(tmp_path):
-    tar_of(tmp_path / "a.tar", ("ok.jpg", PIC, {}), ("cut.jpg", PIC[:-40], {}), ("json.jpg", PIC, {}), ("json.json", b"{", {}), ("cls.jpg", PIC, {}), ("cls.cls", b"cat", {}), ("txt.jpg", PIC, {}), ("txt.txt", b"\xff", {}))
+    tar_of(
+        tmp_path / "a.tar",
+        ("ok.jpg", PIC, {}),
+        ("cut.jpg", PIC[:-40], {}),
+        ("json.jpg", PIC, {}),
+        ("json.json", b"{", {}),
+        ("cls.jpg", PIC, {}),
+        ("cls.cls", b"cat", {}),
+        ("txt.jpg", PIC, {}),
+        ("txt.txt", b"\xff", {}),
+    )
     sh.index_folder(tmp_path, tmp_path)
     data = sh.TarSet(tmp_path)
     assert data[0]["id"] == "a/ok"
-    for i, words in ((1, "truncated"), (2, "caption is broken"), (3, "caption is broken"), (4, "caption is broken")):
-        with pytest.raises(UserError) as e: data[i]
-        assert words in str(e.value) and data.id(i) in str(e.value) and "a.tar" in str(e.value) and "\n" not in str(e.value)
+    for i, words in (
+        (1, "truncated"),
+        (2, "caption is broken"),
+        (3, "caption is broken"),
+        (4, "caption is broken"),
+    ):
+        with pytest.raises(UserError) as e:
+            data[i]
+        assert (
+            words in str(e.value)
+            and data.id(i) in str(e.value)
+            and "a.tar" in str(e.value)
+            and "\n" not in str(e.value)
+        )
+
 
 def test_our_own_index_is_what_a_stranger_would_find(packed):
     for tar in packed[1].glob("*.tar"):
-        assert sh.index_tar(tar) == ([json.loads(l) for l in tar.with_suffix(".index.jsonl").read_text().splitlines()], [])
+        assert sh.index_tar(tar) == (
+            [json.loads(l) for l in tar.with_suffix(".index.jsonl").read_text().splitlines()],
+            [],
+        )
+
 
 def test_pax_and_gnu_long_names(tmp_path):
     for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT):
         with tarfile.open(tmp_path / "x.tar", "w", format=form) as tar:
-            info = tarfile.TarInfo("d/" + "k" * 150 + "ü.jpg"); info.size = len(PIC)
+            info = tarfile.TarInfo("d/" + "k" * 150 + "ü.jpg")
+            info.size = len(PIC)
             tar.addfile(info, io.BytesIO(PIC))
         (row,), _ = sh.index_tar(tmp_path / "x.tar")
         offset, size = row["jpg"]
-        assert row["key"].endswith("ü") and (tmp_path / "x.tar").read_bytes()[offset:offset + size] == PIC
+        assert row["key"].endswith("ü") and (tmp_path / "x.tar").read_bytes()[offset : offset + size] == PIC
 
-@pytest.mark.parametrize("member, words", [
-    (("../../x.jpg", PIC, {}), "leads out"), (("/etc/x.jpg", PIC, {}), "leads out"), (("a/../../x.jpg", PIC, {}), "leads out"), (("a\n.jpg", PIC, {}), "leads out"), (("C:/x.jpg", PIC, {}), "leads out"),
-    (("x.jpg", b"", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}), "a link to /etc/passwd"), (("x.jpg", b"", {"type": tarfile.LNKTYPE, "linkname": "y"}), "a link to y"),
-    (("x.jpg", b"", {"type": tarfile.CHRTYPE}), "no plain file"), (("x.jpg", b"", {"type": tarfile.FIFOTYPE}), "no plain file"),
-    (("x.jpg", PIC, {"size": 10**9}), "says it has 1,000,000,000"), (("x.jpg", PIC, {"size": 2**60}), "says it has"), (("x.jpg", PIC, {"size": -512}), ""),
-    (("x.jpg", PIC, {"type": tarfile.GNUTYPE_SPARSE}), "")])
+
+@pytest.mark.parametrize(
+    "member, words",
+    [
+        (("../../x.jpg", PIC, {}), "leads out"),
+        (("/etc/x.jpg", PIC, {}), "leads out"),
+        (("a/../../x.jpg", PIC, {}), "leads out"),
+        (("a\n.jpg", PIC, {}), "leads out"),
+        (("C:/x.jpg", PIC, {}), "leads out"),
+        (("x.jpg", b"", {"type": tarfile.SYMTYPE, "linkname": "/etc/passwd"}), "a link to /etc/passwd"),
+        (("x.jpg", b"", {"type": tarfile.LNKTYPE, "linkname": "y"}), "a link to y"),
+        (("x.jpg", b"", {"type": tarfile.CHRTYPE}), "no plain file"),
+        (("x.jpg", b"", {"type": tarfile.FIFOTYPE}), "no plain file"),
+        (("x.jpg", PIC, {"size": 10**9}), "says it has 1,000,000,000"),
+        (("x.jpg", PIC, {"size": 2**60}), "says it has"),
+        (("x.jpg", PIC, {"size": -512}), ""),
+        (("x.jpg", PIC, {"type": tarfile.GNUTYPE_SPARSE}), ""),
+    ],
+)
 def test_hostile_members(tmp_path, member, words):
     path = tar_of(tmp_path / "x.tar", ("ok.jpg", PIC, {}), member)
-    with pytest.raises(UserError) as e: sh.index_tar(path)
+    with pytest.raises(UserError) as e:
+        sh.index_tar(path)
     assert words in str(e.value) and "\n" not in str(e.value)
+
 
 def test_a_sparse_member_is_refused(tmp_path):
     sparse = Path(tmp_path / "x.jpg")
-    with open(sparse, "wb") as f: f.truncate(10_000_000); f.seek(9_000_000); f.write(b"x")
+    with open(sparse, "wb") as f:
+        f.truncate(10_000_000)
+        f.seek(9_000_000)
+        f.write(b"x")
     done = subprocess.run(["tar", "--sparse", "-cf", "x.tar", "x.jpg"], cwd=tmp_path, capture_output=True)
-    if done.returncode or (tmp_path / "x.tar").stat().st_size > 1_000_000: pytest.skip("this tar writes no sparse members")
-    with pytest.raises(UserError, match="no plain file"): sh.index_tar(tmp_path / "x.tar")
+    if done.returncode or (tmp_path / "x.tar").stat().st_size > 1_000_000:
+        pytest.skip("this tar writes no sparse members")
+    with pytest.raises(UserError, match="no plain file"):
+        sh.index_tar(tmp_path / "x.tar")
+
 
 def test_a_pax_header_that_lies_about_the_size(tmp_path):
     with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT, pax_headers={}) as tar:
-        info = tarfile.TarInfo("x.jpg"); info.size = len(PIC); info.pax_headers = {"size": str(10**15)}
+        info = tarfile.TarInfo("x.jpg")
+        info.size = len(PIC)
+        info.pax_headers = {"size": str(10**15)}
         tar.addfile(info, io.BytesIO(PIC))
-    with pytest.raises(UserError): sh.index_tar(tmp_path / "x.tar")
+    with pytest.raises(UserError):
+        sh.index_tar(tmp_path / "x.tar")
+
 
 def test_duplicate_members_and_two_pictures(tmp_path):
-    with pytest.raises(UserError, match="there twice"): sh.index_tar(tar_of(tmp_path / "x.tar", ("a.jpg", PIC, {}), ("a.jpg", PIC, {})))
-    with pytest.raises(UserError, match="two pictures"): sh.index_tar(tar_of(tmp_path / "x.tar", ("a.jpg", PIC, {}), ("a.png", PIC, {})))
-    with pytest.raises(UserError, match="there twice"): sh.index_tar(tar_of(tmp_path / "x.tar", ("a.jpg", PIC, {}), ("./a.jpg", PIC, {})))
+    with pytest.raises(UserError, match="there twice"):
+        sh.index_tar(tar_of(tmp_path / "x.tar", ("a.jpg", PIC, {}), ("a.jpg", PIC, {})))
+    with pytest.raises(UserError, match="two pictures"):
+        sh.index_tar(tar_of(tmp_path / "x.tar", ("a.jpg", PIC, {}), ("a.png", PIC, {})))
+    with pytest.raises(UserError, match="there twice"):
+        sh.index_tar(tar_of(tmp_path / "x.tar", ("a.jpg", PIC, {}), ("./a.jpg", PIC, {})))
+
 
 def test_every_cut_is_noticed(tmp_path):
     "Cut at every block: in a header, in data, between members, in the end."
-    whole = tar_of(tmp_path / "x.tar", ("a.jpg", PIC, {}), ("a.txt", b"t", {}), ("b.jpg", PIC, {})).read_bytes()
+    whole = tar_of(
+        tmp_path / "x.tar", ("a.jpg", PIC, {}), ("a.txt", b"t", {}), ("b.jpg", PIC, {})
+    ).read_bytes()
     assert len(sh.index_tar(tmp_path / "x.tar")[0]) == 2
     for cut in {*range(0, len(whole), 512), 100, 700, len(whole) - 1}:
         (tmp_path / "x.tar").write_bytes(whole[:cut])
-        with pytest.raises(UserError): sh.index_tar(tmp_path / "x.tar")
+        with pytest.raises(UserError):
+            sh.index_tar(tmp_path / "x.tar")
+
 
 def test_every_damaged_header_is_noticed(tmp_path):
     path = tar_of(tmp_path / "x.tar", ("a.jpg", PIC, {}), ("b.jpg", PIC, {}))
     whole, second = path.read_bytes(), 512 + -(-len(PIC) // 512) * 512
     for at in (0, second, second + 124, second + 150, second + 156):
-        data = bytearray(whole); data[at] ^= 0x55
+        data = bytearray(whole)
+        data[at] ^= 0x55
         path.write_bytes(data)
-        with pytest.raises(UserError): sh.index_tar(path)
+        with pytest.raises(UserError):
+            sh.index_tar(path)
+
 
 def test_what_is_no_tar(tmp_path):
     import gzip
+
     tar_of(tmp_path / "x.tar", ("a.jpg", PIC, {}))
-    for data in (b"", b"<html>" * 200, gzip.compress((tmp_path / "x.tar").read_bytes()), (tmp_path / "x.tar").read_bytes() * 2, os.urandom(5000)):
+    for data in (
+        b"",
+        b"<html>" * 200,
+        gzip.compress((tmp_path / "x.tar").read_bytes()),
+        (tmp_path / "x.tar").read_bytes() * 2,
+        os.urandom(5000),
+    ):
         (tmp_path / "y.tar").write_bytes(data)
-        with pytest.raises(UserError) as e: sh.index_tar(tmp_path / "y.tar")
+        with pytest.raises(UserError) as e:
+            sh.index_tar(tmp_path / "y.tar")
         assert "y.tar" in str(e.value) and "\n" not in str(e.value)
+
 
 # ---- the command
 def command(*argv, **kwargs):
-    return subprocess.Popen([sys.executable, "-c", "import sys; from sdcourse.cli import main; sys.exit(main())", "shards", *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys; from sdcourse.cli import main; sys.exit(main())",
+            "shards",
+            *map(str, argv),
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **kwargs,
+    )
+
 
 def test_the_command_packs_and_indexes(packed, tmp_path, capsys):
     folder, out = packed
-    assert cli.main(["shards", str(folder), str(tmp_path / "out"), "--max-bytes", "20480"]) == 0 and "27 samples in" in capsys.readouterr().out
+    assert (
+        cli.main(["shards", str(folder), str(tmp_path / "out"), "--max-bytes", "20480"]) == 0
+        and "27 samples in" in capsys.readouterr().out
+    )
     assert tree(tmp_path / "out") == tree(out)
-    assert cli.main(["shards", str(folder), str(tmp_path / "out"), "--max-bytes", "20480"]) == 0 and "there already" in capsys.readouterr().out
+    assert (
+        cli.main(["shards", str(folder), str(tmp_path / "out"), "--max-bytes", "20480"]) == 0
+        and "there already" in capsys.readouterr().out
+    )
     assert cli.main(["shards", str(out), str(tmp_path / "index")]) == 0
     data = sh.TarSet(tmp_path / "index", "train")
     assert len(data) == 20 and data[3]["text"] == "über 3" and data.tars[0].startswith("..")
 
-@pytest.mark.parametrize("argv, words", [(["nowhere", "out"], "nowhere: no such folder"), (["."], "expected IN OUT"), ([".", "out"], "holds neither tars nor"), ([".", "out", "--max-byte", "3"], "did you mean '--max-bytes'")])
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["nowhere", "out"], "nowhere: no such folder"),
+        (["."], "expected IN OUT"),
+        ([".", "out"], "holds neither tars nor"),
+        ([".", "out", "--max-byte", "3"], "did you mean '--max-bytes'"),
+    ],
+)
 def test_a_wrong_command_is_one_line(argv, words, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["shards", *argv]) == 2
     err = capsys.readouterr().err
-    assert err.startswith("error: ") and err.count("\n") == 1 and words in err and list(tmp_path.iterdir()) == []
+    assert (
+        err.startswith("error: ") and err.count("\n") == 1 and words in err and list(tmp_path.iterdir()) == []
+    )
+
 
 def test_an_interrupted_run_goes_on_and_ends_with_the_same_bytes(packed, tmp_path):
     folder, out = packed
+
     class After(Never):
         reason = "test"
         n = 0
-        def raised(self): self.n += 1; return self.n > 3
-    for _ in range(2): assert sh.pack(folder, tmp_path / "out", sh.Shards(max_bytes=20_480), flag=After()) == 0
+
+        def raised(self):
+            self.n += 1
+            return self.n > 3
+
+    for _ in range(2):
+        assert sh.pack(folder, tmp_path / "out", sh.Shards(max_bytes=20_480), flag=After()) == 0
     assert not (tmp_path / "out").exists() and len(list((tmp_path / "out.partial").glob("*.tar"))) == 6
     first = (tmp_path / "out.partial/train-00000.tar").stat().st_ino
     sh.pack(folder, tmp_path / "out", sh.Shards(max_bytes=20_480), flag=Never())
     assert tree(tmp_path / "out") == tree(out) and (tmp_path / "out/train-00000.tar").stat().st_ino == first
+
 
 @pytest.mark.timeout(120)
 def test_signal_and_no_space(packed, tmp_path):
@@ -302,16 +544,25 @@ def test_signal_and_no_space(packed, tmp_path):
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (15_000, 15_000))
     child = command(folder, tmp_path / "out", "--max-bytes", "20480", preexec_fn=limit)
     _, err = child.communicate(timeout=60)
-    assert child.returncode == 2 and err.startswith("error: ") and err.count("\n") == 1 and "limit on file sizes" in err
+    assert (
+        child.returncode == 2
+        and err.startswith("error: ")
+        and err.count("\n") == 1
+        and "limit on file sizes" in err
+    )
     assert not (tmp_path / "out").exists() and not list((tmp_path / "out.partial").glob("*tmp*"))
     (tmp_path / "out.partial/STOP").touch()
     child = command(folder, tmp_path / "out", "--max-bytes", "20480")
     said, _ = child.communicate(timeout=60)
     assert child.returncode == 0 and "stopped (file STOP)" in said and not (tmp_path / "out").exists()
-    assert command(folder, tmp_path / "out", "--max-bytes", "20480").wait() == 0 and tree(tmp_path / "out") == tree(out)
+    assert command(folder, tmp_path / "out", "--max-bytes", "20480").wait() == 0 and tree(
+        tmp_path / "out"
+    ) == tree(out)
+
 
 def test_changed_pictures_are_another_set(packed, tmp_path):
     folder = data_folder(tmp_path / "in", 3)
     sh.pack(folder, tmp_path / "out", sh.Shards(), flag=Never())
     (folder / "train/x0.jpg").write_bytes(picture(41, 30))
-    with pytest.raises(UserError, match="content"): sh.pack(folder, tmp_path / "out", sh.Shards(), flag=Never())
+    with pytest.raises(UserError, match="content"):
+        sh.pack(folder, tmp_path / "out", sh.Shards(), flag=Never())

@@ -1,4 +1,7 @@
-"""A sweep trains each combination in a folder of its own and makes one table, also when two end at once or one is missing."""
+"""A sweep trains each combination in a folder of its own and makes one table, also when two end at once or
+one is missing.
+"""
+
 import json
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,17 +11,31 @@ from sdcourse.cli import main
 from sdcourse.commands.sweep import combinations, plan, rows, run_name, sweep, write_table
 from sdcourse.core import UserError
 
-WORDS = "flow_dit --preset tiny --max-steps 3 --warmup-steps 1 --num-samples 0 --size tiny/8 --device cpu".split()
+WORDS = (
+    "flow_dit --preset tiny --max-steps 3 --warmup-steps 1 --num-samples 0 --size tiny/8 --device cpu".split()
+)
 
 
 def test_every_combination_once():
     found = combinations(["density-mean=-1,0,1", "lr=1e-4,3e-4", "guidance_interval=0,1;0.1,0.9"])
-    assert len(found) == 12 == len({run_name(c) for c in found}) and found[1] == dict(density_mean="-1", lr="1e-4", guidance_interval="0.1,0.9")
+    assert len(found) == 12 == len({run_name(c) for c in found}) and found[1] == dict(
+        density_mean="-1", lr="1e-4", guidance_interval="0.1,0.9"
+    )
 
 
-@pytest.mark.parametrize("words, text", [
-    (["--vary", "densty_mean=1,2"], "did you mean '--density-mean'?"), (["--vary", "lr=1e-4,fast"], "--lr: expected a number"), (["--vary", "lr=0"], "--lr 0.0: must be greater than 0"), (["--vary", "lr"], "--vary lr"),
-    (["--vary", "lr=1,1"], "twice"), (["--vary", "lr=1", "--vary", "lr=2"], "lr is there twice"), ([], "nothing varies"), (["--vary", "lr=1,2", "--index", "2"], "0 to 1; submit with --array=0-1")])
+@pytest.mark.parametrize(
+    "words, text",
+    [
+        (["--vary", "densty_mean=1,2"], "did you mean '--density-mean'?"),
+        (["--vary", "lr=1e-4,fast"], "--lr: expected a number"),
+        (["--vary", "lr=0"], "--lr 0.0: must be greater than 0"),
+        (["--vary", "lr"], "--vary lr"),
+        (["--vary", "lr=1,1"], "twice"),
+        (["--vary", "lr=1", "--vary", "lr=2"], "lr is there twice"),
+        ([], "nothing varies"),
+        (["--vary", "lr=1,2", "--index", "2"], "0 to 1; submit with --array=0-1"),
+    ],
+)
 def test_what_is_wrong_is_refused_before_anything_trains(tmp_path, capsys, words, text):
     assert main(["sweep", *WORDS, *words, "--out", str(tmp_path / "s")]) == 2
     err = capsys.readouterr().err
@@ -28,33 +45,55 @@ def test_what_is_wrong_is_refused_before_anything_trains(tmp_path, capsys, words
 def test_a_sweep_on_a_laptop(tmp_path, capsys):
     words = [*WORDS, "--vary", "density_mean=-0.5,0.5", "--out", str(tmp_path / "s")]
     assert sweep(words) == 0 and "--array=0-1" in capsys.readouterr().out and not (tmp_path / "s").exists()
-    assert sweep([*words, "--index", "1"]) == 0 and capsys.readouterr().out.splitlines() == [*WORDS, "--density-mean=0.5", f"--out={tmp_path}/s/density_mean=0.5"]
+    assert sweep([*words, "--index", "1"]) == 0 and capsys.readouterr().out.splitlines() == [
+        *WORDS,
+        "--density-mean=0.5",
+        f"--out={tmp_path}/s/density_mean=0.5",
+    ]
     assert sweep([*words, "--run"]) == 0
     found = json.loads((tmp_path / "s/table.json").read_text())
-    assert [(r["density_mean"], r["state"]) for r in found] == [("-0.5", "finished"), ("0.5", "finished")] and found[0]["val_loss"] != found[1]["val_loss"]
-    assert "| density_mean | state |" in (tmp_path / "s/table.md").read_text() and "--vary" in (tmp_path / "s/table.md").read_text()
+    assert [(r["density_mean"], r["state"]) for r in found] == [
+        ("-0.5", "finished"),
+        ("0.5", "finished"),
+    ] and found[0]["val_loss"] != found[1]["val_loss"]
+    assert (
+        "| density_mean | state |" in (tmp_path / "s/table.md").read_text()
+        and "--vary" in (tmp_path / "s/table.md").read_text()
+    )
     stamp = (tmp_path / "s/density_mean=0.5/export").stat().st_mtime_ns
-    assert sweep([*words, "--run"]) == 0 and (tmp_path / "s/density_mean=0.5/export").stat().st_mtime_ns == stamp # finished ones take no time
+    assert (
+        sweep([*words, "--run"]) == 0 and (tmp_path / "s/density_mean=0.5/export").stat().st_mtime_ns == stamp
+    )  # finished ones take no time
 
 
 def test_a_run_that_is_missing_has_a_row_that_says_so(tmp_path):
     (tmp_path / "lr=1").mkdir()
     (tmp_path / "lr=1/metrics.jsonl").write_text('{"step": 7, "loss": 0.5, "seconds": 1.0}\n')
-    assert rows(combinations(["lr=1,2"]), tmp_path) == [dict(lr="1", state="at step 7", loss=0.5), dict(lr="2", state="not started")]
+    assert rows(combinations(["lr=1,2"]), tmp_path) == [
+        dict(lr="1", state="at step 7", loss=0.5),
+        dict(lr="2", state="not started"),
+    ]
 
 
 def test_runs_that_end_together_leave_one_whole_table(tmp_path):
     found = combinations(["lr=1,2,3,4,5,6,7,8"])
+
     def end(c):
         folder = tmp_path / run_name(c)
         (folder / "export").mkdir(parents=True)
         (folder / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n')
         write_table(found, tmp_path, "…")
-    with ThreadPoolExecutor(8) as pool: list(pool.map(end, found))
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(end, found))
     assert [r["state"] for r in json.loads((tmp_path / "table.json").read_text())] == ["finished"] * 8
 
 
 def test_the_plan_names_a_folder_for_each(tmp_path):
-    with pytest.raises(UserError, match="unknown task"): plan(["flow_ditt", "--vary", "lr=1"])
+    with pytest.raises(UserError, match="unknown task"):
+        plan(["flow_ditt", "--vary", "lr=1"])
     _, _, words = plan([*WORDS, "--vary", "size=tiny/4,tiny/8"])
-    assert [w[-1] for w in words] == ["--out=runs/sweep-flow_dit/size=tiny-4", "--out=runs/sweep-flow_dit/size=tiny-8"]
+    assert [w[-1] for w in words] == [
+        "--out=runs/sweep-flow_dit/size=tiny-4",
+        "--out=runs/sweep-flow_dit/size=tiny-8",
+    ]

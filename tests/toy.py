@@ -1,4 +1,5 @@
 """A task small enough to train in milliseconds: a two-layer net learns the flow to 50 points in the plane."""
+
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +15,10 @@ from sdcourse.engine.loop import Task, train
 
 @dataclass
 class ToyConfig(TrainConfig):
-    dropout: float = 0.0 # probability
-    items: int = 50 # data points
-    poison: int = -1 # this item has a NaN
-    nan_at: int = -1 # the loss of this step is NaN
+    dropout: float = 0.0  # probability
+    items: int = 50  # data points
+    poison: int = -1  # this item has a NaN
+    nan_at: int = -1  # the loss of this step is NaN
 
 
 class Points(torch.utils.data.Dataset):
@@ -52,11 +53,14 @@ class ToyNet(nn.Module):
 
 class ToyTask(Task):
     name = "toy"
+
     def build(self):
         return ToyNet(self.config)
 
     def dataset(self, split):
-        return Points(self.config.items, poison=self.config.poison) if split == "train" else Points(13, seed=1)
+        return (
+            Points(self.config.items, poison=self.config.poison) if split == "train" else Points(13, seed=1)
+        )
 
     def blocks(self, module):
         return list(module.blocks)
@@ -72,12 +76,29 @@ class ToyTask(Task):
 
     def export(self, module, folder):
         Path(folder).mkdir(exist_ok=True)
-        save_file({k: v.contiguous() for k, v in module.state_dict().items()}, Path(folder) / "model.safetensors")
+        save_file(
+            {k: v.contiguous() for k, v in module.state_dict().items()}, Path(folder) / "model.safetensors"
+        )
 
 
 def config(out, **over):
     "A configuration for tests: CPU, one run of 12 steps with batches of 8."
-    return ToyConfig(**{**dict(out=str(out), max_steps=12, batch_size=8, lr=1e-2, device="cpu", log_every=3, checkpoint_every=0, ema_decay=0.9, clip=1.0), **over})
+    return ToyConfig(
+        **{
+            **dict(
+                out=str(out),
+                max_steps=12,
+                batch_size=8,
+                lr=1e-2,
+                device="cpu",
+                log_every=3,
+                checkpoint_every=0,
+                ema_decay=0.9,
+                clip=1.0,
+            ),
+            **over,
+        }
+    )
 
 
 def run(out, **over):

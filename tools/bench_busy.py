@@ -1,9 +1,11 @@
 """What training costs beside another busy process:   python tools/bench_busy.py
 
-The tiny flow DiT (`make train`) and the tiny Stable Diffusion of lesson 03 (from caches) train in processes of their own, on one and on two threads,
-with the wait policies of OpenMP, first on idle cores and then beside one process that takes a core; all of it in turn, several rounds. The table has
-the median time of a step and the ratio of busy to idle.
+The tiny flow DiT (`make train`) and the tiny Stable Diffusion of lesson 03 (from caches) train in processes
+of their own, on one and on two threads, with the wait policies of OpenMP, first on idle cores and then beside
+one process that takes a core; all of it in turn, several rounds. The table has the median time of a step and
+the ratio of busy to idle.
 """
+
 import argparse
 import os
 import statistics
@@ -36,7 +38,13 @@ TASKS = {
 def run(words, folder, *more, **env):
     "A command of ours; its last words when it fails."
     env = {k: v for k, v in (os.environ | env).items() if v}
-    done = subprocess.run([sys.executable, "-m", "sdcourse.cli", *words.split(), *more], cwd=folder, env=env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "sdcourse.cli", *words.split(), *more],
+        cwd=folder,
+        env=env | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         raise SystemExit(f"sdcourse {words}: exit code {done.returncode}\n{done.stderr[-2000:]}")
 
@@ -76,7 +84,9 @@ def main(argv=None):
     for task in TASKS:
         for setting in SETTINGS:
             idle, busy = (statistics.median(found[task, setting, b]) for b in (False, True))
-            print(f"{task:9} {setting:26} idle {idle:6.1f} ms   busy {busy:6.1f} ms   {busy / idle:.2f} times")
+            print(
+                f"{task:9} {setting:26} idle {idle:6.1f} ms   busy {busy:6.1f} ms   {busy / idle:.2f} times"
+            )
 
 
 if __name__ == "__main__":

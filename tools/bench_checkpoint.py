@@ -1,12 +1,14 @@
 """What a checkpoint costs, beside a plain write of as many bytes and beside an earlier commit:
 
-python tools/bench_checkpoint.py [--mb 500] [--before 37ffe71]
+    python tools/bench_checkpoint.py [--mb 500] [--before 37ffe71]
 
-A quarter is weights, a quarter their average, half optimizer state: Adam in full. Both sides take turns, each save and
-each resume in a forked process. Hashed, read and memory are multiples of the checkpoint's size. Read is the system's own
-count (/proc/self/io) and the size of files that are mapped. Memory is the peak above what the process began with; it
-includes mapped files. Seconds are the best of --rounds, by the clock and of the processor.
+A quarter is weights, a quarter their average, half optimizer state: Adam in full. Both sides take turns, each
+save and each resume in a forked process. Hashed, read and memory are multiples of the checkpoint's size. Read
+is the system's own count (/proc/self/io) and the size of files that are mapped. Memory is the peak above what
+the process began with; it includes mapped files. Seconds are the best of --rounds, by the clock and of the
+processor.
 """
+
 import argparse, hashlib, json, os, subprocess, tempfile, time, types
 from collections import defaultdict
 from contextlib import contextmanager
@@ -31,18 +33,26 @@ def counted():
     "A dict that will hold the bytes that were hashed (SHA-256), read and written inside."
     real, new = hashlib.sha256, hashlib.new
     found = dict(hashed=0, read=0, written=0)
+
     class Counted:
         def __init__(self, data=b""):
             self.inner = real()
             self.update(data)
+
         def update(self, data):
             found["hashed"] += memoryview(data).nbytes
             self.inner.update(data)
-        def hexdigest(self): return self.inner.hexdigest()
-    def named(name, *args): return Counted(*args) if name == "sha256" else new(name, *args)
+
+        def hexdigest(self):
+            return self.inner.hexdigest()
+
+    def named(name, *args):
+        return Counted(*args) if name == "sha256" else new(name, *args)
+
     hashlib.sha256, hashlib.new = Counted, named
     begin = _io()
-    try: yield found
+    try:
+        yield found
     finally:
         found["read"], found["written"] = (b - a for a, b in zip(begin, _io()))
         hashlib.sha256, hashlib.new = real, new
@@ -50,19 +60,23 @@ def counted():
 
 def earlier(commit):
     "The module as it was at a commit, with the size of each file that it maps counted."
-    for folder in ("engine", "train"): # where it lay
+    for folder in ("engine", "train"):  # where it lay
         show = ["git", "show", f"{commit}:sdcourse/{folder}/checkpoint.py"]
         source = subprocess.run(show, cwd=ROOT, capture_output=True, text=True)
-        if source.returncode == 0: break
-    if source.returncode: raise SystemExit(f"--before {commit}: {source.stderr.strip()}")
+        if source.returncode == 0:
+            break
+    if source.returncode:
+        raise SystemExit(f"--before {commit}: {source.stderr.strip()}")
     module = types.ModuleType("earlier")
     module.__package__ = checkpoint.__package__
     module.mapped = 0
     exec(compile(source.stdout, f"checkpoint.py at {commit}", "exec"), module.__dict__)
     load_file = module.load_file
+
     def mapped(path):
         module.mapped += os.path.getsize(path)
         return load_file(path)
+
     module.load_file = mapped
     return module
 
@@ -70,8 +84,13 @@ def earlier(commit):
 def content(mb):
     "Weights, average and optimizer state of a model, `mb` million bytes in all."
     n = mb * 1_000_000 // 4 // 4 // 32
-    def numbers(seed): return {f"layer.{k}": torch.full((n,), seed + k / 32) for k in range(32)}
-    def moments(k): return dict(exp_avg=torch.full((n,), k / 7), exp_avg_sq=torch.full((n,), k / 9))
+
+    def numbers(seed):
+        return {f"layer.{k}": torch.full((n,), seed + k / 32) for k in range(32)}
+
+    def moments(k):
+        return dict(exp_avg=torch.full((n,), k / 7), exp_avg_sq=torch.full((n,), k / 9))
+
     optimizer = dict(state={k: moments(k) for k in range(32)})
     weights = dict(model=numbers(0), ema=numbers(1))
     return dict(tensors=weights, objects=dict(optimizer=optimizer), state=dict(step=1))
@@ -81,7 +100,8 @@ def forget(root):
     "A resume comes after a restart: no file is in memory."
     for path in root.rglob("*"):
         if path.is_file():
-            with open(path, "rb") as file: os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            with open(path, "rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def memory(key):
@@ -98,21 +118,25 @@ def measured(fn, module):
             torch.set_num_threads(1)
             start = memory("VmRSS")
             began, used = time.perf_counter(), time.process_time()
-            with counted() as found: fn()
+            with counted() as found:
+                fn()
             found |= dict(seconds=time.perf_counter() - began, processor=time.process_time() - used)
             found["memory"] = memory("VmHWM") - start
             found["read"] += getattr(module, "mapped", 0)
             os.write(write, json.dumps(found).encode())
-        finally: os._exit(0)
+        finally:
+            os._exit(0)
     os.close(write)
-    with open(read) as file: text = file.read()
+    with open(read) as file:
+        text = file.read()
     os.waitpid(pid, 0)
     return json.loads(text)
 
 
 def resume(module, root):
     "As the training loop does it at that commit."
-    if hasattr(module, "load_latest"): return module.load_latest(root)
+    if hasattr(module, "load_latest"):
+        return module.load_latest(root)
     return module.load_checkpoint(module.latest_checkpoint(root)[0])
 
 
@@ -121,7 +145,8 @@ def plain(root, size):
     block, path = bytes(2**24), root / "plain"
     began = time.perf_counter()
     with open(path, "wb") as file:
-        for _ in range(size // len(block)): file.write(block)
+        for _ in range(size // len(block)):
+            file.write(block)
     fsync_path(path)
     took = time.perf_counter() - began
     path.unlink()
@@ -142,7 +167,8 @@ def main():
             for name, module in sides.items():
                 root = Path(folder) / name
                 saved = measured(lambda: module.save_checkpoint(root, step, **parts), module)
-                if step < 3: continue  # now there are older ones to keep and to prune
+                if step < 3:
+                    continue  # now there are older ones to keep and to prune
                 forget(root)
                 rows["save", name].append(saved)
                 rows["resume", name].append(measured(lambda: resume(module, root), module))
@@ -159,4 +185,5 @@ def main():
         print(f"| {what} | {name} | {hashed} | {read} | {best:.2f} | {ratio:.2f} | {used:.2f} | {peak} |")
 
 
-if __name__ == "__main__": main()
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,12 @@
-"""What a second process brings to preparing:   python tools/bench_prepare.py [--source imagenet|unsplash] [--pictures 300] [--size 512] [--workers 2] [--rounds 2]
+"""What a second process brings to preparing:
 
-The same pictures with one process and with several, in turn, so that a slow minute of the machine hits both; each time it says how many cores others took meanwhile. Prints JSON.
+    python tools/bench_prepare.py [--source imagenet|unsplash] [--pictures 300] [--size 512] [--workers 2]
+        [--rounds 2]
+
+The same pictures with one process and with several, in turn, so that a slow minute of the machine hits both;
+each time it says how many cores others took meanwhile. Prints JSON.
 """
+
 import argparse, json, os, resource, shutil, tempfile, time
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -15,7 +20,7 @@ from sdcourse.data.sets.imagenet import ImageNetOptions, prepare_imagenet
 from sdcourse.data.sets.unsplash import Unsplash, prepare
 from sdcourse.engine.stop import StopFlag
 
-DIFFERENT = 50 # pictures; the others are copies of them
+DIFFERENT = 50  # pictures; the others are copies of them
 
 
 def make_picture(rng, size):
@@ -33,11 +38,15 @@ def make_source(folder, args):
     home.mkdir(parents=True)
     rng = np.random.default_rng(0)
     for i in range(args.pictures):
-        if i < DIFFERENT: make_picture(rng, args.size).save(home / f"{i}.jpg", quality=90)
-        else: shutil.copyfile(home / f"{i % DIFFERENT}.jpg", home / f"{i}.jpg")
+        if i < DIFFERENT:
+            make_picture(rng, args.size).save(home / f"{i}.jpg", quality=90)
+        else:
+            shutil.copyfile(home / f"{i % DIFFERENT}.jpg", home / f"{i}.jpg")
     if args.source == "unsplash":
         rows = "".join(f"p{i}\tfile:{i}.jpg\tphoto {i}\n" for i in range(args.pictures))
-        (folder / "photos.tsv000").write_text("photo_id\tphoto_image_url\tai_description\n" + rows, encoding="utf-8")
+        (folder / "photos.tsv000").write_text(
+            "photo_id\tphoto_image_url\tai_description\n" + rows, encoding="utf-8"
+        )
 
 
 def busy():
@@ -55,8 +64,10 @@ def timed(source, out, args, workers):
     "Prepare once; (seconds, how many cores others took)."
     start, others = time.perf_counter(), busy() - own()
     with open(os.devnull, "w") as quiet, redirect_stdout(quiet):
-        if args.source == "imagenet": prepare_imagenet(source, out, ImageNetOptions(size=args.size, workers=workers))
-        else: prepare(source, out, Unsplash(size=args.size, workers=workers), flag=StopFlag())
+        if args.source == "imagenet":
+            prepare_imagenet(source, out, ImageNetOptions(size=args.size, workers=workers))
+        else:
+            prepare(source, out, Unsplash(size=args.size, workers=workers), flag=StopFlag())
     took = time.perf_counter() - start
     others = busy() - own() - others
     shutil.rmtree(out)
@@ -73,9 +84,13 @@ def bench(args):
             one, others_one = timed(source, out, args, 1)
             many, others_many = timed(source, out, args, args.workers)
             others = [round(others_one, 1), round(others_many, 1)]
-            rounds.append(dict(one_process_s=round(one, 2), workers_s=round(many, 2), others_took_cores=others))
+            rounds.append(
+                dict(one_process_s=round(one, 2), workers_s=round(many, 2), others_took_cores=others)
+            )
     ratio = min(r["one_process_s"] for r in rounds) / min(r["workers_s"] for r in rounds)
-    return vars(args) | dict(cores=cores(), rounds=rounds, ratio=round(ratio, 2), load=round(os.getloadavg()[0], 1))
+    return vars(args) | dict(
+        cores=cores(), rounds=rounds, ratio=round(ratio, 2), load=round(os.getloadavg()[0], 1)
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Start-up times and sizes beside their budgets.   python tools/budgets.py
 
-Sizes are told by content, not by lines: lines can be made long. tests/test_repo.py gates files; the rest is printed. Times are printed and never a
-test: a busy machine is no defect.
+Sizes are told by content, not by lines: lines can be made long. tests/test_repo.py gates files; the rest is
+printed. Times are printed and never a test: a busy machine is no defect.
 """
+
 import ast
 import os
 import subprocess
@@ -51,8 +52,12 @@ def main():
     sources = [p.read_text(encoding="utf-8") for p in modules().values()]
     nodes = [n for source in sources for _, n in functions(source)]
     lines = [len(line) for source in sources for line in source.splitlines()]
-    print(f"functions of more than {MOST['nodes']} nodes: {sum(n > MOST['nodes'] for n in nodes)} of {len(nodes)}")
-    print(f"lines of more than {MOST['line']} characters: {sum(n > MOST['line'] for n in lines)} of {len(lines)}")
+    print(
+        f"functions of more than {MOST['nodes']} nodes: {sum(n > MOST['nodes'] for n in nodes)} of {len(nodes)}"
+    )
+    print(
+        f"lines of more than {MOST['line']} characters: {sum(n > MOST['line'] for n in lines)} of {len(lines)}"
+    )
     for what, (argv, most) in TIMES.items():
         try:
             took = seconds(argv)

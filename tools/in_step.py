@@ -1,14 +1,18 @@
-"""Is everything that is generated in step with its source?   python tools/in_step.py
+"""Is everything that is generated in step with its source?
+
+    python tools/in_step.py
 
 settings  pyproject.toml and the package agree with settings.ini; constraints.txt pins every requirement
 export    sdcourse/ holds exactly what the notebooks export
 clean     every notebook is as nbdev_clean leaves it
-outputs   no code cell changed since the outputs were stored, and no output holds a path, a time or a progress bar
+outputs   no code cell changed since the outputs were stored, and no output holds a path, a time or a progress
+          bar
 readme    README.md is what nbs/index.ipynb says
-ruff      names that are not defined, imports that nobody uses
+ruff      names that are not defined, imports that nobody uses; the layout of tools and tests
 
 The work is done on a copy: nothing here changes the checkout, and git is not needed.
 """
+
 import filecmp, json, os, re, shutil, subprocess, sys, tempfile, tomllib
 from configparser import ConfigParser
 from pathlib import Path
@@ -28,28 +32,46 @@ def settings(root):
         "name": (toml["project"]["name"], cfg["lib_name"]),
         "requires-python": (toml["project"]["requires-python"], f">={cfg['min_python']}"),
         "tst_flags": (toml["tool"]["nbdev"]["tst_flags"], cfg["tst_flags"]),
-        "version in sdcourse/__init__.py": (*re.findall(r'(?m)^__version__ = "(.*)"$', (root / "sdcourse/__init__.py").read_text(encoding="utf-8")), cfg["version"]),
+        "version in sdcourse/__init__.py": (
+            *re.findall(
+                r'(?m)^__version__ = "(.*)"$', (root / "sdcourse/__init__.py").read_text(encoding="utf-8")
+            ),
+            cfg["version"],
+        ),
     }
     for what, (other, own) in pairs.items():
-        if other != own: yield f"{what}: {other!r}, but settings.ini says {own!r}"
+        if other != own:
+            yield f"{what}: {other!r}, but settings.ini says {own!r}"
     pinned = set(re.findall(r"(?m)^([a-z0-9-]+)==", (root / "constraints.txt").read_text(encoding="utf-8")))
     for key in cfg:
         for req in cfg[key].split() if key.endswith("requirements") else ():
             name = re.sub(r"[-_.]+", "-", re.match(r"[\w.-]+", req)[0]).lower()
-            if name not in pinned: yield f"constraints.txt does not pin {name} ({key}): make lock"
+            if name not in pinned:
+                yield f"constraints.txt does not pin {name} ({key}): make lock"
 
 
 def nbdev(copy, command):
     "Run an nbdev command in the copy."
     module = {"nbdev_export": "nbdev.doclinks", "nbdev_clean": "nbdev.clean"}[command]
     env = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
-    done = subprocess.run([sys.executable, "-c", f"from {module} import {command}; {command}()"], cwd=copy, env=env, capture_output=True, text=True)
-    if done.returncode: yield f"{command} failed: {done.stderr.strip().splitlines()[-1:]}"
+    done = subprocess.run(
+        [sys.executable, "-c", f"from {module} import {command}; {command}()"],
+        cwd=copy,
+        env=env,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        yield f"{command} failed: {done.stderr.strip().splitlines()[-1:]}"
 
 
 def generated(package):
     "The files that nbdev writes."
-    return {p.relative_to(package) for p in package.rglob("*.py") if p.name == "_modidx.py" or MARKER in p.read_text(encoding="utf-8")}
+    return {
+        p.relative_to(package)
+        for p in package.rglob("*.py")
+        if p.name == "_modidx.py" or MARKER in p.read_text(encoding="utf-8")
+    }
 
 
 def copied(root, folder):
@@ -70,43 +92,76 @@ def export(root):
     "Export the copy's notebooks and compare the modules."
     with tempfile.TemporaryDirectory() as folder:
         copy = copied(root, Path(folder))
-        if said := list(nbdev(copy, "nbdev_export")): return said
+        if said := list(nbdev(copy, "nbdev_export")):
+            return said
         have, want = generated(root / "sdcourse"), generated(copy / "sdcourse")
         return [f"sdcourse/{p}: no notebook exports it" for p in sorted(have - want)] + [
-            f"sdcourse/{p}: not what its notebook exports (make sync)" for p in sorted(want)
-            if p not in have or not filecmp.cmp(root / "sdcourse" / p, copy / "sdcourse" / p, shallow=False)]
+            f"sdcourse/{p}: not what its notebook exports (make sync)"
+            for p in sorted(want)
+            if p not in have or not filecmp.cmp(root / "sdcourse" / p, copy / "sdcourse" / p, shallow=False)
+        ]
 
 
 def clean(root):
     "Clean the copy's notebooks and compare them."
     with tempfile.TemporaryDirectory() as folder:
         copy = copied(root, Path(folder))
-        if said := list(nbdev(copy, "nbdev_clean")): return said
+        if said := list(nbdev(copy, "nbdev_clean")):
+            return said
         rel = [p.relative_to(copy) for p in sorted((copy / "nbs").rglob("*.ipynb"))]
-        return [f"{p}: not clean (make sync)" for p in rel if not filecmp.cmp(root / p, copy / p, shallow=False)]
+        return [
+            f"{p}: not clean (make sync)" for p in rel if not filecmp.cmp(root / p, copy / p, shallow=False)
+        ]
 
 
 def stale(root):
     "Outputs whose code changed, and outputs that nobody can reproduce."
     for path in sorted((root / "nbs").rglob("*.ipynb")):
-        if ".ipynb_checkpoints" in path.parts: continue
-        for line in outputs.stale(path): yield f"{path.relative_to(root)}: {line} (make outputs)"
+        if ".ipynb_checkpoints" in path.parts:
+            continue
+        for line in outputs.stale(path):
+            yield f"{path.relative_to(root)}: {line} (make outputs)"
 
 
 def readme(root):
     "README.md against the index notebook."
     import readme as tool
+
     new = tool.render(json.loads((root / "nbs/index.ipynb").read_text(encoding="utf-8")))
-    if not (root / "README.md").exists() or (root / "README.md").read_text(encoding="utf-8") != new: yield "README.md is not what nbs/index.ipynb says (make readme)"
+    if not (root / "README.md").exists() or (root / "README.md").read_text(encoding="utf-8") != new:
+        yield "README.md is not what nbs/index.ipynb says (make readme)"
 
 
 def ruff(root):
-    "Undefined names and unused imports in the package, the tools and the tests."
-    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--no-cache", "--output-format", "concise", "sdcourse", "tools", "tests", "setup.py"], cwd=root, capture_output=True, text=True)
-    if done.returncode: yield from (done.stdout + done.stderr).strip().splitlines()[:-1] or ["ruff failed"]
+    """Undefined names and unused imports in the package, the tools and the tests; the layout of tools and
+    tests.
+    """
+    check = ["check", "sdcourse", "tools", "tests", "setup.py"]
+    layout = ["format", "--check", "tools", "tests"]
+    for words in (check, layout):
+        command = [
+            sys.executable,
+            "-m",
+            "ruff",
+            *words,
+            "--no-cache",
+            "--quiet",
+            "--output-format",
+            "concise",
+        ]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+        if done.returncode:
+            yield from (done.stdout + done.stderr).strip().splitlines()
 
 
-CHECKS = {"settings": settings, "export": export, "clean": clean, "outputs": stale, "readme": readme, "ruff": ruff}
+CHECKS = {
+    "settings": settings,
+    "export": export,
+    "clean": clean,
+    "outputs": stale,
+    "readme": readme,
+    "ruff": ruff,
+}
 
 
 def main(root=outputs.ROOT, names=CHECKS):

@@ -1,19 +1,30 @@
 """Run notebooks in a real JupyterLab in a real browser, and keep pictures of every page.
 
-python tools/lab_shot.py NB [NB ...]       pictures in build/shots/NAME-01.png …, exit code 1 when a cell ends in an error
+    python tools/lab_shot.py NB [NB ...]
 
-For a reader who wants to see a lesson as a learner does, and for tests/test_lab.py. Needs Chromium (apt-get install chromium) and the
-Python package playwright; no browser is downloaded. The notebook runs on a copy, so nothing in the checkout changes.
+The pictures are build/shots/NAME-01.png …; the exit code is 1 when a cell ends in an error.
+
+For a reader who wants to see a lesson as a learner does, and for tests/test_lab.py. Needs Chromium (apt-get
+install chromium) and the Python package playwright; no browser is downloaded. The notebook runs on a copy, so
+nothing in the checkout changes.
 """
+
 import json, os, shutil, signal, socket, subprocess, sys, tempfile, time, urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKEN = "sdcourse"
-QUIET = { # no question about news, no empty page after the last cell, every cell drawn
-    "@jupyterlab/apputils-extension/notification.jupyterlab-settings": {"fetchNews": "false", "checkForUpdates": False, "doNotDisturbMode": True},
-    "@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {"scrollPastEnd": False, "windowingMode": "none"},
+QUIET = {  # no question about news, no empty page after the last cell, every cell drawn
+    "@jupyterlab/apputils-extension/notification.jupyterlab-settings": {
+        "fetchNews": "false",
+        "checkForUpdates": False,
+        "doNotDisturbMode": True,
+    },
+    "@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {
+        "scrollPastEnd": False,
+        "windowingMode": "none",
+    },
 }
 ALL_DONE = """() => {
   const cells = [...jupyterapp.shell.currentWidget.content.widgets].filter(c => c.model.type === 'code' && c.model.sharedModel.getSource().trim());
@@ -43,38 +54,73 @@ def jupyter_lab(folder, home):
         (settings / name).parent.mkdir(parents=True, exist_ok=True)
         (settings / name).write_text(json.dumps(value))
     port = free_port()
-    env = {k: v for k, v in os.environ.items() if k not in ("IN_TEST", "MPLBACKEND", "PYTEST_CURRENT_TEST")} | {"HOME": str(home), "HF_HUB_OFFLINE": "1"}
-    argv = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
-        f"--IdentityProvider.token={TOKEN}", f"--ServerApp.root_dir={folder}", "--LabApp.expose_app_in_browser=True"]
-    with open(Path(home, "jupyter.log"), "wb") as log: server = subprocess.Popen(argv, env=env, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    env = {
+        k: v for k, v in os.environ.items() if k not in ("IN_TEST", "MPLBACKEND", "PYTEST_CURRENT_TEST")
+    } | {"HOME": str(home), "HF_HUB_OFFLINE": "1"}
+    argv = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        "--ip=127.0.0.1",
+        f"--port={port}",
+        "--ServerApp.port_retries=0",
+        f"--IdentityProvider.token={TOKEN}",
+        f"--ServerApp.root_dir={folder}",
+        "--LabApp.expose_app_in_browser=True",
+    ]
+    with open(Path(home, "jupyter.log"), "wb") as log:
+        server = subprocess.Popen(
+            argv,
+            env=env,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
     try:
         url = f"http://127.0.0.1:{port}"
         for _ in range(240):
-            try: urllib.request.urlopen(f"{url}/api?token={TOKEN}", timeout=2).close(); break
-            except OSError: time.sleep(0.25)
-            if server.poll() is not None: raise RuntimeError(Path(home, "jupyter.log").read_text()[-2000:])
+            try:
+                urllib.request.urlopen(f"{url}/api?token={TOKEN}", timeout=2).close()
+                break
+            except OSError:
+                time.sleep(0.25)
+            if server.poll() is not None:
+                raise RuntimeError(Path(home, "jupyter.log").read_text()[-2000:])
         yield url
     finally:
         os.killpg(server.pid, signal.SIGTERM)
-        try: server.wait(15)
-        except subprocess.TimeoutExpired: os.killpg(server.pid, signal.SIGKILL)
+        try:
+            server.wait(15)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
 
 
 @contextmanager
 def browser_page():
     "A page of the system's Chromium."
     from playwright.sync_api import sync_playwright
+
     with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=chromium(), args=["--no-sandbox", "--disable-dev-shm-usage"])
-        try: yield browser.new_page(viewport={"width": 1280, "height": 1400})
-        finally: browser.close()
+        browser = p.chromium.launch(
+            executable_path=chromium(), args=["--no-sandbox", "--disable-dev-shm-usage"]
+        )
+        try:
+            yield browser.new_page(viewport={"width": 1280, "height": 1400})
+        finally:
+            browser.close()
 
 
 def open_notebook(page, url, path):
     "Open a notebook and wait for its kernel: the status bar says idle before there is one."
     page.goto(f"{url}/lab/tree/{path}?token={TOKEN}&reset", wait_until="domcontentloaded")
     page.wait_for_function("() => window.jupyterapp?.shell?.currentWidget?.sessionContext", timeout=60_000)
-    page.evaluate("async () => { const w = jupyterapp.shell.currentWidget; await w.context.ready; await w.sessionContext.ready; await w.sessionContext.session.kernel.info; }")
+    page.evaluate(
+        "async () => { const w = jupyterapp.shell.currentWidget; await w.context.ready; await w.sessionContext.ready; await w.sessionContext.session.kernel.info; }"
+    )
 
 
 def start_all(page):
@@ -89,32 +135,43 @@ def finish(page, seconds):
     return page.evaluate(OUTPUTS)
 
 
-def errors(outputs): return [o["said"] for cell in outputs for o in cell if o["kind"] == "error"]
+def errors(outputs):
+    return [o["said"] for cell in outputs for o in cell if o["kind"] == "error"]
 
 
 def shots(page, stem):
     "Pictures of the whole notebook, one screen after the other."
     stem.parent.mkdir(parents=True, exist_ok=True)
-    for old in stem.parent.glob(f"{stem.name}-*.png"): old.unlink()
-    page.evaluate("() => { const a = jupyterapp; if (!a.shell.leftCollapsed) a.commands.execute('application:toggle-left-area'); }")
+    for old in stem.parent.glob(f"{stem.name}-*.png"):
+        old.unlink()
+    page.evaluate(
+        "() => { const a = jupyterapp; if (!a.shell.leftCollapsed) a.commands.execute('application:toggle-left-area'); }"
+    )
     page.wait_for_timeout(500)
     area = page.locator(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-WindowedPanel-outer").first
     area.evaluate("e => e.scrollTop = 0")
     for i in range(1, 200):
         page.wait_for_timeout(400)
         page.screenshot(path=f"{stem}-{i:02}.png")
-        moved = area.evaluate("e => { const was = e.scrollTop; e.scrollTop += e.clientHeight - 80; return e.scrollTop > was; }")
-        if not moved: return i
+        moved = area.evaluate(
+            "e => { const was = e.scrollTop; e.scrollTop += e.clientHeight - 80; return e.scrollTop > was; }"
+        )
+        if not moved:
+            return i
 
 
 def copy_of_lessons(folder):
     "The notebooks and what lies beside them, to run without changing the checkout."
-    shutil.copytree(ROOT / "nbs", Path(folder) / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints", "runs"))
+    shutil.copytree(
+        ROOT / "nbs", Path(folder) / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints", "runs")
+    )
 
 
 def main(names):
-    if not names: raise SystemExit(__doc__)
-    if not chromium(): raise SystemExit("no chromium: apt-get install chromium")
+    if not names:
+        raise SystemExit(__doc__)
+    if not chromium():
+        raise SystemExit("no chromium: apt-get install chromium")
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     bad = 0
     with tempfile.TemporaryDirectory() as home, tempfile.TemporaryDirectory() as work:
@@ -126,9 +183,15 @@ def main(names):
                 start_all(page)
                 said = errors(finish(page, 900))
                 stem = ROOT / "build/shots" / "-".join(rel.with_suffix("").parts[1:])
-                print(f"{rel}: {time.time() - start:.0f} s, {shots(page, stem)} pictures in {stem.parent.relative_to(ROOT)}", *said, sep="\n  ", flush=True)
+                print(
+                    f"{rel}: {time.time() - start:.0f} s, {shots(page, stem)} pictures in {stem.parent.relative_to(ROOT)}",
+                    *said,
+                    sep="\n  ",
+                    flush=True,
+                )
                 bad += bool(said)
     return int(bad > 0)
 
 
-if __name__ == "__main__": raise SystemExit(main(sys.argv[1:]))
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

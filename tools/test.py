@@ -1,23 +1,33 @@
-"""Everything that `make test` does.   python tools/test.py [pytest options]        python tools/test.py slurm        python tools/test.py sum
+"""Everything that `make test` does.
+
+    python tools/test.py [pytest options]
+    python tools/test.py slurm
+    python tools/test.py sum
 
 Two lanes of one thread each run beside each other, for half of the tests wait most of the time:
-  notebooks  tools/in_step.py (what is generated is in step with its source), then nbdev_test of every notebook
-  tests      pytest, without the tests that read a clock or need a SLURM
+  notebooks  tools/in_step.py (is what is generated in step with its source?), then nbdev_test of every notebook
+  tests      pytest, without the tests that read a clock or need a SLURM; when the notebooks are through, their lane
+             takes files of tests from the other end (tests/share.py)
 and then, with nothing beside them:
   alone      the tests that read a clock
-By itself (make test-slurm, .ci/run): the tests on a real SLURM of two nodes; they say so when there can be none.
+By itself (make test-slurm, .ci/run): the tests on a real SLURM of two nodes; they say so when there can be
+none.
 
-nbdev_test is believed only where it names each notebook as completed and prints `Success.`. Lessons keep what they trained in build/lessons, under a
-hash of package and lesson (`sdcourse.core.lesson_folder`), so that a second `make test` does not train again; CI and `make fresh` do.
+nbdev_test is believed only where it names each notebook as completed and prints `Success.`. Lessons keep what
+they trained in build/lessons, under a hash of package and lesson (`sdcourse.core.lesson_folder`), so that a
+second `make test` does not train again; CI and `make fresh` do.
 
-A stage may take as long as the machine needs. What hangs is ended: a test by its own limit (pyproject.toml), a notebook after half an hour of silence.
-Each stage leaves its counts in build/results, and the last line is `N passed, N failed`: notebooks and tests that really ran. A check that
-fails, a surviving mutant and a stage without a result count as failed. `sum` prints that line again, with the mutants when they ran.
-Nothing here reaches the network: tests/offline blocks it in every process that is started.
+A stage may take as long as the machine needs. What hangs is ended: a test by its own limit (pyproject.toml),
+a notebook after half an hour of silence. Each stage leaves its counts in build/results, and the last line is
+`N passed, N failed`: notebooks and tests that really ran. A check that fails, a surviving mutant and a stage
+without a result count as failed. `sum` prints that line again, with the mutants when they ran. Nothing here
+reaches the network: tests/offline blocks it in every process that is started.
 """
+
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -63,10 +73,19 @@ def end(child):
 
 
 def stream(argv, tag, **env):
-    "Run a command and show its lines as they come, behind a tag; (exit code, all lines). Everything that it started ends with it."
+    """Run a command and show its lines as they come, behind a tag; (exit code, all lines). Everything that it
+    started ends with it.
+    """
     child = subprocess.Popen(
-        argv, cwd=ROOT, env=os.environ | ENV | env, text=True, errors="replace", start_new_session=True,
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        argv,
+        cwd=ROOT,
+        env=os.environ | ENV | env,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     running.add(child)
     lines = []
@@ -115,7 +134,14 @@ def notebooks():
     import in_step
 
     keep("check", 0, in_step.main())
-    command = [sys.executable, str(Path(sys.executable).with_name("nbdev_test")), "--n_workers", "1", "--do_print", "--timing"]
+    command = [
+        sys.executable,
+        str(Path(sys.executable).with_name("nbdev_test")),
+        "--n_workers",
+        "1",
+        "--do_print",
+        "--timing",
+    ]
     code, lines = stream(command, "nb", PYTHONPATH=str(ROOT / "tests" / "offline"), **KEPT)
     wanted = expected()
     passed, problems = judge(code, lines, wanted)
@@ -123,27 +149,55 @@ def notebooks():
     return keep("notebooks", passed, len(problems))
 
 
-def tests(options, stage="tests", mark="not slurm and not alone"):
-    "pytest on what `mark` chooses; its counts under the name of the stage."
-    report = RESULTS / f"pytest-{stage}.xml"
+def pytest(options, name, mark, tag="py"):
+    "Run it on what `mark` chooses; {passed, failed, skipped}."
+    report = RESULTS / f"pytest-{name}.xml"
     report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-m", mark, "--durations=12", f"--junitxml={report}", *options]
-    code, _ = stream(command, "py")
+    code, _ = stream(command, tag)
     if not report.exists():
-        return keep(stage, 0, 1)
+        return dict(passed=0, failed=1, skipped=0)
     suite = xml.parse(report).getroot().find("testsuite")
     count = {k: int(suite.get(k)) for k in ("tests", "failures", "errors", "skipped")}
     failed = count["failures"] + count["errors"]
     nothing = code == 5 and not count["tests"]  # no test has this mark, or the options leave none
     passed = count["tests"] - failed - count["skipped"]
-    return keep(stage, passed, failed or int(code != 0 and not nothing), skipped=count["skipped"])
+    return dict(passed=passed, failed=failed or int(code != 0 and not nothing), skipped=count["skipped"])
+
+
+def tests(options, stage, mark):
+    "One stage of pytest."
+    return keep(stage, **pytest(options, stage, mark))
+
+
+def lanes(options):
+    "Notebooks and tests beside each other; who has run the notebooks takes tests from the other end."
+    claims = RESULTS / "claims"
+    claims.mkdir()
+    mark, parts = "not slurm and not alone", []
+
+    def second():
+        notebooks()
+        say("the notebooks are through: p2| tests from the other end")
+        parts.append(pytest(["--share", str(claims), "--backwards", *options], "tests-2", mark, "p2"))
+
+    lane = threading.Thread(target=second)
+    lane.start()
+    parts.append(pytest(["--share", str(claims), *options], "tests-1", mark))
+    lane.join()
+    count = {k: sum(part[k] for part in parts) for k in parts[0]}
+    count["failed"] += len(parts) != 2  # a lane that broke has left no counts
+    return keep("tests", **count)
 
 
 def slurm(options):
     "On a real SLURM, or a loud word that there is none."
     failed = tests(["tests/test_slurm.py", *options], "slurm", "slurm")
     if json.loads((RESULTS / "slurm.json").read_text(encoding="utf-8")).get("skipped"):
-        print("!!!! NO SLURM: the tests on a real SLURM were skipped; they need root, Linux, and Debian's slurm-wlm and munge", flush=True)
+        print(
+            "!!!! NO SLURM: the tests on a real SLURM were skipped; they need root, Linux, and Debian's slurm-wlm and munge",
+            flush=True,
+        )
     return int(failed > 0)
 
 
@@ -185,16 +239,11 @@ def leave(*_):
 def main(options):
     for s in (signal.SIGTERM, signal.SIGINT):
         signal.signal(s, leave)
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    for old in RESULTS.glob("*"):
-        old.unlink()
+    shutil.rmtree(RESULTS, ignore_errors=True)
+    RESULTS.mkdir(parents=True)
     start = time.time()
     say("two lanes, one thread each: nb| notebooks, py| tests")
-    lane = threading.Thread(target=notebooks)
-    lane.start()
-    tests(options)
-    say(f"{time.time() - start:.0f} s: pytest is through")
-    lane.join()
+    lanes(options)
     say(f"{time.time() - start:.0f} s: both lanes are through; tests that read a clock")
     tests(options, "alone", "alone")
     say("start-up times and sizes (printed, not tested)")

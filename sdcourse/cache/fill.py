@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'cache_latents', 'cache_prompts', 'cache_features', 'CacheOptions', 'LatentOptions', 'PromptOptions',
-           'FeatureOptions', 'Latents', 'moments', 'Prompts', 'Features', 'prepare', 'fill', 'cache']
+           'FeatureOptions', 'Latents', 'moments', 'Prompts', 'Features', 'prepare', 'fill', 'Filling', 'cache']
 
 # %% ../../nbs/cache/06_fill.ipynb #78ada074
 import json, re
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,15 +17,18 @@ import torch
 
 from .encoder import finite, fits
 from .encoders import open_encoder
-from .store import FORMAT, alone, check_key, extend_plan, missing, read_index, row_bytes, shard_plan, write_shard
-from ..config import Free, NonNegative, Options, Positive
-from ..core import UserError, progress, use_cpu
+from sdcourse.cache.store import (
+    FORMAT, check_key, extend_plan, missing, read_index, row_bytes, shard_plan, write_shard,
+)
+from ..config import Free, NonNegative, Positive
+from ..core import UserError
 from ..data.parallel import read_ahead
+from ..engine.work import JobOptions, LongWork, run_work
 from ..models.files import DTYPES
 
 # %% ../../nbs/cache/06_fill.ipynb #aa611cdb
 @dataclass
-class CacheOptions(Options):
+class CacheOptions(JobOptions):
     "Options that all caches share."
     model: str = "" # folder or hub name of the frozen model; in a pipeline's folder its part is found
     dtype: Literal["fp32", "bf16", "fp16"] = "fp16" # of the stored numbers
@@ -38,12 +40,6 @@ class CacheOptions(Options):
     max_samples: NonNegative[int] = 0 # only so many items of each split; 0: all
     shard_bytes: Free[Positive[int]] = 268_435_456 # of one file, about (256 MiB); a rank holds one in memory
     workers: Free[Positive[int]] = 2 # threads that read pictures ahead
-    device: Free[str] = "auto" # auto, cpu, cuda, cuda:0 or mps
-    threads: Free[NonNegative[int]] = 0 # CPU threads that compute, 0: torch's choice; bytes are equal at an equal number
-    max_seconds: Free[NonNegative[float]] = 0.0 # stop after this time, to be continued, seconds; 0: never
-    stop_before: Free[NonNegative[float]] = 60.0 # leave so long before the end of a SLURM job, seconds
-    requeue_code: Free[int] = 0 # exit code when stopped before the end, but not by a file STOP; slurm/cache.sbatch sets 75
-    hang_seconds: Free[NonNegative[float]] = 1800.0 # end all processes when none makes progress for so long, seconds; 0: never
 
     def check(self):
         "`UserError` for impossible values."
@@ -59,7 +55,8 @@ class LatentOptions(CacheOptions):
 
     def check(self):
         super().check()
-        if self.crop == "random": raise UserError("--crop random: a cache would hold the same crop for ever; use center, or train without a cache")
+        if self.crop == "random":
+            raise UserError("--crop random: a cache would hold one crop; use center, or train without a cache")
 
 @dataclass
 class PromptOptions(CacheOptions):
@@ -77,11 +74,12 @@ class FeatureOptions(CacheOptions):
 
     def check(self):
         super().check()
-        if not re.fullmatch(r"last|-?\d+", self.layer): raise UserError(f"--layer {self.layer}: give last, or the number of a hidden state")
+        if not re.fullmatch(r"last|-?\d+", self.layer):
+            raise UserError(f"--layer {self.layer}: give last, or the number of a hidden state")
 
 # %% ../../nbs/cache/06_fill.ipynb #f6403b50
 class Latents:
-    "Moments of pictures and of their mirrors: mean, std [n,2,c,h,w], and label [n] where the data set has classes."
+    "Moments of pictures and mirrors: mean, std [n,2,c,h,w], and label [n] where the data set has classes."
     kind, code, options = "latents", 1, LatentOptions
     def __init__(self, data, cfg, device):
         from sdcourse.dataset import Transform
@@ -90,7 +88,10 @@ class Latents:
         self.key = self.encoder.key | self.transform.key | {"mirror": cfg.mirror}
         self.facts = self.encoder.facts | {"classes": list(self.data.classes), "licence": self.data.licence}
 
-    def rows(self): return {s: [[k, d.digest(i), d.row(i).get("label")] for i, k in enumerate(d.ids)] for s, d in self.data.splits.items()}
+    def rows(self):
+        def row(data, i): return [data.ids[i], data.digest(i), data.row(i).get("label")]
+        return {split: [row(data, i) for i in range(len(data))] for split, data in self.data.splits.items()}
+
     def read(self, split, row): return self.transform(self.data.image(split, row))
 
     def encode(self, inputs, rows):
@@ -113,12 +114,14 @@ class Prompts:
     kind, code, options = "prompts", 1, PromptOptions
     def __init__(self, data, cfg, device):
         self.cfg, self.data = cfg, _Data(data, cfg)
-        self.encoder = open_encoder("prompts", cfg.model, device=device, precision=cfg.precision, t5_length=cfg.t5_length, layer=cfg.layer, only=cfg.only)
+        how = dict(t5_length=cfg.t5_length, layer=cfg.layer, only=cfg.only)
+        self.encoder = open_encoder("prompts", cfg.model, device=device, precision=cfg.precision, **how)
         self.key, self.facts = self.encoder.key, self.encoder.facts
 
     def rows(self):
         texts = [t for d in self.data.splits.values() for i in range(len(d)) for t in d.row(i)["texts"]]
-        if not texts: raise UserError(f"{self.data.source}: has no captions; name their column with --caption-column")
+        if not texts:
+            raise UserError(f"{self.data.source}: has no captions; name their column with --caption-column")
         return {"": [[t] for t in dict.fromkeys(["", *texts, *_lines(self.cfg.more)])]}
 
     def read(self, split, row): return row[0]
@@ -131,10 +134,14 @@ class Features:
     kind, code, options = "features", 1, FeatureOptions
     def __init__(self, data, cfg, device):
         self.cfg, self.data = cfg, _Data(data, cfg)
-        self.encoder = open_encoder("features", cfg.model, device=device, precision=cfg.precision, what=cfg.what, layer=cfg.layer if cfg.layer == "last" else int(cfg.layer))
+        layer = cfg.layer if cfg.layer == "last" else int(cfg.layer)
+        how = dict(what=cfg.what, layer=layer)
+        self.encoder = open_encoder("features", cfg.model, device=device, precision=cfg.precision, **how)
         self.key, self.facts = self.encoder.key, self.encoder.facts | {"licence": self.data.licence}
 
-    def rows(self): return {s: [[k, d.digest(i)] for i, k in enumerate(d.ids)] for s, d in self.data.splits.items()}
+    def rows(self):
+        return {s: [[k, d.digest(i)] for i, k in enumerate(d.ids)] for s, d in self.data.splits.items()}
+
     def read(self, split, row): return self.data.image(split, row)
 
     def encode(self, inputs, rows):
@@ -148,7 +155,9 @@ class _Data:
     def __init__(self, source, cfg):
         from sdcourse.dataset import pictures, splits
         self.source = source
-        self.splits = {s: pictures(source, s, image_column=cfg.image_column, caption_column=cfg.caption_column, label_column=cfg.label_column, max_samples=cfg.max_samples) for s in splits(source)}
+        chosen = ("image_column", "caption_column", "label_column", "max_samples")
+        options = {name: getattr(cfg, name) for name in chosen}
+        self.splits = {split: pictures(source, split, **options) for split in splits(source)}
         first = next(iter(self.splits.values()))
         self.classes, self.licence = first.classes, first.licence
         self._at = {}
@@ -158,13 +167,17 @@ class _Data:
         data = self.splits[split]
         if split not in self._at: self._at[split] = {str(k): i for i, k in enumerate(data.ids)}
         i = self._at[split].get(row[0])
-        if i is None or data.digest(i) != row[1]: raise UserError(f"{self.source}: picture {row[0]} changed while it was cached; run the same command again")
+        if i is None or data.digest(i) != row[1]:
+            what = f"picture {row[0]} changed while it was cached"
+            raise UserError(f"{self.source}: {what}; run the same command again")
         return data.image(i)
 
 def _lines(path):
     if not path: return []
     try: return [t.strip() for t in Path(path).read_text(encoding="utf-8").splitlines() if t.strip()]
-    except (OSError, UnicodeDecodeError) as e: raise UserError(f"--more {path}: cannot be read ({getattr(e, 'strerror', None) or 'it is not UTF-8'})") from None
+    except (OSError, UnicodeDecodeError) as e:
+        why = getattr(e, "strerror", None) or "it is not UTF-8"
+        raise UserError(f"--more {path}: cannot be read ({why})") from None
 
 # %% ../../nbs/cache/06_fill.ipynb #fcce47a4
 def prepare(
@@ -173,17 +186,20 @@ def prepare(
 ) -> tuple: # (index, rows that were added to the plan)
     "Write or extend the plan; `UserError` when the folder holds something else."
     cfg, rows = job.cfg, job.rows()
-    key = {"cache_code": job.code, "dtype": cfg.dtype, "encode_batch": cfg.encode_batch, **json.loads(json.dumps(job.key))}
+    key = {"cache_code": job.code, "dtype": cfg.dtype, "encode_batch": cfg.encode_batch}
+    key |= json.loads(json.dumps(job.key))
     index = read_index(out)
     if index:
-        if index["kind"] != job.kind: raise UserError(f"{out}: is a cache of {index['kind']}; choose another OUT")
+        if index["kind"] != job.kind:
+            raise UserError(f"{out}: is a cache of {index['kind']}; choose another OUT")
         check_key(out, index["key"], key | {k: None for k in index["key"] if k not in key})
     else:
         split, first = next(((s, r[0]) for s, r in rows.items() if r), (None, None))
         if first is None: raise UserError(f"{job.data.source}: holds nothing to encode")
         one = _stored(job.encode([job.read(split, first)], [first]), cfg.dtype, [first])
-        columns = {k: {"dtype": str(v.dtype).removeprefix("torch."), "shape": list(v.shape[1:])} for k, v in one.items()}
-        index = {"format": FORMAT, "kind": job.kind, "key": key, "columns": columns, "shards": [], "dropped": {}}
+        def column(t): return {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape[1:])}
+        index = {"format": FORMAT, "kind": job.kind, "key": key}
+        index |= {"columns": {k: column(t) for k, t in one.items()}, "shards": [], "dropped": {}}
     per_batch = row_bytes(index["columns"]) * cfg.encode_batch
     index["facts"] = job.facts
     return index, extend_plan(out, index, rows, max(1, cfg.shard_bytes // per_batch) * cfg.encode_batch)
@@ -204,13 +220,53 @@ def fill(
     "Compute one shard."
     rows, parts = shard_plan(out, shard), []
     batches = [rows[i : i + batch] for i in range(0, len(rows), batch)]
-    for some, inputs in zip(batches, read_ahead(lambda r: job.read(shard["split"], r), batches, job.cfg.workers)):
+    def read(row): return job.read(shard["split"], row)
+    for some, inputs in zip(batches, read_ahead(read, batches, job.cfg.workers)):
         if not go_on(len(some)): return False
         parts.append(_stored(job.encode(inputs, some), job.cfg.dtype, some))
     write_shard(out, shard, {k: torch.cat([p[k] for p in parts]) for k in parts[0]})
     return True
 
 # %% ../../nbs/cache/06_fill.ipynb #3e035689
+class Filling(LongWork):
+    "The shards of a cache."
+    unit = "row"
+    def __init__(self,
+        out, # folder of the cache
+        job, # `Latents`, `Prompts` or `Features`
+    ):
+        self.out, self.job = out, job
+        self.name = job.kind
+
+    def claim(self): self.index, self.added = prepare(self.out, self.job)
+
+    def todo(self):
+        self.planned = missing(self.out, self.index)
+        return self.planned
+
+    def size(self, unit): return unit["rows"]
+    def about(self, unit): return f"caching {unit['name']}"
+    def do(self, unit, go_on): fill(self.out, unit, self.job, batch=self.job.cfg.encode_batch, go_on=go_on)
+    def left(self): return len(missing(self.out, read_index(self.out)))
+
+    def notes(self):
+        encoder, found = self.job.encoder, []
+        if encoder.retried:
+            what = f"{encoder.retried:,} results overflowed {encoder.precision}"
+            found.append(f"{what} and were computed again in fp32")
+        for name, n in getattr(encoder, "cut", {}).items():
+            if n: found.append(f"{n:,} captions were too long for {name} and are cut")
+        return found
+
+    def report(self, left, stopped):
+        if left:
+            print(f"{self.out}: stopped ({stopped}), {left} shards are left; the same command goes on")
+            return
+        rows = sum(s["rows"] for s in self.planned)
+        done = f"{rows:,} rows computed" if rows else "nothing to do"
+        new = f", {self.added:,} of them new in the plan" if self.added and self.added != rows else ""
+        print(f"{self.out}: whole; {done}{new}")
+
 def cache(
     kind: str, # latents, prompts or features
     data, # folder of a data set, tars, or the name of a hub set
@@ -218,46 +274,8 @@ def cache(
     cfg: CacheOptions, # of this kind
 ) -> int: # exit code: 0 when it is whole
     "Make a cache, or complete it, on all ranks."
-    from sdcourse.engine.dist import job as begin
     cfg.check()
-    with begin(out, device=cfg.device, max_seconds=cfg.max_seconds, margin=cfg.stop_before, hang_seconds=cfg.hang_seconds) as j, ExitStack() as held:
-        use_cpu(cfg.threads, j.ranks.device.type)
-        todo = added = None
-        with j.ranks.together():
-            work = KINDS[kind](data, cfg, j.ranks.device)
-            if j.ranks.main:
-                held.enter_context(alone(out))
-                index, added = prepare(out, work)
-                todo = missing(out, index)
-        todo = j.ranks.gather(todo)[0]
-        with j.ranks.together(): _fill_mine(j, out, j.ranks.mine(todo), work)
-        left = j.ranks.gather(len(missing(out, read_index(out))))[0]
-        stopped, notes = j.reason(), [n for found in j.ranks.gather(list(_notes(work.encoder))) for n in found]
-        if j.ranks.main: _report(out, added, todo, left, stopped, notes); j.flag.clear_file()
-    return cfg.requeue_code if left and stopped != "file STOP" else 0
-
-def _fill_mine(j, out, shards, work):
-    with progress(total=sum(s["rows"] for s in shards), desc=work.kind, unit="row") as bar:
-        def go_on(rows):
-            bar.update(rows)
-            return not j.raised()
-        try:
-            for s in shards:
-                j.beat(f"caching {s['name']}")
-                if not fill(out, s, work, batch=work.cfg.encode_batch, go_on=go_on): return
-        except BaseException: j.flag.raise_("another rank was refused"); j.raised(); raise
-
-def _notes(encoder):
-    "What somebody should know about the numbers of this rank."
-    if encoder.retried: yield f"{encoder.retried:,} results overflowed {encoder.precision} and were computed again in fp32"
-    for name, n in getattr(encoder, "cut", {}).items():
-        if n: yield f"{n:,} captions were too long for {name} and are cut"
-
-def _report(out, added, todo, left, stopped, notes):
-    for n in notes: print(f"{out}: {n}")
-    rows = sum(s["rows"] for s in todo)
-    if left: print(f"{out}: stopped ({stopped}), {left} shards are left; the same command goes on")
-    else: print(f"{out}: whole; {f'{rows:,} rows computed' if rows else 'nothing to do'}" + (f", {added:,} of them new in the plan" if added and added != rows else ""))
+    return run_work(out, cfg, lambda device: Filling(out, KINDS[kind](data, cfg, device)))
 
 cache_latents = partial(cache, "latents")
 cache_prompts = partial(cache, "prompts")

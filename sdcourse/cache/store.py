@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'check_key', 'read_index', 'shard_plan', 'planned', 'row_bytes', 'extend_plan', 'write_shard', 'read_shard',
-           'missing', 'alone', 'Cache', 'Joined']
+           'missing', 'Cache', 'Joined']
 
 # %% ../../nbs/cache/05_store.ipynb #28245194
-import fcntl, hashlib, json, os
-from contextlib import contextmanager
+import hashlib, json, os
 from pathlib import Path
 
 import numpy as np
@@ -122,23 +121,6 @@ def missing(
     "What is still to be computed."
     there = set(os.listdir(folder))
     return [s for s in index["shards"] if f"{s['name']}.safetensors" not in there]
-
-# %% ../../nbs/cache/05_store.ipynb #4d486502
-@contextmanager
-def alone(
-    folder, # of the cache; is made when it is not there
-):
-    "Hold the folder, and sweep up what a kill left; `UserError` when another process works in it."
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    fd = os.open(folder, os.O_RDONLY)
-    try:
-        try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise UserError(f"{folder}: another process is working in it; wait for its end") from None
-        except OSError: pass
-        for p in folder.glob(".*.tmp"): p.unlink()
-        yield
-    finally: os.close(fd)
 
 # %% ../../nbs/cache/05_store.ipynb #4d583f5c
 class Cache:

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['JOIN', 'OWN', 'manifest_folder', 'shipped', 'check_manifest', 'load_manifest', 'described', 'origin', 'is_inside',
-           'shown', 'tsv_rows', 'table_rows', 'walk', 'digest', 'pick_layout', 'verify', 'inventory', 'Verify',
-           'verify_folder']
+           'shown', 'tsv_rows', 'table_rows', 'walk', 'digest', 'check_rows', 'pick_layout', 'verify', 'inventory',
+           'Verify', 'verify_folder']
 
 # %% ../../nbs/data/01_manifests.ipynb #02f6bbb8
 import csv, hashlib, json, os, re
@@ -177,7 +177,13 @@ def _check_bytes(entry, name, size, path, bar):
         if kind in entry and (now := digest(path, kind, bar)) != entry[kind]:
             yield f"altered: {shown(name)} ({kind} {now[:12]}… instead of {entry[kind][:12]}…)"
 
-def _check_rows(entry, name, path, found, tally):
+def check_rows(
+    entry: dict, # of the manifest: columns, and the one that names files
+    name: str, # of the table, relative to the data folder
+    path, # where it lies
+    found: dict, # {file: size} of the data folder
+    tally: dict, # its "rows" is counted up
+): # yields problems
     "Columns and file names of one table; its rows are counted in `tally`."
     folder, named, lacking = str(PurePosixPath(name).parent), set(), set()
     where = lambda n: n if folder == "." else f"{folder}/{n}"
@@ -214,7 +220,7 @@ def _check_entry(entry, names, found, folder, bar):
         try:
             yield from _check_bytes(entry, name, found[name], folder/name, bar)
             if "lines" in entry: tally["lines"] += _count_lines(folder/name)
-            if "columns" in entry: yield from _check_rows(entry, name, folder/name, found, tally)
+            if "columns" in entry: yield from check_rows(entry, name, folder/name, found, tally)
         except (OSError, UnicodeDecodeError) as e: yield f"unreadable: {shown(name)} ({getattr(e, 'strerror', None) or 'not UTF-8'})"
     for what, n in tally.items():
         if entry.get(what, n) != n: yield f"altered: {entry['path']} ({n:,} {what} instead of {entry[what]:,})"

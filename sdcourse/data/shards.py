@@ -19,7 +19,7 @@ import numpy as np
 from ..config import NonNegative, Options, Positive
 from ..core import UserError, atomic_path, disk_error, progress, read_json, write_json, write_text
 from .images import BadImage, open_image
-from .manifests import _check_rows, described, digest, is_inside, shown, table_rows, walk
+from .manifests import check_rows, described, digest, is_inside, shown, table_rows, walk
 from .prepare import Work
 from .scan import excluded
 
@@ -68,7 +68,7 @@ def read_samples(
     if not tables: raise UserError(f"{folder}: holds neither tars nor SPLIT/metadata.jsonl; give a folder that sdcourse prepare made")
     splits, bad = {}, excluded(folder)
     for table in tables:
-        problems += _check_rows({"columns": ["file_name"], "names": "file_name"}, table, folder/table, found, {"rows": 0})
+        problems += check_rows({"columns": ["file_name"], "names": "file_name"}, table, folder/table, found, {"rows": 0})
         if problems: raise UserError(f"{folder}: {problems[0]}" + (f" and {len(problems) - 1} more" if problems[1:] else "") + "; mend or remove it (sdcourse verify)")
         split = table.split("/")[0]
         splits[split] = [_sample(folder/table, row, found[name]) for _, row in table_rows(folder/table) if (name := f"{split}/{row['file_name']}") not in bad]
@@ -225,7 +225,10 @@ class TarSet:
         if len(data) != size: raise UserError(f"{self.folder/name}: ends inside {self.id(i)}; it changed after it was indexed")
         return data
 
-    def _caption(self, i):
+    def fields(self,
+        i: int, # number of the sample
+    ) -> dict: # of its JSON, with text and label where there are any
+        "What is known of a sample; its picture is not read."
         fields = json.loads(self.read(i, "json") or b"{}")
         if not isinstance(fields, dict): fields = {"json": fields}
         if (text := self.read(i, "txt")) is not None: fields["text"] = text.decode().strip()
@@ -235,7 +238,7 @@ class TarSet:
     def __getitem__(self, i): # {"id", "image": PIL RGB, "text", "label", and the fields of its JSON}
         i = range(len(self))[i]
         where = f"{self.id(i)} of {self.folder/self.tars[self.tar[i]]}"
-        try: return self._caption(i) | {"id": self.id(i), "image": open_image(self.read(i))}
+        try: return self.fields(i) | {"id": self.id(i), "image": open_image(self.read(i))}
         except BadImage as e: raise BadImage(e.kind, f"{e.detail}: {where}; scan before you pack") from None
         except ValueError as e: raise UserError(f"{where}: its caption is broken ({' '.join(str(e).split())}); make the tar again") from None
 

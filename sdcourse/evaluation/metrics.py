@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from ..core import UserError, nearest
 from ..data.sets.digits import digits
-from .distances import Number, _floors, cmmd, cubic, kid, measured, mmd2, prdc, spread
+from .distances import Number, real_floors, cmmd, cubic, kid, measured, mmd2, prdc, spread
 from .memorise import closeness, neighbours
 from .stats import Moments, frechet, load_stats, wilson
 
@@ -140,9 +140,9 @@ def fd(c: Case):
     draws = min(c.draws, 200 if c.a.shape[1] <= 256 else 10) # the root of a large matrix takes seconds
     if c.b is None:
         if c.label("FD") == "FID" and len(c.a) < 2048 and not c.force: return [measured("FID", fn, c.a, c.a)] # refuses
-        half = 1.959964 * spread(lambda r: fn(c.a[r], b), len(c.a), blocks=c.blocks, draws=draws, seed=c.seed) if draws else None
-        value = fn(c.a, b)
-        return [Number(c.label("FD"), value, len(c.a), half and value - half, half and value + half, how=dict(c.how, seed=c.seed))]
+        half = None
+        if draws: half = 1.959964 * spread(lambda r: fn(c.a[r], b), len(c.a), blocks=c.blocks, draws=draws, seed=c.seed)
+        return [Number.around(c.label("FD"), fn(c.a, b), half, len(c.a), how=dict(c.how, seed=c.seed))]
     return [measured(c.label("FD"), fn, c.a, b, real=c.real(), classes=c.classes, blocks=c.blocks, draws=draws,
                      how=c.how, force=c.force, seed=c.seed)]
 
@@ -156,9 +156,11 @@ def kernel(c: Case):
     found = kid(c.a, c.b)
     only = lambda x, y: mmd2(*(cubic(p.double(), q.double()) for p, q in ((x, x), (y, y), (x, y))))
     real = c.real()
-    floors = _floors(only, real, c.b, len(c.a), c.seed, classes=c.classes) if real is not None else []
+    floors = real_floors(only, real, c.b, len(c.a), c.seed, classes=c.classes) if real is not None else []
     half = 1.959964 * found["se"]
-    return [Number(c.label("KID"), found["value"], len(c.a), found["value"] - half, found["value"] + half, sum(floors) / len(floors) if floors else None, max(floors, default=None), dict(c.how, seed=c.seed))]
+    floor = sum(floors) / len(floors) if floors else None
+    how = dict(c.how, seed=c.seed)
+    return [Number.around(c.label("KID"), found["value"], half, len(c.a), floor=floor, floor_high=max(floors, default=None), how=how)]
 
 def clip_mmd(c: Case):
     "Distance of CLIP's features."
@@ -197,7 +199,7 @@ def paired_truth(c: Case):
     out = []
     for name, each in c.each.items():
         half = 1.959964 * spread(lambda r: each[r].mean().item(), len(each), blocks=c.blocks, draws=1000, seed=c.seed)
-        out.append(Number(name, each.mean().item(), len(each), each.mean().item() - half, each.mean().item() + half, how=dict(c.how, seed=c.seed)))
+        out.append(Number.around(name, each.mean().item(), half, len(each), how=dict(c.how, seed=c.seed)))
     return out
 
 def variety(c: Case):
@@ -210,7 +212,8 @@ def variety(c: Case):
     c.need("variety needs several pictures of each prompt: sdcourse generate --images-per-prompt 4", bool(groups))
     each = torch.stack([between(c.distance, pixels_of(c.data, g), seed=c.seed).mean() for g in groups])
     half = 1.959964 * each.std().item() / len(each) ** 0.5 if len(each) > 1 else None
-    return [Number(f"variety, {c.distance.name}", each.mean().item(), sum(map(len, groups)), half and each.mean().item() - half, half and each.mean().item() + half, how=dict(c.how), note=f"{len(groups)} prompts")]
+    name, n = f"variety, {c.distance.name}", sum(map(len, groups))
+    return [Number.around(name, each.mean().item(), half, n, how=dict(c.how), note=f"{len(groups)} prompts")]
 
 def asked(c: Case):
     "Share of pictures that show what was asked for."
@@ -250,7 +253,7 @@ def clip_score(c: Case):
     c.need("CLIP score needs captions, and the judged pictures have none", None not in texts)
     each = 100 * clip_cosines(c.extractor.folder, [c.data.image(i) for i in range(len(c.data))], texts).clamp(min=0)
     half = 1.959964 * spread(lambda r: each[r].mean().item(), len(each), blocks=c.blocks, draws=1000, seed=c.seed)
-    return [Number("CLIP score", each.mean().item(), len(each), each.mean().item() - half, each.mean().item() + half, how=dict(c.how, seed=c.seed))]
+    return [Number.around("CLIP score", each.mean().item(), half, len(each), how=dict(c.how, seed=c.seed))]
 
 def memorised(c: Case):
     "Do samples lie closer to the training set than real pictures do? In features, at equal N."
@@ -259,8 +262,10 @@ def memorised(c: Case):
     ours, real = (neighbours(x, c.train)[1] for x in (c.a, c.b))
     found, below = closeness(ours, real), (ours[:, None] < real).double().mean(1)
     half = 1.959964 * spread(lambda r: below[r].mean().item(), len(ours), blocks=c.blocks, draws=1000, seed=c.seed)
-    return [Number(f"closer to training{c.label('')}", found["closer"], len(c.a), found["closer"] - half, found["closer"] + half, floor=0.5, floor_high=0.5, how=dict(c.how, seed=c.seed), note="0.5 for new real pictures, 1 for copies"),
-            Number(f"copies{c.label('')}", found["copies"], len(c.a), floor=0.05, floor_high=0.05, how=dict(c.how), note="as close as the closest 5 % of real pictures")]
+    new = dict(floor=0.5, floor_high=0.5, note="0.5 for new real pictures, 1 for copies")
+    closer = Number.around(f"closer to training{c.label('')}", found["closer"], half, len(c.a), how=dict(c.how, seed=c.seed), **new)
+    few = dict(floor=0.05, floor_high=0.05, note="as close as the closest 5 % of real pictures")
+    return [closer, Number(f"copies{c.label('')}", found["copies"], len(c.a), how=dict(c.how), **few)]
 
 METRICS = {"fd": fd, "kid": kernel, "cmmd": clip_mmd, "prdc": shares, "memorisation": memorised, "asked": asked, "pairs": paired_truth, "variety": variety, "clip-score": clip_score} # name -> function of a `Case`
 

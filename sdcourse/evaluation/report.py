@@ -97,8 +97,10 @@ def differences(
     b, out = theirs.a[rows], []
     if "fd" in kinds and ours.b is not None:
         fn = lambda r: frechet(ours.a[r], ours.b) - frechet(b[r], ours.b)
-        value, half = fn(torch.arange(len(b))), 1.959964 * spread(fn, len(b), blocks=ours.blocks, draws=max(2, min(ours.draws, 100 if b.shape[1] <= 256 else 10)), seed=ours.seed)
-        out.append(Number(f"{ours.label('FD')}: {name}", value, len(b), value - half, value + half, how=dict(ours.how, seed=ours.seed)))
+        draws = max(2, min(ours.draws, 100 if b.shape[1] <= 256 else 10)) # the root of a large matrix takes seconds
+        half = 1.959964 * spread(fn, len(b), blocks=ours.blocks, draws=draws, seed=ours.seed)
+        how = dict(ours.how, seed=ours.seed)
+        out.append(Number.around(f"{ours.label('FD')}: {name}", fn(torch.arange(len(b))), half, len(b), how=how))
     if "pairs" in kinds:
         mine, other = ours.each, theirs.each
         out += [paired(f"{k}: {name}", v, other[k][rows], blocks=ours.blocks, how=dict(ours.how), seed=ours.seed) for k, v in mine.items()]
@@ -136,8 +138,8 @@ def plot(
     path, # .png
 ):
     "Each measure in a panel: models with their intervals, real pictures as a band."
-    from sdcourse.plot import COLORS, CYCLE, _pyplot
-    plt, names = _pyplot(), list(dict.fromkeys(n.name for ns in found.values() for n in ns))
+    from sdcourse.plot import COLORS, CYCLE, pyplot
+    plt, names = pyplot(), list(dict.fromkeys(n.name for ns in found.values() for n in ns))
     fig, axes = plt.subplots(-(-len(names) // 3), min(3, len(names)), figsize=(9, 0.7 + (0.7 + 0.28 * len(found)) * -(-len(names) // 3)), squeeze=False, layout="constrained")
     for ax in axes.ravel()[len(names):]: ax.axis("off")
     for ax, k in zip(axes.ravel(), names):
@@ -215,7 +217,7 @@ def curves(
     folder: Path, # for curve-….png
 ) -> str: # Markdown
     "One picture for each measure."
-    from sdcourse.plot import COLORS, _pyplot, plot_curves
+    from sdcourse.plot import COLORS, pyplot, plot_curves
     order, files = sorted(found, key=at.get), []
     for k in dict.fromkeys(n.name for ns in found.values() for n in ns):
         ns = [next((n for n in found[m] if n.name == k), None) for m in order]
@@ -227,7 +229,7 @@ def curves(
         if ns[0].floor is not None: ax.axhspan(ns[0].floor, ns[0].floor_high, color=COLORS["truth"], alpha=0.3, lw=1)
         files.append(f"curve-{re.sub(r'[^a-z0-9]+', '-', k.lower()).strip('-')}.png")
         ax.figure.savefig(folder/files[-1], dpi=110, facecolor="white")
-        _pyplot().close(ax.figure)
+        pyplot().close(ax.figure)
     return "\n".join(["", f"## Over {option}", "", *(f"![{f}]({f})" for f in files)]) + "\n"
 
 # %% ../../nbs/evaluation/08_report.ipynb #07e7f7c1
