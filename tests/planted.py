@@ -3,6 +3,9 @@
 `old` occurs exactly once in the file. `tests/mutants.py` plants them one at a time.
 """
 PLANTED = {
+    ('tools/test.py', 'tests/test_share.py'): [
+        ('share: the folder of claims is taken for one of tests', '[f"--share={claims}", *', '["--share", str(claims), *', 'test_each_test_runs_once_and_is_reported_once'),
+    ],
     ('tests/share.py', 'tests/test_share.py'): [
         ('share: both run every file', 'touch(exist_ok=False)', 'touch()', 'test_each_test_runs_once_and_is_reported_once'),
         ('share: a file is claimed once per test', 'if path not in self.mine:', 'if True:', 'test_each_test_runs_once_and_is_reported_once'),

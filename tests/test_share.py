@@ -7,6 +7,7 @@ import xml.etree.ElementTree as xml
 from pathlib import Path
 
 import pytest
+import test as tool  # tools/test.py
 
 HERE = Path(__file__).resolve().parent
 FILE = """
@@ -33,6 +34,7 @@ def suite(tmp_path):
     folder, log = tmp_path / "tests", tmp_path / "log"
     folder.mkdir()
     (tmp_path / "claims").mkdir()
+    (tmp_path / "pyproject.toml").write_text('[tool.pytest.ini_options]\ntestpaths = ["tests"]\n')
     (folder / "conftest.py").write_text("from share import pytest_addoption, pytest_configure\n")
     for k in range(6):
         text = FILE.format(log=str(log), name=f"file{k}", good=k != 2)
@@ -40,11 +42,12 @@ def suite(tmp_path):
     return tmp_path
 
 
-def start(suite, name, *options):
+def start(suite, name, **how):
+    "As tools/test.py does it: no folder is named, and that of the claims is there."
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={name}.xml"]
     env = os.environ | {"PYTHONPATH": str(HERE)}
     where = dict(cwd=suite, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    return subprocess.Popen([*command, *options, "tests"], **where)
+    return subprocess.Popen([*command, *tool.share(suite / "claims", **how)], **where)
 
 
 def counts(suite, name):
@@ -53,7 +56,7 @@ def counts(suite, name):
 
 
 def test_each_test_runs_once_and_is_reported_once(suite):
-    both = [start(suite, "a", "--share", "claims"), start(suite, "b", "--share", "claims", "--backwards")]
+    both = [start(suite, "a"), start(suite, "b", backwards=True)]
     codes = [p.wait(120) for p in both]
     lines = [line.split() for line in (suite / "log").read_text().splitlines()]
     ran = [(name, i) for name, what, i, *_ in lines if what == "test"]
@@ -65,8 +68,8 @@ def test_each_test_runs_once_and_is_reported_once(suite):
 
 
 def test_backwards_begins_at_the_end_and_one_alone_does_all(suite):
-    assert start(suite, "a", "--share", "claims", "--backwards").wait(120) == 1
+    assert start(suite, "a", backwards=True).wait(120) == 1
     names = [line.split()[0] for line in (suite / "log").read_text().splitlines()]
     assert [*dict.fromkeys(names)] == [f"file{k}" for k in reversed(range(6))]
     assert counts(suite, "a") == (18, 1)
-    assert start(suite, "b", "--share", "claims").wait(120) == 0 and counts(suite, "b") == (0, 0)
+    assert start(suite, "b").wait(120) == 0 and counts(suite, "b") == (0, 0)

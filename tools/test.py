@@ -170,6 +170,11 @@ def tests(options, stage, mark):
     return keep(stage, **pytest(options, stage, mark))
 
 
+def share(claims, backwards=False):
+    "Options of tests/share.py; in one word, or pytest would look for its configuration in that folder."
+    return [f"--share={claims}", *(["--backwards"] if backwards else [])]
+
+
 def lanes(options):
     "Notebooks and tests beside each other; who has run the notebooks takes tests from the other end."
     claims = RESULTS / "claims"
@@ -179,11 +184,11 @@ def lanes(options):
     def second():
         notebooks()
         say("the notebooks are through: p2| tests from the other end")
-        parts.append(pytest(["--share", str(claims), "--backwards", *options], "tests-2", mark, "p2"))
+        parts.append(pytest([*share(claims, backwards=True), *options], "tests-2", mark, "p2"))
 
     lane = threading.Thread(target=second)
     lane.start()
-    parts.append(pytest(["--share", str(claims), *options], "tests-1", mark))
+    parts.append(pytest([*share(claims), *options], "tests-1", mark))
     lane.join()
     count = {k: sum(part[k] for part in parts) for k in parts[0]}
     count["failed"] += len(parts) != 2  # a lane that broke has left no counts
