@@ -3,6 +3,10 @@
 `old` occurs exactly once in the file. `tests/mutants.py` plants them one at a time.
 """
 PLANTED = {
+    ('sdcourse/engine/work.py', 'tests/test_work.py'): [
+        ('work: deaf within a unit', '            return not j.raised()', '            return True', 'test_a_stop_is_heard_within_a_unit'),
+        ('work: the next unit begins after a stop', '                if j.raised(): return\n', '', 'test_a_stop_is_heard_within_a_unit'),
+    ],
     ('tools/test.py', 'tests/test_share.py'): [
         ('share: the folder of claims is taken for one of tests', '[f"--share={claims}", *', '["--share", str(claims), *', 'test_each_test_runs_once_and_is_reported_once'),
     ],
@@ -730,6 +734,7 @@ PLANTED = {
         ('cache: half files of a kill stay', 'for p in folder.glob(".*.tmp"): p.unlink()', '', 'test_one_process_at_a_time_and_leftovers_go'),
     ],
     ('sdcourse/cache/fill.py', 'tests/test_fill.py'): [
+        ('cache: a shard is computed to its end after a stop', 'if not go_on(len(some)): return False', 'go_on(len(some))', 'test_a_shard_is_left_between_two_batches'),
         ('cache: the mirror is the mirrored latent', 'for x in ((pixels, pixels.flip(-1)) if mirror else (pixels,))]', 'for x in ((pixels, pixels) if mirror else (pixels,))]', 'test_latents_are_the_moments_of_picture_and_mirror'),
         ('cache: labels of other rows', 'labels = [r[2] for r in rows]', 'labels = [r[2] for r in rows][::-1]', 'test_latents_are_the_moments_of_picture_and_mirror'),
         ('cache: the settings are not compared', 'check_key(out, index["key"], key |', 'check_key(out, key, key |', 'test_a_cache_of_other_settings_is_refused[resolution-over2-size: 16 -> 8]'),
@@ -747,7 +752,6 @@ PLANTED = {
     ('sdcourse/engine/work.py', 'tests/test_fill.py'): [
         ('cache: all ranks compute everything', '_do_mine(j, work, j.ranks.mine(todo))', '_do_mine(j, work, todo)', 'test_two_ranks_share_whole_shards_and_make_the_same_bytes'),
         ('cache: a refused rank lets the others go on', '            j.flag.raise_("another rank was refused")\n            j.raised()\n', '', 'test_a_rank_that_is_refused_ends_all_with_its_words'),
-        ('cache: deaf between batches', '            return not j.raised()', '            return True', 'test_asked_to_stop_it_leaves_soon_and_goes_on_later[SIGTERM]'),
         ('cache: STOP is requeued', 'return cfg.requeue_code if left and stopped != "file STOP" else 0', 'return cfg.requeue_code if left else 0', 'test_asked_to_stop_it_leaves_soon_and_goes_on_later[STOP]'),
     ],
     ('sdcourse/engine/dist.py', 'tests/test_fill.py'): [

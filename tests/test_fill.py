@@ -20,7 +20,7 @@ import tiny_models
 import warm
 from sdcourse import cli
 from sdcourse.cache import fill as module
-from sdcourse.cache.fill import FeatureOptions, LatentOptions, PromptOptions, cache
+from sdcourse.cache.fill import KINDS, FeatureOptions, LatentOptions, PromptOptions, cache, fill, prepare
 from sdcourse.cache.store import Cache, read_index
 from sdcourse.core import UserError
 
@@ -352,6 +352,19 @@ def test_asked_to_stop_it_leaves_soon_and_goes_on_later(world, whole, tmp_path, 
         Cache(out)
     assert cache("latents", world[0], out, options(world[1])) == 0
     assert content(out) == content(whole) and before.items() <= content(out).items()
+
+
+def test_a_shard_is_left_between_two_batches(world, tmp_path):
+    "What was computed of it is forgotten: a shard is whole or absent."
+    cfg = options(world[1], encode_batch=1)
+    job = KINDS["latents"](world[0], cfg, "cpu")
+    (tmp_path / "c").mkdir()
+    index, _ = prepare(tmp_path / "c", job)
+    shard, answers = index["shards"][0], iter([True, False])
+    assert shard["rows"] > 2
+    assert fill(tmp_path / "c", shard, job, batch=1, go_on=lambda n: next(answers)) is False
+    assert not shards_of(tmp_path / "c") and next(answers, None) is None
+    assert fill(tmp_path / "c", shard, job, batch=1, go_on=lambda n: True) and shards_of(tmp_path / "c")
 
 
 def test_a_rank_that_is_refused_ends_all_with_its_words(world, whole, tmp_path):
