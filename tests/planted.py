@@ -19,8 +19,9 @@ PLANTED = {
         ('readme: a module has no line', '  - [meter](', '  [meter](', 'test_readme_shows_a_line_for_each_module'),
     ],
     ('tools/page.py', 'tests/test_repo.py'): [
+        ('page: figures are not in order', '_{cell_index:03}_', '_{cell_index}_', 'test_a_page_shows_what_a_learner_reads'),
         ('page: what is hidden is shown', 'if not (c.cell_type == "code" and re.search(HIDDEN, c.source))', 'if True', 'test_a_page_shows_what_a_learner_reads'),
-        ('page: figures lie in the text', '{"enabled": True}', '{"enabled": False}', 'test_a_page_shows_what_a_learner_reads'),
+        ('page: figures lie in the text', '{"enabled": True,', '{"enabled": False,', 'test_a_page_shows_what_a_learner_reads'),
         ('page: pictures of the text are lost', 'if place.is_file() else', 'if False else', 'test_a_page_shows_what_a_learner_reads'),
     ],
     ('sdcourse/engine/meter.py', 'tests/test_floors.py'): [

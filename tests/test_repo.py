@@ -382,6 +382,7 @@ def test_a_page_shows_what_a_learner_reads(tmp_path):
     page.main([str(tmp_path / "x.ipynb"), str(tmp_path / "out")])
     text = (tmp_path / "out/x.html").read_text(encoding="utf-8")
     [picture] = (tmp_path / "out/x_files").iterdir()
+    assert picture.name == "x_001_0.png"
     assert picture.read_bytes() == base64.b64decode(dot) and f"x_files/{picture.name}" in text
     assert "Why" in text and "shown" in text and "secret" not in text
     assert (tmp_path / "pictures/a.png").as_uri() in text

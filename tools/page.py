@@ -26,8 +26,12 @@ def page(path, out):
     for cell in nb.cells:
         if cell.cell_type == "markdown":
             cell.source = relinked(cell.source, path.parent)
+    names = "{unique_key}_{cell_index:03}_{index}{extension}"  # so that a sorted list is in order
     extract = Config(
-        {"ExtractOutputPreprocessor": {"enabled": True}, "FilesWriter": {"build_directory": str(out)}}
+        {
+            "ExtractOutputPreprocessor": {"enabled": True, "output_filename_template": names},
+            "FilesWriter": {"build_directory": str(out)},
+        }
     )
     resources = {
         "unique_key": path.stem,
