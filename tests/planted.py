@@ -746,7 +746,7 @@ PLANTED = {
         ('cache: a picture that changed is not noticed', 'if i is None or data.digest(i) != row[1]', 'if i is None', 'test_a_picture_that_changes_meanwhile_is_noticed'),
         ('cache: digests are not in the plan', 'return [data.ids[i], data.digest(i), data.row(i)', 'return [data.ids[i], "", data.row(i)', 'test_a_changed_picture_is_computed_again_and_a_new_one_added'),
         ('cache: the last batch of a shard is lost', 'batches = [rows[i : i + batch] for i in range(0, len(rows), batch)]', 'batches = [rows[i : i + batch] for i in range(0, len(rows) - batch + 1, batch)] or [rows]', 'test_features_are_those_of_the_model'),
-        ('cache: half a shard is written', 'if not go_on(len(some)): return False', 'if not go_on(len(some)): break', 'test_asked_to_stop_it_leaves_soon_and_goes_on_later[SIGTERM]'),
+        ('cache: half a shard is written', 'if not go_on(len(some)): return False', 'if not go_on(len(some)): break', 'test_a_shard_is_left_between_two_batches'),
         ('cache: random crops are frozen', '        if self.crop == "random":\n', '        if False:\n', 'test_wrong_input_is_refused_in_one_line_before_anything_is_written'),
         ('cache: stored as it was computed', 'return tensors | fits(floats, DTYPES[dtype], [r[0] for r in rows])', 'return tensors', 'test_smaller_formats_round_once[fp16-kind0-0.0009765625]'),
     ],
