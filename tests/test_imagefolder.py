@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from sdcourse.core import UserError
-from sdcourse.data.imagefolder import Job, MakeOne, build, check_jobs, read_lines
+from sdcourse.data.imagefolder import MakeOne, PictureJob, build_folder, check_jobs, read_lines
 from sdcourse.data.manifests import load_manifest, verify
 from sdcourse.data.prepare import Failed, Prepare
 
@@ -18,7 +18,7 @@ ORIGIN = load_manifest("digits")
 CHILD = """
 import sys, time
 from PIL import Image
-from sdcourse.data.imagefolder import Job, build
+from sdcourse.data.imagefolder import PictureJob, build_folder
 from sdcourse.data.manifests import load_manifest
 from sdcourse.data.prepare import Prepare
 from sdcourse.engine.stop import StopFlag
@@ -27,8 +27,8 @@ def make(i):
     if i == 7: raise ValueError("seven")
     return Image.new("RGB", (16, 16), (i, 2 * i % 256, 0))
 if __name__ == "__main__":
-    jobs = [Job("val" if i % 4 == 0 else "train", f"{i:03}.png", {"id": i}, (i,)) for i in range(120)]
-    with StopFlag(sys.argv[1] + ".partial") as flag: sys.exit(0 if build(sys.argv[1], jobs, make, Prepare(workers=int(sys.argv[2])), name="toy", origin=load_manifest("digits"), flag=flag) else 3)
+    jobs = [PictureJob("val" if i % 4 == 0 else "train", f"{i:03}.png", {"id": i}, (i,)) for i in range(120)]
+    with StopFlag(sys.argv[1] + ".partial") as flag: sys.exit(0 if build_folder(sys.argv[1], jobs, make, Prepare(workers=int(sys.argv[2])), name="toy", origin=load_manifest("digits"), flag=flag) else 3)
 """
 
 
@@ -41,11 +41,11 @@ def broken(i):
 
 
 def made(out, jobs, make=paint, options=Prepare(workers=1), **more):
-    return build(out, jobs, make, options, name="toy", origin=ORIGIN, **more)
+    return build_folder(out, jobs, make, options, name="toy", origin=ORIGIN, **more)
 
 
 def plan(n=20):
-    return [Job("train" if i % 2 else "test", f"{i}.png", {"id": i}, (i,)) for i in range(n)]
+    return [PictureJob("train" if i % 2 else "test", f"{i}.png", {"id": i}, (i,)) for i in range(n)]
 
 
 def tree(folder):
@@ -141,13 +141,13 @@ def test_a_stop_is_answered_and_the_same_command_goes_on(tmp_path, script, how):
 
 def test_bytes_are_copied_as_they_are_and_pictures_are_encoded(tmp_path):
     (tmp_path / "train").mkdir()
-    row = MakeOne(lambda: b"\xff\xd8 any bytes", tmp_path)(Job("train", "a.jpg", {"id": 1}))
+    row = MakeOne(lambda: b"\xff\xd8 any bytes", tmp_path)(PictureJob("train", "a.jpg", {"id": 1}))
     assert (tmp_path / "train/a.jpg").read_bytes() == b"\xff\xd8 any bytes" and row == {
         "bytes": 12,
         "sha256": hashlib.sha256(b"\xff\xd8 any bytes").hexdigest(),
     }
     for name, form in (("b.jpg", "JPEG"), ("b.png", "PNG")):
-        MakeOne(paint, tmp_path)(Job("train", name, {"id": 1}, (9,)))
+        MakeOne(paint, tmp_path)(PictureJob("train", name, {"id": 1}, (9,)))
         assert Image.open(tmp_path / "train" / name).format == form
 
 
@@ -168,7 +168,7 @@ def test_too_many_bad_ones_stop_the_work(tmp_path):
 
 def test_a_picture_without_metadata_must_not_fail(tmp_path):
     "Nothing would tell that it is missing."
-    jobs = [Job("images", f"{i}.png", {}, (i,)) for i in range(1, 6)]
+    jobs = [PictureJob("images", f"{i}.png", {}, (i,)) for i in range(1, 6)]
     with pytest.raises(UserError, match="images/5.png .ZeroDivisionError.*mend the source$"):
         made(tmp_path / "o", jobs, broken, Prepare(workers=1, max_bad=1))
     assert made(tmp_path / "p", jobs[:4], broken) and sorted(
@@ -180,7 +180,7 @@ def test_a_picture_that_open_image_refuses_is_a_bad_one(tmp_path):
     from sdcourse.data.images import open_image
 
     with pytest.raises(Failed, match="empty: the file has no bytes"):
-        MakeOne(open_image, tmp_path)(Job("train", "a.png", {"id": 1}, (b"",)))
+        MakeOne(open_image, tmp_path)(PictureJob("train", "a.png", {"id": 1}, (b"",)))
 
 
 def test_another_recipe_is_refused(tmp_path):
@@ -194,7 +194,7 @@ def test_another_recipe_is_refused(tmp_path):
     assert made(tmp_path / "o", plan(), options=Sized(workers=2, max_bad=0.5)), "what is free may change"
     with pytest.raises(UserError, match="size: 4 -> 8"):
         made(tmp_path / "o", plan(), options=Sized(workers=1, size=8))
-    for other in (plan(18), [*plan(19), Job("train", "19.png", {"id": 19}, (20,))]):
+    for other in (plan(18), [*plan(19), PictureJob("train", "19.png", {"id": 19}, (20,))]):
         with pytest.raises(UserError, match="source: "):
             made(tmp_path / "o", other, options=Sized(workers=1))
     with pytest.raises(UserError, match="by: 'x' -> None"):
@@ -203,7 +203,7 @@ def test_another_recipe_is_refused(tmp_path):
 
 def test_a_source_may_move_and_options_of_a_job_count_without_what_is_free(tmp_path):
     def jobs(where, options):
-        return [Job("train", "a.png", {"id": 1}, (where / "a.png", options))]
+        return [PictureJob("train", "a.png", {"id": 1}, (where / "a.png", options))]
 
     def show(path, options):
         return paint(1)
@@ -211,7 +211,7 @@ def test_a_source_may_move_and_options_of_a_job_count_without_what_is_free(tmp_p
     for where, options in ((Path("/here"), Prepare()), (Path("/there"), Prepare(workers=7))):
         assert made(tmp_path / "o", jobs(where, options), show)
     with pytest.raises(UserError, match="source: "):
-        made(tmp_path / "o", [Job("train", "a.png", {"id": 1}, (Path("b.png"), Prepare()))], show)
+        made(tmp_path / "o", [PictureJob("train", "a.png", {"id": 1}, (Path("b.png"), Prepare()))], show)
 
 
 def test_further_files_are_part_of_the_whole(tmp_path):
@@ -236,7 +236,7 @@ def test_a_full_disk_is_one_line_and_no_bad_picture(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device", "x.png")
 
-    monkeypatch.setattr(imagefolder, "save", full)
+    monkeypatch.setattr(imagefolder, "save_bytes", full)
     with pytest.raises(UserError, match="x.png: No space left on device; free some space") as e:
         made(tmp_path / "o", plan(), options=Prepare(workers=2, max_bad=1))
     assert "\n" not in str(e.value) and not (tmp_path / "o").exists()
@@ -245,18 +245,18 @@ def test_a_full_disk_is_one_line_and_no_bad_picture(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["../a.png", "/a.png", "x/../../a.png", "a\\b.png", ".hidden.png"])
 def test_names_stay_below_the_folder(tmp_path, name):
     with pytest.raises(UserError, match="below the data set's folder"):
-        check_jobs([Job("train", name, {"id": 0})])
+        check_jobs([PictureJob("train", name, {"id": 0})])
     with pytest.raises(UserError, match="below the data set's folder"):
-        check_jobs([Job("nowhere", "a.png", {"id": 0})])
+        check_jobs([PictureJob("nowhere", "a.png", {"id": 0})])
 
 
 def test_ids_and_names_are_used_once():
     with pytest.raises(UserError, match="two pictures"):
-        check_jobs([Job("train", "a.png", {"id": 0}), Job("train", "a.png", {"id": 1})])
+        check_jobs([PictureJob("train", "a.png", {"id": 0}), PictureJob("train", "a.png", {"id": 1})])
     with pytest.raises(UserError, match="used twice"):
-        check_jobs([Job("train", "a.png", {"id": 0}), Job("val", "a.png", {"id": 0})])
+        check_jobs([PictureJob("train", "a.png", {"id": 0}), PictureJob("val", "a.png", {"id": 0})])
     with pytest.raises(UserError, match="missing"):
-        check_jobs([Job("train", "a.png", {"text": "no id"})])
+        check_jobs([PictureJob("train", "a.png", {"text": "no id"})])
     with pytest.raises(UserError, match="no pictures"):
         check_jobs([])
-    check_jobs([Job("x/y", "a.png"), Job("x/y", "b.png")])
+    check_jobs([PictureJob("x/y", "a.png"), PictureJob("x/y", "b.png")])

@@ -9,7 +9,7 @@ from nobody import OpenFolder, as_nobody
 from sdcourse import cli
 from sdcourse.core import UserError, differences
 from sdcourse.data.manifests import described, load_manifest, manifest_folder, origin, verify
-from sdcourse.data.prepare import Failed, Prepare, Stopped, Work, command, save
+from sdcourse.data.prepare import Failed, Prepare, Stopped, Work, command, save_bytes
 
 ORIGIN = load_manifest("digits")
 
@@ -22,7 +22,7 @@ def make(out, names="abc", facts=None, published=True):
         for n in names:
             if n not in work.done:
                 (work.folder / n).parent.mkdir(exist_ok=True)
-                work.record({"id": n, **save(n.encode(), work.folder / n)})
+                work.record({"id": n, **save_bytes(n.encode(), work.folder / n)})
         if published:
             work.publish(ORIGIN)
         return done
@@ -179,7 +179,7 @@ def half(n):
         raise ValueError("a bug")
     if n == 7:
         raise OSError(28, "No space left on device", "somewhere")
-    return {"file": str(n), **save(b"x" * n, half.folder / str(n))}
+    return {"file": str(n), **save_bytes(b"x" * n, half.folder / str(n))}
 
 
 @pytest.mark.parametrize(

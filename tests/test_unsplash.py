@@ -183,7 +183,7 @@ def test_the_server_may_ask_for_a_longer_wait(server):
 def test_connections_are_kept(tmp_path):
     with hostile_server(handler=Patient) as s:
         folder = table(tmp_path / "in", [f"i{i}\t{s.url}/good/{i}\tt" for i in range(40)])
-        assert u.prepare(folder, tmp_path / "out", QUICK, flag=Never())
+        assert u.prepare_unsplash(folder, tmp_path / "out", QUICK, flag=Never())
         assert s.asked.total() == 40 and s.connections <= QUICK.workers
 
 
@@ -193,7 +193,7 @@ def test_a_redirect_and_a_cut_answer_on_a_kept_connection(tmp_path):
         lines = [
             f"i{i}\t{s.url}/{['good', 'moved', 'cut', 'gone', 'cutonce'][i % 5]}/{i}\tt" for i in range(30)
         ]
-        assert u.prepare(
+        assert u.prepare_unsplash(
             table(tmp_path / "in", lines), tmp_path / "out", replace(QUICK, size=0), flag=Never()
         )
     stored = [p.read_bytes() for p in (tmp_path / "out").rglob("*.jpg")]
@@ -410,7 +410,7 @@ def test_a_hostile_server_leaves_a_whole_set_and_a_full_report(server, tmp_path)
         "x/y\thttp://x\tt"
     ]
     before = threading.active_count()
-    assert u.prepare(table(tmp_path / "in", lines), tmp_path / "out", QUICK, flag=Never())
+    assert u.prepare_unsplash(table(tmp_path / "in", lines), tmp_path / "out", QUICK, flag=Never())
     out = tmp_path / "out"
     found = {r["id"]: r for s in u.SPLITS if (out / s).exists() for r in rows(out, s)}
     assert (
@@ -438,14 +438,14 @@ def test_what_pillow_cannot_do_is_the_fault_of_that_photo(tmp_path, monkeypatch)
         return as_stored(data, size)
 
     monkeypatch.setattr(u, "as_stored", odd)
-    assert u.prepare(local_table(tmp_path / "in"), tmp_path / "out", QUICK, flag=Never())
+    assert u.prepare_unsplash(local_table(tmp_path / "in"), tmp_path / "out", QUICK, flag=Never())
     assert reasons(tmp_path / "out") == {
         "id-2": "cannot be converted (encoder error -2 when writing image file)"
     }
 
 
 def test_names_are_relative_and_nothing_holds_an_absolute_path(tmp_path):
-    u.prepare(local_table(tmp_path / "in"), tmp_path / "out", QUICK, flag=Never())
+    u.prepare_unsplash(local_table(tmp_path / "in"), tmp_path / "out", QUICK, flag=Never())
     for name, data in tree(tmp_path / "out").items():
         if name.endswith(("json", "jsonl")):
             assert str(tmp_path).encode() not in data, name
@@ -456,7 +456,7 @@ def test_names_are_relative_and_nothing_holds_an_absolute_path(tmp_path):
 def test_two_runs_and_any_number_of_workers_write_the_same_bytes(tmp_path):
     folder = local_table(tmp_path / "in", 12)
     for n, workers in enumerate((1, 4, 4)):
-        u.prepare(folder, tmp_path / f"out{n}", replace(QUICK, workers=workers), flag=Never())
+        u.prepare_unsplash(folder, tmp_path / f"out{n}", replace(QUICK, workers=workers), flag=Never())
     assert (
         tree(tmp_path / "out0") == tree(tmp_path / "out1") == tree(tmp_path / "out2")
         and len(tree(tmp_path / "out0")) >= 15
@@ -468,14 +468,14 @@ def test_too_many_failures_publish_nothing_and_a_second_run_tries_them_again(tmp
     for i in (3, 7):
         (folder / f"{i}.jpg").rename(folder / f"{i}.away")
     with pytest.raises(UserError, match="2 of 10 photos failed, more than --max-failed 0.1"):
-        u.prepare(folder, tmp_path / "out", cfg, flag=Never())
+        u.prepare_unsplash(folder, tmp_path / "out", cfg, flag=Never())
     assert (
         not (tmp_path / "out").exists()
         and "2 failed: the file cannot be read" in capsys.readouterr().out
         and set(reasons(tmp_path / "out.partial")) == {"id-3", "id-7"}
     )
     (folder / "3.away").rename(folder / "3.jpg")
-    assert u.prepare(folder, tmp_path / "out", cfg, flag=Never())
+    assert u.prepare_unsplash(folder, tmp_path / "out", cfg, flag=Never())
     assert (
         set(reasons(tmp_path / "out")) == {"id-7"}
         and sum(len(rows(tmp_path / "out", s)) for s in u.SPLITS) == 9
@@ -492,12 +492,12 @@ def test_nothing_is_got_twice(server, tmp_path):
             return sum(server.asked[f"/good/twice{i}"] for i in range(5)) >= 3
 
     assert (
-        u.prepare(folder, tmp_path / "out", replace(QUICK, workers=1), flag=Soon()) is False
+        u.prepare_unsplash(folder, tmp_path / "out", replace(QUICK, workers=1), flag=Soon()) is False
         and not (tmp_path / "out").exists()
     )
     kept = [p.stem for p in (tmp_path / "out.partial").rglob("*.jpg")]
     assert len(kept) >= 2
-    u.prepare(folder, tmp_path / "out", QUICK, flag=Never())
+    u.prepare_unsplash(folder, tmp_path / "out", QUICK, flag=Never())
     assert (
         all(server.asked[f"/good/twice{i[1:]}"] == 1 for i in kept)
         and sum(len(rows(tmp_path / "out", s)) for s in u.SPLITS if (tmp_path / "out" / s).exists()) == 5
@@ -508,34 +508,34 @@ def test_a_stored_file_that_became_shorter_is_got_again(tmp_path):
     folder = local_table(tmp_path / "in", 10)
     (folder / "7.jpg").rename(folder / "away")
     with pytest.raises(UserError, match="1 of 10 photos failed"):
-        u.prepare(folder, tmp_path / "out", replace(QUICK, max_failed=0), flag=Never())
+        u.prepare_unsplash(folder, tmp_path / "out", replace(QUICK, max_failed=0), flag=Never())
     short = next((tmp_path / "out.partial").rglob("id-2.jpg"))
     short.write_bytes(short.read_bytes()[:100])
     (folder / "away").rename(folder / "7.jpg")
-    assert u.prepare(folder, tmp_path / "out", replace(QUICK, max_failed=0), flag=Never())
+    assert u.prepare_unsplash(folder, tmp_path / "out", replace(QUICK, max_failed=0), flag=Never())
     assert open_image(next((tmp_path / "out").rglob("id-2.jpg"))).size == (96, 64)
 
 
 def test_another_size_or_another_table_is_refused(tmp_path):
     folder = local_table(tmp_path / "in")
-    u.prepare(folder, tmp_path / "out", QUICK, flag=Never())
-    assert u.prepare(folder, tmp_path / "out", replace(QUICK, workers=1, timeout=9), flag=Never())
+    u.prepare_unsplash(folder, tmp_path / "out", QUICK, flag=Never())
+    assert u.prepare_unsplash(folder, tmp_path / "out", replace(QUICK, workers=1, timeout=9), flag=Never())
     with pytest.raises(UserError, match="size: 64 -> 32"):
-        u.prepare(folder, tmp_path / "out", replace(QUICK, size=32), flag=Never())
+        u.prepare_unsplash(folder, tmp_path / "out", replace(QUICK, size=32), flag=Never())
     local_table(tmp_path / "in", 7)
     with pytest.raises(UserError, match="tables"):
-        u.prepare(folder, tmp_path / "out", QUICK, flag=Never())
+        u.prepare_unsplash(folder, tmp_path / "out", QUICK, flag=Never())
 
 
 def test_files_that_a_killed_start_left_are_not_in_the_set(tmp_path):
     folder = local_table(tmp_path / "in", 10)
     (folder / "7.jpg").rename(folder / "away")
     with pytest.raises(UserError, match="1 of 10 photos failed"):
-        u.prepare(folder, tmp_path / "out", replace(QUICK, max_failed=0), flag=Never())
+        u.prepare_unsplash(folder, tmp_path / "out", replace(QUICK, max_failed=0), flag=Never())
     split = next((tmp_path / "out.partial").rglob("id-2.jpg")).parent
     (split / "id-2.png").write_bytes(b"old")
     (split / "metadata.jsonl").write_text("{}")
-    u.prepare(folder, tmp_path / "out", QUICK, flag=Never())
+    u.prepare_unsplash(folder, tmp_path / "out", QUICK, flag=Never())
     assert (
         not list((tmp_path / "out").rglob("id-2.png"))
         and verify(load_manifest("unsplash-lite"), tmp_path / "out", layout="prepared") == []
@@ -544,7 +544,7 @@ def test_files_that_a_killed_start_left_are_not_in_the_set(tmp_path):
 
 def test_hugging_face_reads_it(tmp_path):
     datasets = pytest.importorskip("datasets")
-    u.prepare(local_table(tmp_path / "in", 30), tmp_path / "out", QUICK, flag=Never())
+    u.prepare_unsplash(local_table(tmp_path / "in", 30), tmp_path / "out", QUICK, flag=Never())
     got = datasets.load_dataset(
         "imagefolder", data_dir=str(tmp_path / "out"), cache_dir=str(tmp_path / "cache")
     )
@@ -642,7 +642,7 @@ def test_a_stop_keeps_what_is_done_and_exits_with_0(slow, tmp_path, how):
 @pytest.mark.timeout(150)
 def test_kill_nine_at_any_moment_ends_with_the_same_bytes(tmp_path):
     folder = local_table(tmp_path / "in", 60, w=700, h=500)
-    u.prepare(folder, tmp_path / "want", replace(QUICK, max_failed=0.05, workers=1), flag=Never())
+    u.prepare_unsplash(folder, tmp_path / "want", replace(QUICK, max_failed=0.05, workers=1), flag=Never())
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     for n in (3, 15, 30):
         child = command(folder, out)

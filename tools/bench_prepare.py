@@ -17,7 +17,7 @@ from PIL import Image
 
 from sdcourse.data.parallel import cores
 from sdcourse.data.sets.imagenet import ImageNetOptions, prepare_imagenet
-from sdcourse.data.sets.unsplash import Unsplash, prepare
+from sdcourse.data.sets.unsplash import Unsplash, prepare_unsplash
 from sdcourse.engine.stop import StopFlag
 
 DIFFERENT = 50  # pictures; the others are copies of them
@@ -67,7 +67,7 @@ def timed(source, out, args, workers):
         if args.source == "imagenet":
             prepare_imagenet(source, out, ImageNetOptions(size=args.size, workers=workers))
         else:
-            prepare(source, out, Unsplash(size=args.size, workers=workers), flag=StopFlag())
+            prepare_unsplash(source, out, Unsplash(size=args.size, workers=workers), flag=StopFlag())
     took = time.perf_counter() - start
     others = busy() - own() - others
     shutil.rmtree(out)

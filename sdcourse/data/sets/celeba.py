@@ -19,7 +19,7 @@ import numpy as np
 
 from ...config import Free, NonNegative, Positive
 from ...core import UserError, nearest, write_json
-from ..imagefolder import Job, build
+from ..imagefolder import PictureJob, build_folder
 from ..images import open_image
 from ..manifests import origin
 from ..parallel import in_parallel
@@ -185,7 +185,7 @@ def _report(where, shares, counts):
     for name in next(iter(shares.values())): print(f"{name:<22}" + "".join(f"{s[name]:8.3f}" for s in shares.values()))
 
 def _store(names, **report):
-    "What `build` writes at the end: the report, and weights that balance the training pictures that are really there."
+    "What `build_folder` writes at the end: the report, and weights that balance the training pictures that are really there."
     def finish(folder, rows):
         values = np.array([list(r["attributes"].values()) for r in rows["train"]])
         weights, how = balance(values)
@@ -208,10 +208,10 @@ def prepare_hq(
     jobs = []
     for file, part, row in zip(files, parts.tolist(), values.tolist()):
         stem = Path(file).stem
-        jobs.append(Job(part, f"{stem}.png" if options.size else file, {"id": stem, "attributes": dict(zip(names, row))}, (folder / file, options.size)))
+        jobs.append(PictureJob(part, f"{stem}.png" if options.size else file, {"id": stem, "attributes": dict(zip(names, row))}, (folder / file, options.size)))
     shares = frequency(names, values, parts)
     by = "person" if options.identities else "picture"
-    if not build(out, jobs, copy_or_resize, options, name="celeba-hq", origin=origin("celeba-hq", source), flag=flag, finish=_store(names, frequency=shares), split_by=by): return False
+    if not build_folder(out, jobs, copy_or_resize, options, name="celeba-hq", origin=origin("celeba-hq", source), flag=flag, finish=_store(names, frequency=shares), split_by=by): return False
     _report(out, shares, Counter(parts.tolist()))
     return True
 
@@ -306,8 +306,8 @@ def prepare_celeba(
     for file, row in zip(files, values.tolist()):
         if file not in boxes: raise UserError(f"{source}: {file} has no line in list_bbox_celeba.txt; download it again")
         who = {"identity": identity[file]} if identity else {}
-        jobs.append(Job("train", f"{Path(file).stem}.png", {"id": Path(file).stem, **who, "attributes": dict(zip(names, row))}, (folder / file, boxes[file], options.size)))
+        jobs.append(PictureJob("train", f"{Path(file).stem}.png", {"id": Path(file).stem, **who, "attributes": dict(zip(names, row))}, (folder / file, boxes[file], options.size)))
     shares = frequency(names, values, np.full(len(values), "train"))
-    if not build(out, jobs, crop_face, options, name="celeba", origin=origin("celeba", source), flag=flag, finish=_store(names, frequency=shares, left_out=counts)): return False
+    if not build_folder(out, jobs, crop_face, options, name="celeba", origin=origin("celeba", source), flag=flag, finish=_store(names, frequency=shares, left_out=counts)): return False
     _report(out, shares, {"train": len(jobs)} | {k: v for k, v in counts.items() if isinstance(v, int)})
     return True

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...core import UserError, write_text
-from ..imagefolder import Job, build
+from ..imagefolder import PictureJob, build_folder
 from ..manifests import load_manifest
 from ..prepare import Prepare
 from .scenes import uniforms
@@ -488,7 +488,7 @@ def tables(
 
 # %% ../../../nbs/data/sets/03_faces.ipynb #a659176e
 def _write_tables(options):
-    "What `build` writes at the end."
+    "What `build_folder` writes at the end."
     def finish(folder, _):
         for name, text in tables(options).items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -502,6 +502,6 @@ def prepare_faces(
 ) -> bool: # False when stopped before the end
     "Draw both folders; started again, it goes on."
     options.check()
-    jobs = [Job("CelebA/Img/img_celeba", f"{n:06}.jpg", {}, ("celeba", n, options)) for n in range(1, options.celeba + 1)]
-    jobs += [Job("CelebAMask-HQ/CelebA-HQ-img", f"{i}.jpg", {}, ("hq", n, options)) for i, n in enumerate(hq_numbers(options).tolist())]
-    return build(out, jobs, draw_picture, options, name="faces", origin=load_manifest("faces") | {"count": options.celeba}, flag=flag, finish=_write_tables(options))
+    jobs = [PictureJob("CelebA/Img/img_celeba", f"{n:06}.jpg", {}, ("celeba", n, options)) for n in range(1, options.celeba + 1)]
+    jobs += [PictureJob("CelebAMask-HQ/CelebA-HQ-img", f"{i}.jpg", {}, ("hq", n, options)) for i, n in enumerate(hq_numbers(options).tolist())]
+    return build_folder(out, jobs, draw_picture, options, name="faces", origin=load_manifest("faces") | {"count": options.celeba}, flag=flag, finish=_write_tables(options))

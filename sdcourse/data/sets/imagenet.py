@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 from ...config import NonNegative, Positive, Range, fixed
 from ...core import UserError, atomic_path, disk_error, write_json, write_text
-from ..imagefolder import Job, build
+from ..imagefolder import PictureJob, build_folder
 from ..images import centre_crop, image_bytes, open_image
 from ..manifests import load_manifest, origin
 from ..prepare import Prepare, Work
@@ -69,8 +69,8 @@ def prepare_digits(
 ) -> bool: # False when stopped before the end
     "A source for `prepare_imagenet`, in one of its two layouts."
     if options.layout == "folders":
-        jobs = [Job(f"{ {'validation': 'val'}.get(p, p)}/d{label:08}", f"{s}.png", {}, (grey, options.scale)) for p, label, s, grey in _digit_rows()]
-        return build(out, jobs, draw_digit, options, name="digits", origin=load_manifest("digits"), flag=flag, finish=_write_names)
+        jobs = [PictureJob(f"{ {'validation': 'val'}.get(p, p)}/d{label:08}", f"{s}.png", {}, (grey, options.scale)) for p, label, s, grey in _digit_rows()]
+        return build_folder(out, jobs, draw_digit, options, name="digits", origin=load_manifest("digits"), flag=flag, finish=_write_names)
     with Work(out, {"set": "digits", **fixed(options)}) as work:
         try:
             if not work.whole: _write_parquet(work.folder, options.scale); work.publish(load_manifest("digits"))
@@ -176,6 +176,6 @@ def prepare_imagenet(
         seen[split, label] += 1
         if options.per_class and seen[split, label] > options.per_class: continue
         file = f"{label:04}/{stem}.{options.format}"
-        jobs.append(Job(split, file, {"id": stem, "label": label, "class": names[label]}, (options.size, *(where if parquet else (where,)))))
+        jobs.append(PictureJob(split, file, {"id": stem, "label": label, "class": names[label]}, (options.size, *(where if parquet else (where,)))))
     classes = [{"label": k, "name": n, "folder": f} for k, (n, f) in enumerate(zip(names, folders))]
-    return build(out, jobs, crop_source, options, name="imagenet", origin=origin("imagenet-1k", source), flag=flag, finish=lambda folder, _: write_json(folder / "classes.json", classes))
+    return build_folder(out, jobs, crop_source, options, name="imagenet", origin=origin("imagenet-1k", source), flag=flag, finish=lambda folder, _: write_json(folder / "classes.json", classes))

@@ -18,7 +18,7 @@ import numpy as np
 
 from ...config import Range
 from ...core import UserError, sha256, write_text
-from ..imagefolder import Job, build
+from ..imagefolder import PictureJob, build_folder
 from ..images import open_image
 from ..manifests import load_manifest
 from ..prepare import Prepare
@@ -154,8 +154,8 @@ def prepare_photos(
     found = crops(options)
     if not found: raise UserError("none of the photographs is installed as it should be: pip install -c constraints.txt scikit-learn matplotlib scikit-image")
     here, count, manifest = {c["photograph"].name for c in found}, Counter(c["split"] for c in found), load_manifest("photos")
-    jobs = [Job("images", f"{c['id']}.png", {}, (c["path"], c["box"])) for c in found]
+    jobs = [PictureJob("images", f"{c['id']}.png", {}, (c["path"], c["box"])) for c in found]
     origin = manifest | {"count": len(found), "splits": manifest["splits"] | {"counts": dict(count)}}
-    if not build(out, jobs, cut, options, name="photos", origin=origin, flag=flag, finish=lambda folder, _: write_text(folder / "photos.tsv000", table(found)), photographs=sorted(here)): return False
+    if not build_folder(out, jobs, cut, options, name="photos", origin=origin, flag=flag, finish=lambda folder, _: write_text(folder / "photos.tsv000", table(found)), photographs=sorted(here)): return False
     print(f"{out}: {', '.join(f'{n} {s}' for s, n in count.items())} from {len(here)} photographs" + ("" if len(here) == len(PHOTOGRAPHS) else "; more come with: pip install -c constraints.txt scikit-image"))
     return True

@@ -16,7 +16,7 @@ import numpy as np
 
 from ...config import NonNegative, Positive
 from ...core import UserError, nearest
-from ..imagefolder import Job, build
+from ..imagefolder import PictureJob, build_folder
 from ..manifests import load_manifest
 from ..prepare import Prepare
 
@@ -360,5 +360,5 @@ def prepare_scenes(
         known = facts(data.ids, options.seed)
         for i, number in enumerate(data.ids.tolist()):
             row = {"id": number, "text": captions(known, i), "facts": {k: known[k][i].tolist() for k in JUDGED}}
-            jobs.append(Job(split, f"{number:07}.png", row, (number, options.size, options.seed)))
-    return build(out, jobs, draw_scene, options, name="scenes", origin=load_manifest("scenes"), flag=flag)
+            jobs.append(PictureJob(split, f"{number:07}.png", row, (number, options.size, options.seed)))
+    return build_folder(out, jobs, draw_scene, options, name="scenes", origin=load_manifest("scenes"), flag=flag)

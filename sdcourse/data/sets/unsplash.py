@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REDIRECTS', 'Unsplash', 'Photo', 'read_photos', 'assign_splits', 'Again', 'connections', 'fetch', 'as_stored',
-           'address', 'get_photo', 'download', 'finish', 'prepare']
+           'address', 'get_photo', 'download', 'publish_photos', 'prepare_unsplash']
 
 # %% ../../../nbs/data/sets/04_unsplash.ipynb #1025543f
 import hashlib, re, threading, time
@@ -23,7 +23,7 @@ from ..imagefolder import SPLITS, write_lines
 from ..images import FORMATS, BadImage, image_bytes, is_turned, open_image, read_header, shrink
 from ..manifests import is_inside, origin, shown, tsv_rows
 from ..parallel import cores, processes
-from ..prepare import Failed, Stopped, Work, save
+from ..prepare import Failed, Stopped, Work, save_bytes
 
 # %% ../../../nbs/data/sets/04_unsplash.ipynb #cd3ba46b
 @dataclass
@@ -254,7 +254,7 @@ def _store(photo, data, size, home):
     "Convert and write one picture; its row for the journal."
     try: data, suffix, (width, height) = as_stored(data, size)
     except OSError as e: raise Failed(f"cannot be converted ({e})") from None # Pillow's word for many faults
-    return {"file": f"{photo.split}/{photo.id}{suffix}", "width": width, "height": height, **save(data, home/photo.split/f"{photo.id}{suffix}")}
+    return {"file": f"{photo.split}/{photo.id}{suffix}", "width": width, "height": height, **save_bytes(data, home/photo.split/f"{photo.id}{suffix}")}
 
 def _near(folder, cfg, home, photo): return get_photo(photo, folder, cfg, None, lambda data: _store(photo, data, cfg.size, home))
 
@@ -284,7 +284,7 @@ def download(
     return [{"id": p.id, "where": p.url, "reason": why} for p, why in failed]
 
 # %% ../../../nbs/data/sets/04_unsplash.ipynb #f5ea1871
-def finish(
+def publish_photos(
     photos: list, # of `Photo`, each with its split
     work: Work, # all photos are in its journal, or failed
     manifest: dict, # from which that of the folder is derived
@@ -306,7 +306,7 @@ def _judge(failures, total, cfg, work):
     if len(failures) > cfg.max_failed * total or len(failures) == total:
         raise UserError(f"{len(failures):,} of {total:,} photos failed, more than --max-failed {cfg.max_failed:g}: nothing is published; see {work.folder.name}/failures.jsonl, and run again to try them again")
 
-def prepare(
+def prepare_unsplash(
     folder, # with photos.tsv000, …
     out, # the data folder to make
     cfg: Unsplash, # options
@@ -324,7 +324,7 @@ def prepare(
             if done + len(failures) - broken < len(photos): return work.stopped(flag, done, len(photos))
             write_lines(work.folder/"failures.jsonl", sorted(failures, key=lambda f: (f["id"], f["where"])))
             _judge(failures, len(photos) + broken, cfg, work)
-            count = finish(photos, work, origin("unsplash-lite", folder))
+            count = publish_photos(photos, work, origin("unsplash-lite", folder))
         except OSError as e: raise disk_error(e, work.folder) from None
     print(f"{out}: {sum(count.values()):,} photos ({', '.join(f'{s} {n:,}' for s, n in count.items())}), {len(failures):,} failed" + (" (failures.jsonl)" if failures else ""))
     return True
