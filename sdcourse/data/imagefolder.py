@@ -8,6 +8,7 @@ __all__ = ['SPLITS', 'PictureJob', 'check_jobs', 'MakeOne', 'write_lines', 'read
 # %% ../../nbs/data/05_imagefolder.ipynb #4748a135
 import hashlib, json
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 
 from ..config import fixed
@@ -38,11 +39,15 @@ def check_jobs(
     "Refuse a plan that would write outside the folder, write a file twice or use an id twice."
     files, ids = set(), set()
     for job in jobs:
-        if not is_inside(job.name) or Path(job.file).name.startswith(".") or job.row and job.split not in SPLITS:
-            raise UserError(f"{job.name}: not a name below the data set's folder; rename the source file")
-        if job.name in files: raise UserError(f"{job.name}: two pictures would get this name; rename one of the source files")
-        if job.row and (job.row.get("id") is None or job.row["id"] in ids): raise UserError(f"{job.name}: its id {job.row.get('id')!r} is missing or used twice")
-        files.add(job.name); ids.add(job.row.get("id"))
+        name, id = job.name, job.row.get("id")
+        if not is_inside(name) or Path(job.file).name.startswith(".") or job.row and job.split not in SPLITS:
+            raise UserError(f"{name}: not a name below the data set's folder; rename the source file")
+        if name in files:
+            raise UserError(f"{name}: two pictures would get this name; rename one of the source files")
+        if job.row and (id is None or id in ids):
+            raise UserError(f"{name}: its id {id!r} is missing or used twice")
+        files.add(name)
+        ids.add(id)
     if not jobs: raise UserError("no pictures to prepare: the source is empty")
 
 # %% ../../nbs/data/05_imagefolder.ipynb #5a801df4
@@ -57,7 +62,9 @@ class MakeOne:
         except BadImage as e: raise Failed(str(e)) from None
         except UserError: raise
         except Exception as e: raise Failed(f"{type(e).__name__}: {' '.join(str(e).split())}"[:200]) from None
-        if not isinstance(image, bytes): image = image_bytes(image, {".png": "PNG", ".jpg": "JPEG"}[Path(job.file).suffix])
+        if not isinstance(image, bytes):
+            format = {".png": "PNG", ".jpg": "JPEG"}[Path(job.file).suffix]
+            image = image_bytes(image, format)
         return save_bytes(image, self.folder/job.name)
 
 # %% ../../nbs/data/05_imagefolder.ipynb #462d4028
@@ -72,24 +79,33 @@ def read_lines(
     path, # a .jsonl file
 ) -> list: # dicts
     "Read what `write_lines` wrote."
-    try: return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines if line.strip()]
     except FileNotFoundError: raise UserError(f"{path}: no such file; is this a prepared folder?") from None
     except json.JSONDecodeError as e: raise UserError(f"{path}: not valid JSON lines ({e})") from None
 
 # %% ../../nbs/data/05_imagefolder.ipynb #85da454c
 def _plan(jobs, make):
+    "The hash of a recipe: the function and what it is called with."
     h = hashlib.sha256(f"{make.__module__}.{make.__qualname__}".encode())
-    for j in jobs: h.update(json.dumps([j.split, j.file, j.row, [w.name if isinstance(w, Path) else w for w in j.what]], sort_keys=True, default=fixed).encode())
+    for j in jobs:
+        what = [w.name if isinstance(w, Path) else w for w in j.what]
+        h.update(json.dumps([j.split, j.file, j.row, what], sort_keys=True, default=fixed).encode())
     return h.hexdigest()[:16]
 
 def _bad_ones(jobs, failed, max_bad):
     "Job name -> reason of what could not be read; too much of it is an error."
-    at, bad = {j.name: i for i, j in enumerate(jobs)}, {}
+    at = {j.name: i for i, j in enumerate(jobs)}
+    bad = {}
     for job, why in failed:
         bad[job.name] = why
         if len(bad) > max_bad * len(jobs) or not job.row:
             first = min(bad, key=at.get)
-            raise UserError(f"{len(bad)} of {len(jobs)} pictures cannot be read, the first is {first} ({bad[first]}); mend the source" + (" or raise --max-bad" if job.row else ""))
+            remedy = "mend the source or raise --max-bad" if job.row else "mend the source"
+            raise UserError(
+                f"{len(bad)} of {len(jobs)} pictures cannot be read, "
+                f"the first is {first} ({bad[first]}); {remedy}")
     return bad
 
 def build_folder(
@@ -105,12 +121,17 @@ def build_folder(
     **facts, # on which the result depends, beside options and plan
 ) -> bool: # False when it was stopped before its end
     "Make every picture, then the metadata. Started again, it goes on."
-    options.check(); check_jobs(jobs)
+    options.check()
+    check_jobs(jobs)
     with Work(out, {"set": name, **fixed(options), **facts, "source": _plan(jobs, make)}) as work:
-        if work.whole: print(f"{out}: there already, made with these options"); return True
+        if work.whole:
+            print(f"{out}: there already, made with these options")
+            return True
         try:
             for home in {(work.folder/j.name).parent for j in jobs}: home.mkdir(parents=True, exist_ok=True)
-            bad = _bad_ones(jobs, work.run(jobs, MakeOne(make, work.folder), lambda j: j.name, workers=options.workers, flag=flag), options.max_bad)
+            make_one = MakeOne(make, work.folder)
+            failed = work.run(jobs, make_one, attrgetter("name"), workers=options.workers, flag=flag)
+            bad = _bad_ones(jobs, failed, options.max_bad)
             done = sum(work.has(j.name) for j in jobs)
             if done + len(bad) < len(jobs): return work.stopped(flag, done, len(jobs))
             _finish(work, jobs, bad, origin, finish)
@@ -123,7 +144,12 @@ def _finish(work, jobs, bad, origin, finish):
     for j in jobs:
         if j.row and j.name not in bad: rows.setdefault(j.split, []).append({"file_name": j.file, **j.row})
     for split, mine in rows.items(): write_lines(work.folder/split/"metadata.jsonl", mine)
-    if rows: write_lines(work.folder/"failures.jsonl", [{"id": j.row["id"], "where": j.name, "reason": bad[j.name]} for j in jobs if j.name in bad])
+    if rows:
+        report = [{"id": j.row["id"], "where": j.name, "reason": bad[j.name]} for j in jobs if j.name in bad]
+        write_lines(work.folder/"failures.jsonl", report)
     if finish: finish(work.folder, rows)
     counts = {s: len(r) for s, r in rows.items()}
-    work.publish(origin | ({"count": sum(counts.values()), "splits": origin["splits"] | {"counts": counts}} if rows else {}))
+    if rows:
+        splits = origin["splits"] | {"counts": counts}
+        origin = origin | {"count": sum(counts.values()), "splits": splits}
+    work.publish(origin)

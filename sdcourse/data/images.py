@@ -17,7 +17,7 @@ FORMATS = { # what may be in a data set: name that Pillow gives it -> file suffi
     "JPEG": (".jpg", ".jpeg"), "PNG": (".png",), "WEBP": (".webp",), "GIF": (".gif",), "BMP": (".bmp",), "TIFF": (".tif", ".tiff"),
 }
 SUFFIXES = tuple(s for suffixes in FORMATS.values() for s in suffixes)
-MAX_PIXELS = 100_000_000 # width times height; Pillow itself warns from 89 million and refuses from 179 million
+MAX_PIXELS = 100_000_000 # width times height; Pillow warns from 89 million and refuses from 179 million
 
 class BadImage(UserError):
     "A picture that cannot be used."
@@ -40,19 +40,26 @@ def read_header(
     try: im = Image.open(io.BytesIO(data), formats=tuple(FORMATS))
     except Image.DecompressionBombError as e: raise BadImage("huge", str(e).split(",")[0]) from None
     except Exception as e: # a hostile header raises anything: struct.error, SyntaxError, OverflowError …
-        raise BadImage("unreadable", f"no picture ({'HTML' if data.lstrip()[:1] == b'<' else type(e).__name__})") from None
-    if im.format == "MPO": im.format = "JPEG" # several JPEGs in one file, from phones; the first one is the picture
-    if math.prod(im.size) > max_pixels: raise BadImage("huge", f"{im.width} x {im.height} pixels, more than {max_pixels:,}")
+        what = "HTML" if data.lstrip()[:1] == b"<" else type(e).__name__
+        raise BadImage("unreadable", f"no picture ({what})") from None
+    if im.format == "MPO": im.format = "JPEG" # several JPEGs in one file, from phones; the first is meant
+    if math.prod(im.size) > max_pixels:
+        raise BadImage("huge", f"{im.width} x {im.height} pixels, more than {max_pixels:,}")
     return im
 
 # %% ../../nbs/data/00_images.ipynb #ec057e5f
 def _pixels(im, data):
     "All pixels of `im`, or `BadImage`."
     from PIL import ImageFile
-    if ImageFile.LOAD_TRUNCATED_IMAGES: raise UserError("PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, and a picture that is cut would pass as a whole one: set it to False (a package that you import has set it)")
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise UserError(
+            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is on, and a picture that is cut would pass as a whole one: "
+            "set it to False (a package that you import has set it)")
     try: im.load()
-    except Exception as e: raise BadImage("truncated", f"the pixels cannot be read ({str(e) or type(e).__name__})") from None
-    if im.format == "PNG" and b"IEND\xaeB`\x82" not in data[-65536:]: raise BadImage("truncated", "the end of the PNG is missing")
+    except Exception as e:
+        raise BadImage("truncated", f"the pixels cannot be read ({str(e) or type(e).__name__})") from None
+    if im.format == "PNG" and b"IEND\xaeB`\x82" not in data[-65536:]:
+        raise BadImage("truncated", "the end of the PNG is missing")
     return im
 
 # %% ../../nbs/data/00_images.ipynb #56758241
@@ -106,8 +113,9 @@ def image_bytes(
     format: str = "PNG", # PNG is lossless (and quick: level 1); JPEG has quality 95, 4:4:4
 ) -> bytes: # of a picture file
     "Encode a picture."
+    options = {"JPEG": dict(quality=95, subsampling=0), "PNG": dict(compress_level=1)}
     out = io.BytesIO()
-    im.save(out, format, **(dict(quality=95, subsampling=0) if format == "JPEG" else dict(compress_level=1) if format == "PNG" else {}))
+    im.save(out, format, **options.get(format, {}))
     return out.getvalue()
 
 # %% ../../nbs/data/00_images.ipynb #f61ab1ff
@@ -118,7 +126,8 @@ def centre_crop(
     "ADM's crop: halve by boxes, bicubic to the size, cut the middle."
     from PIL.Image import Resampling
     image = image.convert("RGB")
-    while min(image.size) >= 2 * size: image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Resampling.BOX)
     scale = size / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2

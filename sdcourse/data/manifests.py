@@ -20,8 +20,9 @@ from .images import SUFFIXES
 def manifest_folder() -> Path: # it holds schema.json and one file per data set
     "Where the manifests are: beside the package in a checkout, inside it when installed."
     import sdcourse
-    here = Path(sdcourse.__file__).resolve().parent
-    return next((p for p in (here.parent/"data_manifests", here/"data_manifests") if (p/"schema.json").is_file()), here/"data_manifests")
+    package = Path(sdcourse.__file__).resolve().parent
+    beside = package.parent/"data_manifests"
+    return beside if (beside/"schema.json").is_file() else package/"data_manifests"
 
 def shipped() -> dict: # name -> path
     "The manifests that come with the course."
@@ -34,17 +35,23 @@ def check_manifest(
     "Check a manifest by the schema; `UserError` with the place and the reason."
     from jsonschema import Draft202012Validator
     from jsonschema.exceptions import best_match
-    e = best_match(Draft202012Validator(read_json(manifest_folder()/"schema.json")).iter_errors(manifest))
+    schema = read_json(manifest_folder()/"schema.json")
+    e = best_match(Draft202012Validator(schema).iter_errors(manifest))
     if e is None: return manifest
     place = "/".join(map(str, e.absolute_path))
-    raise UserError(f"{where}: {place + ': ' if place else ''}{' '.join(e.message.split())[:200]} (see data_manifests/schema.json)")
+    if place: where = f"{where}: {place}"
+    reason = " ".join(e.message.split())[:200]
+    raise UserError(f"{where}: {reason} (see data_manifests/schema.json)")
 
 def load_manifest(
     name, # of a shipped manifest, or the path of a JSON file
 ) -> dict: # checked
     "Read a manifest; `UserError` when there is none, or when it breaks the schema."
-    name, known = str(name), shipped()
-    if not name.endswith(".json") and name not in known: raise UserError(f"{name}: no such manifest; {nearest(name, known)}, or give the path of a .json file")
+    name = str(name)
+    known = shipped()
+    if not name.endswith(".json") and name not in known:
+        raise UserError(
+            f"{name}: no such manifest; {nearest(name, known)}, or give the path of a .json file")
     return check_manifest(read_json(known.get(name, name)), name)
 
 # %% ../../nbs/data/01_manifests.ipynb #f5e161f6
@@ -56,9 +63,11 @@ def described(
     for home, inner in ((folder, ""), (folder.parent, f"{folder.name}/")):
         if not (home/"manifest.json").is_file(): continue
         found = read_json(home/"manifest.json")
-        if not isinstance(found, dict) or not {"layouts", "licence"} <= found.keys(): continue # of another program
+        # one that lacks these is of another program
+        if not isinstance(found, dict) or not {"layouts", "licence"} <= found.keys(): continue
         layouts = check_manifest(found, f"{home}/manifest.json")["layouts"]
-        if any(e["path"].startswith(inner) for layout in layouts.values() for e in layout["files"]): return found
+        files = [e["path"] for layout in layouts.values() for e in layout["files"]]
+        if any(f.startswith(inner) for f in files): return found
 
 def origin(
     name: str, # of the shipped manifest of the set
@@ -73,7 +82,8 @@ def is_inside(
 ) -> bool: # whether it stays below its folder
     "True for a plain relative name with / between its parts."
     parts = name.split("/")
-    return name.isprintable() and "\\" not in name and ":" not in parts[0] and not {"", ".", ".."} & set(parts)
+    plain = name.isprintable() and "\\" not in name and ":" not in parts[0]
+    return plain and not {"", ".", ".."} & set(parts)
 
 def shown(
     name: str, # anything
@@ -93,16 +103,20 @@ def _record(lines, i, width):
     first = text = lines[i]
     for n, line in enumerate(lines[i:i + JOIN], 1):
         if n > 1: text += "\n" + line
-        fields, even = text.split("\t"), text.count('"') % 2 == 0
-        if len(fields) == width and (even or n == 1 and fields[-1][:1] != '"'): return [_unquoted(f) for f in fields], n
+        fields = text.split("\t")
+        even = text.count('"') % 2 == 0 # no quote is open
+        whole = even or n == 1 and fields[-1][:1] != '"'
+        if len(fields) == width and whole: return [_unquoted(f) for f in fields], n
         if len(fields) > width or even: break
-    return ([_unquoted(f) for f in first.split("\t")] if first.count("\t") == width - 1 else None), 1
+    alone = first.count("\t") == width - 1
+    return ([_unquoted(f) for f in first.split("\t")] if alone else None), 1
 
 def tsv_rows(
     path, # a table with a header line and tabs between fields, UTF-8
 ): # pairs (line number, {column: text}, or None for a broken line)
     "The rows of a tab-separated table; a broken line is given as None and takes no other line with it."
-    lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").replace("\r\n", "\n").split("\n")
+    text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
+    lines = text.replace("\r\n", "\n").split("\n")
     head = [_unquoted(c.strip()) for c in lines[0].split("\t")]
     i = 1
     while i < len(lines):
@@ -133,10 +147,14 @@ def walk(
 ): # ({relative name: bytes}, findings)
     "All files below a folder, in order, and what could not be read."
     found, problems, seen = {}, [], set()
-    def unreadable(e): problems.append(f"unreadable: {shown(os.path.relpath(e.filename, folder))} ({e.strerror})")
+    def unreadable(e):
+        name = shown(os.path.relpath(e.filename, folder))
+        problems.append(f"unreadable: {name} ({e.strerror})")
     for root, dirs, files in os.walk(folder, onerror=unreadable, followlinks=True):
         here = os.stat(root)
-        if (here.st_dev, here.st_ino) in seen: dirs.clear(); continue
+        if (here.st_dev, here.st_ino) in seen:
+            dirs.clear()
+            continue
         seen.add((here.st_dev, here.st_ino))
         dirs.sort()
         for name in sorted(files):
@@ -147,13 +165,15 @@ def walk(
 
 def _glob(path):
     "The regular expression of a path with * ? and **."
+    meaning = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     parts = re.split(r"(\*\*/?|\*|\?)", path)
-    return re.compile("".join({"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}.get(p, re.escape(p)) for p in parts))
+    return re.compile("".join(meaning.get(p, re.escape(p)) for p in parts))
 
 def _matches(entry, found):
     "The names that an entry of a manifest speaks of."
-    if not re.search(r"[*?]", entry["path"]): return [entry["path"]] if entry["path"] in found else []
-    whole = _glob(entry["path"]).fullmatch
+    path = entry["path"]
+    if not re.search(r"[*?]", path): return [path] if path in found else []
+    whole = _glob(path).fullmatch
     return [n for n in found if whole(n)]
 
 # %% ../../nbs/data/01_manifests.ipynb #f2f0ee72
@@ -172,10 +192,48 @@ def digest(
 
 def _check_bytes(entry, name, size, path, bar):
     "Size and checksum of one file."
-    if entry.get("size", size) != size: yield f"altered: {shown(name)} ({size:,} bytes instead of {entry['size']:,})"; return
+    if entry.get("size", size) != size:
+        yield f"altered: {shown(name)} ({size:,} bytes instead of {entry['size']:,})"
+        return
     for kind in ("sha256", "md5"):
         if kind in entry and (now := digest(path, kind, bar)) != entry[kind]:
             yield f"altered: {shown(name)} ({kind} {now[:12]}… instead of {entry[kind][:12]}…)"
+
+class _TableCheck:
+    "What is known of one table while its rows are looked at."
+    def __init__(self, entry, name, found):
+        self.columns = set(entry["columns"]) # that every row has
+        self.key = entry.get("names") # the one that names files
+        self.found = found
+        self.table = shown(name)
+        folder = str(PurePosixPath(name).parent)
+        self.prefix = "" if folder == "." else f"{folder}/"
+        self.lacking = set() # columns that were reported
+        self.named = set() # files that a row names, relative to the data folder
+
+    def columns_of(self, line, row):
+        "Columns that no earlier row lacked."
+        if not (new := self.columns - row.keys() - self.lacking): return
+        self.lacking |= new
+        there = ", ".join(map(str, list(row)[:8]))
+        yield f"altered: {self.table} (line {line} has no {', '.join(sorted(new))}; it has {there} …)"
+
+    def file_of(self, line, row):
+        "The file that a row names: inside, once, and there."
+        if self.key is None or self.key not in row: return
+        target = str(row[self.key]).removeprefix("file:")
+        path = self.prefix + target
+        if not is_inside(target):
+            yield f"altered: {self.table} (line {line} names {shown(target)!r}, outside its folder)"
+        elif path in self.named: yield f"altered: {self.table} (line {line} names {shown(target)} again)"
+        elif path not in self.found: yield f"missing: {path} (line {line} of {self.table})"
+        self.named.add(path)
+
+    def unnamed(self):
+        "Pictures beside the table that no row names."
+        if self.key is None: return
+        pictures = {n for n in self.found if n.startswith(self.prefix) and n.lower().endswith(SUFFIXES)}
+        for n in sorted(pictures - self.named): yield f"extra: {shown(n)} (no row in {self.table})"
 
 def check_rows(
     entry: dict, # of the manifest: columns, and the one that names files
@@ -185,45 +243,49 @@ def check_rows(
     tally: dict, # its "rows" is counted up
 ): # yields problems
     "Columns and file names of one table; its rows are counted in `tally`."
-    folder, named, lacking = str(PurePosixPath(name).parent), set(), set()
-    where = lambda n: n if folder == "." else f"{folder}/{n}"
+    check = _TableCheck(entry, name, found)
     for line, row in table_rows(path):
         tally["rows"] += 1
-        if row is None: yield f"altered: {shown(name)} (line {line} is broken)"; continue
-        if new := set(entry["columns"]) - row.keys() - lacking:
-            lacking |= new
-            yield f"altered: {shown(name)} (line {line} has no {', '.join(sorted(new))}; it has {', '.join(map(str, list(row)[:8]))} …)"
-        if (key := entry.get("names")) is None or key not in row: continue
-        target = str(row[key]).removeprefix("file:")
-        if not is_inside(target): yield f"altered: {shown(name)} (line {line} names {shown(target)!r}, outside its folder)"
-        elif target in named: yield f"altered: {shown(name)} (line {line} names {shown(target)} again)"
-        elif where(target) not in found: yield f"missing: {where(target)} (line {line} of {shown(name)})"
-        named.add(target)
-    if "names" in entry:
-        pictures = {n for n in found if n.startswith("" if folder == "." else f"{folder}/") and n.lower().endswith(SUFFIXES)}
-        yield from (f"extra: {shown(n)} (no row in {shown(name)})" for n in sorted(pictures - {where(t) for t in named}))
+        if row is None:
+            yield f"altered: {check.table} (line {line} is broken)"
+            continue
+        yield from check.columns_of(line, row)
+        yield from check.file_of(line, row)
+    yield from check.unnamed()
 
 # %% ../../nbs/data/01_manifests.ipynb #e2448ef0
 def _count_lines(path):
     with open(path, "rb") as f: return sum(bool(line.strip()) for line in f)
 
-def _check_entry(entry, names, found, folder, bar):
-    "The findings of one entry."
-    label, wanted = f"{entry['path']}{' (' + entry['what'] + ')' if 'what' in entry else ''}", entry.get("count")
-    if not names:
+def _check_count(entry, there):
+    "The number of files that match an entry."
+    label = f"{entry['path']} ({entry['what']})" if "what" in entry else entry["path"]
+    wanted = entry.get("count")
+    if not there:
         if not entry.get("optional") and wanted != 0: yield f"missing: {label}"
         return
-    if wanted is not None and len(names) < wanted: yield f"missing: {wanted - len(names):,} of {wanted:,} files {label}"
-    if wanted is not None and len(names) > wanted: yield f"extra: {len(names) - wanted:,} more than {wanted:,} files {label}"
+    if wanted is None: return
+    if there < wanted: yield f"missing: {wanted - there:,} of {wanted:,} files {label}"
+    if there > wanted: yield f"extra: {there - wanted:,} more than {wanted:,} files {label}"
+
+def _check_file(entry, name, found, folder, tally, bar):
+    "Bytes and rows of one file; its lines and rows are counted in `tally`."
+    try:
+        yield from _check_bytes(entry, name, found[name], folder/name, bar)
+        if "lines" in entry: tally["lines"] += _count_lines(folder/name)
+        if "columns" in entry: yield from check_rows(entry, name, folder/name, found, tally)
+    except (OSError, UnicodeDecodeError) as e:
+        yield f"unreadable: {shown(name)} ({getattr(e, 'strerror', None) or 'not UTF-8'})"
+
+def _check_entry(entry, names, found, folder, bar):
+    "The findings of one entry."
+    yield from _check_count(entry, len(names))
+    if not names: return
     tally = {"lines": 0, "rows": 0}
-    for name in names:
-        try:
-            yield from _check_bytes(entry, name, found[name], folder/name, bar)
-            if "lines" in entry: tally["lines"] += _count_lines(folder/name)
-            if "columns" in entry: yield from check_rows(entry, name, folder/name, found, tally)
-        except (OSError, UnicodeDecodeError) as e: yield f"unreadable: {shown(name)} ({getattr(e, 'strerror', None) or 'not UTF-8'})"
+    for name in names: yield from _check_file(entry, name, found, folder, tally, bar)
     for what, n in tally.items():
-        if entry.get(what, n) != n: yield f"altered: {entry['path']} ({n:,} {what} instead of {entry[what]:,})"
+        if entry.get(what, n) != n:
+            yield f"altered: {entry['path']} ({n:,} {what} instead of {entry[what]:,})"
 
 def pick_layout(
     manifest: dict, # from `load_manifest`
@@ -232,11 +294,27 @@ def pick_layout(
 ) -> str: # its name
     "Which layout a folder has."
     layouts = manifest["layouts"]
-    if name and name not in layouts: raise UserError(f"--layout {name}: {manifest['name']} has no such layout; {nearest(name, layouts)}")
+    if name and name not in layouts:
+        raise UserError(f"--layout {name}: {manifest['name']} has no such layout; {nearest(name, layouts)}")
     def share(key):
         needed = [e for e in layouts[key]["files"] if not e.get("optional")]
         return sum(bool(_matches(e, found)) for e in needed) / max(1, len(needed))
     return name or max(layouts, key=share)
+
+def _bytes_to_read(matched, found):
+    "Bytes for the checksums of all entries."
+    total = 0
+    for entry, names in matched:
+        passes = ("sha256" in entry) + ("md5" in entry)
+        total += passes * sum(found[n] for n in names)
+    return total
+
+def _check_there(folder):
+    "`UserError` when there is no such folder."
+    if os.path.isdir(folder): return
+    begun = os.path.isdir(f"{folder}.partial")
+    more = "; it was begun and not finished, run its command again" if begun else ""
+    raise UserError(f"{folder}: no such folder, or you may not enter it{more}")
 
 def verify(
     manifest: dict, # from `load_manifest`
@@ -245,12 +323,11 @@ def verify(
 ) -> list: # findings, one line each; empty when all is as it should be
     "Compare a folder with a manifest; `UserError` when there is no such folder."
     folder = Path(folder)
-    if not os.path.isdir(folder): raise UserError(f"{folder}: no such folder, or you may not enter it" + ("; it was begun and not finished, run its command again" if os.path.isdir(f"{folder}.partial") else ""))
+    _check_there(folder)
     found, problems = walk(folder)
     plan = manifest["layouts"][pick_layout(manifest, found, layout)]
     matched = [(e, _matches(e, found)) for e in plan["files"]]
-    total = sum(found[n] * (("sha256" in e) + ("md5" in e)) for e, names in matched for n in names)
-    with progress(total=total, desc="verify", unit="B", unit_scale=True) as bar:
+    with progress(total=_bytes_to_read(matched, found), desc="verify", unit="B", unit_scale=True) as bar:
         for entry, names in matched: problems += _check_entry(entry, names, found, folder, bar)
         bar.update(bar.total - bar.n if bar.total else 0) # files of another size were not read
     if not plan.get("others"):
@@ -264,10 +341,17 @@ def inventory(
     known: dict | None = None, # relative name -> SHA-256, where it was computed already
 ) -> list: # entries for a manifest: path, size, sha256
     "Every file of a folder with its size and checksum."
-    known, (found, problems) = known or {}, walk(folder)
+    known = known or {}
+    found, problems = walk(folder)
     if problems: raise UserError(f"{folder}: {problems[0]}")
-    with progress(total=sum(s for n, s in found.items() if n not in known and n not in OWN), desc="checksums", unit="B", unit_scale=True) as bar:
-        return [{"path": n, "size": s, "sha256": known.get(n) or digest(Path(folder)/n, bar=bar)} for n, s in found.items() if n not in OWN]
+    sizes = {n: s for n, s in found.items() if n not in OWN}
+    total = sum(s for n, s in sizes.items() if n not in known)
+    entries = []
+    with progress(total=total, desc="checksums", unit="B", unit_scale=True) as bar:
+        for name, size in sizes.items():
+            sha256 = known.get(name) or digest(Path(folder)/name, bar=bar)
+            entries.append({"path": name, "size": size, "sha256": sha256})
+    return entries
 
 # %% ../../nbs/data/01_manifests.ipynb #179bfddf
 @dataclass
@@ -284,5 +368,6 @@ def verify_folder(
     manifest = load_manifest(name)
     problems = verify(manifest, folder, layout=cfg.layout)
     for line in problems: print(line)
-    print(f"{manifest['name']}: {len(problems)} findings" if problems else f"{manifest['name']}: complete and unaltered")
+    what = f"{len(problems)} findings" if problems else "complete and unaltered"
+    print(f"{manifest['name']}: {what}")
     return int(bool(problems))

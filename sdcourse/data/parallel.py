@@ -18,7 +18,8 @@ from ..core import UserError
 # %% ../../nbs/data/02_parallel.ipynb #46cf349d
 def cores() -> int: # at least 1
     "Cores that this process may use."
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"): return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 def _watch(parent):
     while os.getppid() == parent: time.sleep(0.5)
@@ -34,19 +35,25 @@ def processes(
     n: int = 0, # how many; 0: one per core
 ): # a `ProcessPoolExecutor`
     "Worker processes, all of them started; `UserError` when one is killed."
-    from multiprocessing import get_context # forked ones start at once and can run a function from a notebook cell; macOS has no safe fork
-    pool = ProcessPoolExecutor(n or cores(), get_context("fork" if sys.platform == "linux" else None), _begin, (os.getpid(),))
+    from multiprocessing import get_context
+    # forked ones start at once and can run a function from a notebook cell; macOS has no safe fork
+    context = get_context("fork" if sys.platform == "linux" else None)
+    pool = ProcessPoolExecutor(n or cores(), context, _begin, (os.getpid(),))
     try:
         pool.submit(int).result()
         yield pool
-    except BrokenProcessPool: raise UserError("a worker process was killed (out of memory?): start again with --workers 1, what is done is kept") from None
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process was killed (out of memory?): "
+            "start again with --workers 1, what is done is kept") from None
     finally: pool.shutdown(cancel_futures=True)
 
 # %% ../../nbs/data/02_parallel.ipynb #bbc13206
 class _Threads:
     "Daemon threads that run what is submitted."
     def __init__(self, n):
-        self.todo, self.threads = queue.SimpleQueue(), [threading.Thread(target=self._work, daemon=True) for _ in range(n)]
+        self.todo = queue.SimpleQueue()
+        self.threads = [threading.Thread(target=self._work, daemon=True) for _ in range(n)]
 
     def _work(self):
         while (task := self.todo.get()) is not None:
@@ -56,7 +63,8 @@ class _Threads:
             except BaseException as e: future.set_exception(e)
 
     def submit(self, fn, *args):
-        self.todo.put(((future := Future()), fn, args))
+        future = Future()
+        self.todo.put((future, fn, args))
         return future
 
     def __enter__(self):
@@ -87,7 +95,8 @@ def _flow(pool, fn, jobs, raised, stop, handful, ahead):
         for f in wait(waiting, timeout, FIRST_COMPLETED).done: yield from zip(waiting.pop(f), f.result())
     try:
         while not raised():
-            while len(waiting) < ahead and (some := list(islice(jobs, handful))): waiting[pool.submit(_each, fn, some)] = some
+            while len(waiting) < ahead and (some := list(islice(jobs, handful))):
+                waiting[pool.submit(_each, fn, some)] = some
             if not waiting: return
             yield from ready(0.1)
         waiting = {f: some for f, some in waiting.items() if not f.cancel()}
@@ -105,8 +114,11 @@ def in_parallel(
     stop=None, # a threading.Event: threads work instead of processes, and look at it to know when to give up
     handful: int = 8, # jobs that a process gets at a time
 ): # pairs (job, result) as they come; the result is an exception when fn raised one
-    "Run jobs until all are done or the flag is up; then no new one begins, and running threads have two seconds."
-    raised, jobs, n = flag.raised if flag else lambda: False, iter(jobs), workers or cores()
+    "Run jobs until all are done or the flag is up; then none begins, and running threads have two seconds."
+    def never(): return False
+    raised = flag.raised if flag else never
+    jobs = iter(jobs)
+    n = workers or cores()
     if n == 1 and stop is None:
         while not raised() and (some := list(islice(jobs, 1))): yield some[0], _try(fn, some[0])
     elif stop is None:

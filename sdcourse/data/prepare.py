@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import Free, NonNegative, Options, Share
-from ..core import UserError, atomic_path, differences, disk_error, fsync_path, log, progress, read_json, write_json
+from ..core import (
+    UserError, atomic_path, differences, disk_error, fsync_path, log, progress, read_json, write_json)
 from .manifests import check_manifest, inventory, shown
 from .parallel import in_parallel
 
@@ -21,7 +22,8 @@ def save_bytes(
     data: bytes, # a whole file
     path, # where it goes
 ) -> dict: # bytes and sha256, as the journal wants them
-    "Write a file, whole or not at all. The disk is forced once, when all is there: a million times would take hours."
+    "Write a file, whole or not at all."
+    # the disk is forced once, when all is there: a million times would take hours
     with atomic_path(path, sync=False) as tmp: tmp.write_bytes(data)
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
@@ -39,46 +41,69 @@ class Work:
         out, # where the finished folder will stand
         facts: dict, # options and checksums on which the result depends
     ):
-        self.out, self.facts = Path(os.path.abspath(out)), json.loads(json.dumps(facts))
+        self.out = Path(os.path.abspath(out))
         self.folder = self.out.with_name(self.out.name + ".partial")
-        self.whole, self.done, self._lock, self._journal = False, {}, None, None
+        self.facts = json.loads(json.dumps(facts)) # as they are read back
+        self.whole = False # whether OUT is finished
+        self.done = {} # id -> its row of the journal
+        self._lock = self._journal = None
 
     def __enter__(self):
         try:
-            if self.out.exists() and not (self.out.is_dir() and not any(self.out.iterdir())):
+            empty = self.out.is_dir() and not any(self.out.iterdir())
+            if self.out.exists() and not empty:
                 self._compare(self.out, "choose another OUT, or remove it")
                 self.whole = True
                 return self
             self.folder.mkdir(parents=True, exist_ok=True)
             self._begin()
-        except OSError as e: self.__exit__(); raise disk_error(e, self.folder) from None
-        except UserError: self.__exit__(); raise
+        except OSError as e:
+            self.__exit__()
+            raise disk_error(e, self.folder) from None
+        except UserError:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_):
-        for f in (self._journal, self._lock):
-            if f is not None: f.close() if hasattr(f, "close") else os.close(f)
+        if self._journal is not None: self._journal.close()
+        if self._lock is not None: os.close(self._lock)
         self._journal = self._lock = None
 
     def _compare(self, folder, remedy):
+        "The manifest of a folder; `UserError` when it was not made with these facts."
         path = folder/"manifest.json"
-        if not path.is_file(): raise UserError(f"{folder}: is there already and was not made by this command; {remedy}")
+        if not path.is_file():
+            raise UserError(f"{folder}: is there already and was not made by this command; {remedy}")
         old = read_json(path)
-        if changed := differences(old.get("prepared", {}), self.facts): raise UserError(f"{folder}: was made with other options or data ({changed}); {remedy}")
+        if changed := differences(old.get("prepared", {}), self.facts):
+            raise UserError(f"{folder}: was made with other options or data ({changed}); {remedy}")
         return old
 
     def _begin(self):
         "Take the lock, compare the facts, read the journal, sweep up what a kill left."
-        self._lock = os.open(self.folder, os.O_RDONLY)
-        try: fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise UserError(f"{self.folder}: another process is working in it; wait for its end") from None
-        except OSError as e: # some network file systems lock no folders
-            if e.errno not in NO_LOCKS: raise
-            log.warning("%s: this file system has no locks (%s); start only one process on it", self.folder, e.strerror)
+        self._take_lock()
         for p in self.folder.glob(".manifest.json.*.tmp"): p.unlink()
         if any(self.folder.iterdir()):
-            if "layouts" in self._compare(self.folder, "give the same options, or remove it to begin anew"): return self._move()
+            old = self._compare(self.folder, "give the same options, or remove it to begin anew")
+            if "layouts" in old: return self._move() # only the rename was missing
         else: write_json(self.folder/"manifest.json", {"prepared": self.facts})
+        self._read_journal()
+        self._sweep()
+
+    def _take_lock(self):
+        "One process works in a folder."
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        try: fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.folder}: another process is working in it; wait for its end") from None
+        except OSError as e: # some network file systems lock no folders
+            if e.errno not in NO_LOCKS: raise
+            log.warning("%s: this file system has no locks (%s); start only one process on it",
+                        self.folder, e.strerror)
+
+    def _read_journal(self):
+        "What earlier starts did; new lines go behind it."
         self._journal = open(self.folder/"done.jsonl", "a+", encoding="utf-8")
         self._journal.seek(0)
         for line in self._journal.read().splitlines():
@@ -86,12 +111,14 @@ class Work:
             except json.JSONDecodeError: continue # the last line of a killed run
             self.done[row["id"]] = row
         self._journal.write("\n")
-        self._sweep()
 
     def _sweep(self):
-        "Remove what the journal does not know: half-written files, and the tables of a start that was killed at its end."
-        keep = {"manifest.json", "done.jsonl", "STOP"}.union(*([r.get("file", i), *r.get("more", ())] for i, r in self.done.items()))
-        for p in [p for p in self.folder.rglob("*") if not p.is_dir() and p.relative_to(self.folder).as_posix() not in keep]: p.unlink()
+        "Remove what the journal does not know: half-written files, and tables of a start that was killed."
+        keep = {"manifest.json", "done.jsonl", "STOP"}
+        for id, row in self.done.items(): keep |= {row.get("file", id), *row.get("more", ())}
+        for p in list(self.folder.rglob("*")):
+            known = p.relative_to(self.folder).as_posix() in keep
+            if not p.is_dir() and not known: p.unlink()
 
     def has(self,
         id, # of a job
@@ -102,7 +129,7 @@ class Work:
         except OSError: return False
 
     def record(self,
-        row: dict, # what is done: "id", "file" (if that is not the id), "bytes", "sha256"; "more" names further files that belong to it
+        row: dict, # "id", "file" (if that is not the id), "bytes", "sha256" of what is done; "more": further files that belong to it
     ):
         "Write to the journal, so that a later start knows."
         self.done[row["id"]] = row
@@ -123,7 +150,8 @@ class Work:
                 if isinstance(result, (UserError, BrokenProcessPool)): raise result
                 if isinstance(result, Stopped): continue
                 if isinstance(result, Failed): yield job, str(result)
-                elif isinstance(result, Exception): yield job, f"unexpected {type(result).__name__}: {shown(str(result)[:200])}"
+                elif isinstance(result, Exception):
+                    yield job, f"unexpected {type(result).__name__}: {shown(str(result)[:200])}"
                 elif result: self.record({"id": name(job), **result})
                 bar.update()
 
@@ -145,10 +173,12 @@ class Work:
         for root, *_ in os.walk(self.folder, topdown=False):
             if not os.listdir(root): os.rmdir(root) # of a split that got no picture
         os.sync()
-        known = {"done.jsonl": "no part of it"} | {r.get("file", i): r["sha256"] for i, r in self.done.items()}
+        known = {r.get("file", i): r["sha256"] for i, r in self.done.items()}
+        known["done.jsonl"] = "no part of it"
         files = [f for f in inventory(self.folder, known) if f["path"] != "done.jsonl"]
         layouts = {"prepared": {"what": "written by sdcourse prepare or sdcourse shards", "files": files}}
-        write_json(self.folder/"manifest.json", check_manifest(manifest | {"layouts": layouts, "prepared": self.facts}, "manifest.json"))
+        manifest = manifest | {"layouts": layouts, "prepared": self.facts}
+        write_json(self.folder/"manifest.json", check_manifest(manifest, "manifest.json"))
         self._move()
 
     def _move(self):

@@ -25,7 +25,9 @@ from .scan import excluded
 
 # %% ../../nbs/data/06_shards.ipynb #253c8079
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp")
-MEMBER_KINDS = {**dict.fromkeys(IMAGE_KEYS, "image"), "json": "json", "txt": "txt", "cls": "cls"} # suffix -> what it is
+MEMBER_KINDS = { # suffix -> what the member is
+    **dict.fromkeys(IMAGE_KEYS, "image"), "json": "json", "txt": "txt", "cls": "cls",
+}
 
 def key_of(
     name: str, # an id
@@ -61,36 +63,63 @@ class Sample:
 def read_samples(
     folder, # a data folder: SPLIT/metadata.jsonl with the pictures beside it
 ) -> dict: # split -> list of `Sample`, in the order of the rows
-    "What is to be packed, without what a scan found bad; `UserError` when rows and pictures do not belong together."
+    "What is to be packed, without what a scan found bad; `UserError` when rows and pictures do not match."
     folder = Path(folder)
     found, problems = walk(folder)
     tables = [n for n in found if re.fullmatch(r"[\w-]+/metadata\.jsonl", n)]
-    if not tables: raise UserError(f"{folder}: holds neither tars nor SPLIT/metadata.jsonl; give a folder that sdcourse prepare made")
-    splits, bad = {}, excluded(folder)
+    if not tables:
+        raise UserError(
+            f"{folder}: holds neither tars nor SPLIT/metadata.jsonl; "
+            "give a folder that sdcourse prepare made")
+    splits = {}
+    bad = excluded(folder)
+    entry = {"columns": ["file_name"], "names": "file_name"}
     for table in tables:
-        problems += check_rows({"columns": ["file_name"], "names": "file_name"}, table, folder/table, found, {"rows": 0})
-        if problems: raise UserError(f"{folder}: {problems[0]}" + (f" and {len(problems) - 1} more" if problems[1:] else "") + "; mend or remove it (sdcourse verify)")
+        problems += check_rows(entry, table, folder/table, found, {"rows": 0})
+        if problems:
+            more = f" and {len(problems) - 1} more" if problems[1:] else ""
+            raise UserError(f"{folder}: {problems[0]}{more}; mend or remove it (sdcourse verify)")
         split = table.split("/")[0]
-        splits[split] = [_sample(folder/table, row, found[name]) for _, row in table_rows(folder/table) if (name := f"{split}/{row['file_name']}") not in bad]
+        samples = splits[split] = []
+        for _, row in table_rows(folder/table):
+            name = f"{split}/{row['file_name']}"
+            if name not in bad: samples.append(_sample(folder/table, row, found[name]))
     return splits
 
+def _suffix(path): return path.suffix.lower().lstrip(".")
+
 def _sample(table, row, size):
-    path = table.parent/row["file_name"]
-    row = {"id": str(row.get("id", Path(row["file_name"]).with_suffix("").as_posix())), **{k: v for k, v in row.items() if k not in ("file_name", "id")}}
-    key, suffix = key_of(row["id"]), path.suffix.lower().lstrip(".")
-    if suffix not in IMAGE_KEYS: raise UserError(f"{path}: .{suffix} pictures cannot be packed; use {', '.join(IMAGE_KEYS)}")
-    if len(key) > 90: raise UserError(f"{path}: the id is too long for a tar ({len(key)} characters, at most 90)")
-    return Sample(key, path, size, json.dumps(row, ensure_ascii=False).encode())
+    "One row of a table, to be packed."
+    name = row["file_name"]
+    path = table.parent/name
+    id = str(row.get("id", Path(name).with_suffix("").as_posix()))
+    key, suffix = key_of(id), _suffix(path)
+    if suffix not in IMAGE_KEYS:
+        raise UserError(f"{path}: .{suffix} pictures cannot be packed; use {', '.join(IMAGE_KEYS)}")
+    if len(key) > 90:
+        raise UserError(f"{path}: the id is too long for a tar ({len(key)} characters, at most 90)")
+    others = {k: v for k, v in row.items() if k not in ("file_name", "id")}
+    meta = json.dumps({"id": id, **others}, ensure_ascii=False)
+    return Sample(key, path, size, meta.encode())
+
+def _tar_bytes(members):
+    "Bytes of a tar: its members, two blocks as end mark, and zeros up to a whole record of 20 blocks."
+    return -(-(members + 1024) // 10240) * 10240
 
 def plan_tars(
     samples: list, # of `Sample`
     max_bytes: int, # of one tar
 ) -> list: # of lists of `Sample`
     "Fill tars one after the other; none is larger than `max_bytes`."
-    tars, used = [], max_bytes
+    tars = []
+    used = max_bytes # the first sample begins a tar
     for s in samples:
-        if -(-(s.packed + 1024) // 10240) * 10240 > max_bytes: raise UserError(f"{s.path}: larger than a tar may be; give --max-bytes {2 * s.packed + 10240} or more")
-        if -(-(used + s.packed + 1024) // 10240) * 10240 > max_bytes: tars.append([]); used = 0
+        if _tar_bytes(s.packed) > max_bytes:
+            raise UserError(
+                f"{s.path}: larger than a tar may be; give --max-bytes {2 * s.packed + 10240} or more")
+        if _tar_bytes(used + s.packed) > max_bytes:
+            tars.append([])
+            used = 0
         tars[-1].append(s)
         used += s.packed
     return tars
@@ -111,89 +140,151 @@ def write_tar(
     rows = []
     with atomic_path(path) as tmp, tarfile.open(tmp, "w", format=tarfile.USTAR_FORMAT) as tar:
         for s in samples:
-            data, suffix = s.path.read_bytes(), s.path.suffix.lower().lstrip(".")
+            data = s.path.read_bytes()
             if len(data) != s.size: raise UserError(f"{s.path}: changed while it was packed; run again")
-            rows.append({"key": s.key, suffix: _add(tar, f"{s.key}.{suffix}", data), "json": _add(tar, f"{s.key}.json", s.meta)})
+            suffix = _suffix(s.path)
+            picture = _add(tar, f"{s.key}.{suffix}", data)
+            meta = _add(tar, f"{s.key}.json", s.meta)
+            rows.append({"key": s.key, suffix: picture, "json": meta})
     write_text(Path(path).with_suffix(".index.jsonl"), "".join(json.dumps(r) + "\n" for r in rows))
     return rows
 
 # %% ../../nbs/data/06_shards.ipynb #0aa44e73
 def _check_member(m, path, total):
     "`UserError` when a member is not a plain file inside the tar."
-    name = shown(m.name)
-    if not m.isreg() or m.issparse(): raise UserError(f"{path}: member {name} is {'a link to ' + shown(m.linkname) if m.issym() or m.islnk() else 'no plain file'}; only plain files are read, make the tar again without it")
-    if not is_inside(m.name.removeprefix("./")): raise UserError(f"{path}: member {name} leads out of the folder; do not trust this tar")
-    if m.size < 0 or m.offset_data + m.size > total: raise UserError(f"{path}: member {name} says it has {m.size:,} bytes, and the tar ends before that; it is cut off or forged")
+    member = f"{path}: member {shown(m.name)}"
+    if not m.isreg() or m.issparse():
+        what = f"a link to {shown(m.linkname)}" if m.issym() or m.islnk() else "no plain file"
+        raise UserError(f"{member} is {what}; only plain files are read, make the tar again without it")
+    if not is_inside(m.name.removeprefix("./")):
+        raise UserError(f"{member} leads out of the folder; do not trust this tar")
+    if m.size < 0 or m.offset_data + m.size > total:
+        raise UserError(
+            f"{member} says it has {m.size:,} bytes, and the tar ends before that; it is cut off or forged")
 
 def _check_end(f, path, end):
     "`UserError` unless only zeros, at least two blocks of them, follow the last member."
     f.seek(end)
     zeros = 0
     while piece := f.read(1 << 20):
-        if piece.strip(b"\0"): raise UserError(f"{path}: is damaged after {end:,} bytes, or holds more than one archive; unpack it and make it again")
+        if piece.strip(b"\0"):
+            raise UserError(
+                f"{path}: is damaged after {end:,} bytes, or holds more than one archive; "
+                "unpack it and make it again")
         zeros += len(piece)
     if zeros < 1024: raise UserError(f"{path}: its end is missing, it is cut off; copy it again")
+
+def _members(f, path, total):
+    "(name, member, where it ends) of each file of an open tar, checked; the name of a folder is empty."
+    seen = set()
+    try:
+        with tarfile.open(fileobj=f, mode="r:") as tar:
+            for m in tar:
+                end = m.offset_data + -(-max(0, m.size) // 512) * 512
+                tar.members.clear() # tarfile keeps every member otherwise
+                if m.isdir():
+                    yield "", m, end
+                    continue
+                _check_member(m, path, total)
+                name = m.name.removeprefix("./")
+                if name in seen:
+                    raise UserError(f"{path}: member {shown(name)} is there twice; make the tar again")
+                seen.add(name)
+                yield name, m, end
+    except (tarfile.TarError, ValueError, OverflowError, OSError) as e:
+        why = " ".join(str(e).split()) or type(e).__name__
+        raise UserError(f"{path}: is no plain tar ({why}); unpack compressed ones first") from None
+
+def _has_picture(sample): return bool(sample.keys() & set(IMAGE_KEYS))
 
 def index_tar(
     path, # a tar, not compressed
 ) -> tuple: # (rows of the index, [{"key", "reason"}] of what is left out)
     "Find every sample of a tar; `UserError` when it is damaged or hostile."
-    total, seen, samples, left, end = os.path.getsize(path), set(), {}, [], 0
+    samples, left = {}, []
+    end = 0 # of the last member
     with open(path, "rb") as f:
-        try:
-            with tarfile.open(fileobj=f, mode="r:") as tar:
-                for m in tar:
-                    end = m.offset_data + -(-max(0, m.size) // 512) * 512
-                    tar.members.clear() # tarfile keeps every member otherwise
-                    if m.isdir(): continue
-                    _check_member(m, path, total)
-                    name = m.name.removeprefix("./")
-                    if name in seen: raise UserError(f"{path}: member {shown(name)} is there twice; make the tar again")
-                    seen.add(name)
-                    key, suffix = _split_name(name)
-                    if suffix not in MEMBER_KINDS: left.append({"key": name, "reason": "neither picture nor caption"}); continue
-                    sample = samples.setdefault(key, {"key": key})
-                    if MEMBER_KINDS[suffix] == "image" and sample.keys() & set(IMAGE_KEYS): raise UserError(f"{path}: {shown(key)} has two pictures; make the tar again")
-                    sample[suffix] = [m.offset_data, m.size]
-        except (tarfile.TarError, ValueError, OverflowError, OSError) as e: raise UserError(f"{path}: is no plain tar ({' '.join(str(e).split()) or type(e).__name__}); unpack compressed ones first") from None
+        for name, m, end in _members(f, path, os.path.getsize(path)):
+            if not name: continue
+            key, suffix = _split_name(name)
+            if suffix not in MEMBER_KINDS:
+                left.append({"key": name, "reason": "neither picture nor caption"})
+                continue
+            sample = samples.setdefault(key, {"key": key})
+            if MEMBER_KINDS[suffix] == "image" and _has_picture(sample):
+                raise UserError(f"{path}: {shown(key)} has two pictures; make the tar again")
+            sample[suffix] = [m.offset_data, m.size]
         _check_end(f, path, end)
-    left += [{"key": k, "reason": "no picture"} for k, s in samples.items() if not s.keys() & set(IMAGE_KEYS)]
-    return [s for s in samples.values() if s.keys() & set(IMAGE_KEYS)], left
+    left += [{"key": k, "reason": "no picture"} for k, s in samples.items() if not _has_picture(s)]
+    return [s for s in samples.values() if _has_picture(s)], left
 
 # %% ../../nbs/data/06_shards.ipynb #5f20c613
 class TarSet:
-    "Tars with an index as a random-access data set; items are dicts with id, image and what the captions hold."
+    "Tars with an index as a random-access data set; items are dicts with id, image and what captions hold."
     def __init__(self,
         folder, # where index.json is
         split: str = "", # only tars of this split; empty: all
         *, open_files: int = 64, # kept open at a time, per process
     ):
-        self.folder, index = Path(folder), read_json(Path(folder)/"index.json")
+        self.folder = Path(folder)
+        self.open_files = open_files
+        index = read_json(self.folder/"index.json")
+        self.quoted = index["quoted"]
         splits = {t["split"] for t in index["tars"]}
-        if split and split not in splits: raise UserError(f"{folder}: has no split {split}; it has {', '.join(sorted(splits))}")
+        if split and split not in splits:
+            raise UserError(f"{folder}: has no split {split}; it has {', '.join(sorted(splits))}")
         chosen = [t for t in index["tars"] if not split or t["split"] == split]
-        self.tars, self.quoted, self.open_files = [t["tar"] for t in chosen], index["quoted"], open_files
-        keys, tar, spans = [], array("i"), {k: array("q") for k in ("image", "json", "txt", "cls")}
-        for number, t in enumerate(chosen):
-            self._check(t)
-            for row in map(json.loads, (self.folder/t["index"]).read_text(encoding="utf-8").splitlines()):
-                keys.append(row["key"].encode() if self.quoted else f"{Path(t['tar']).stem}/{row['key']}".encode())
-                tar.append(number)
-                by_kind = {MEMBER_KINDS[s]: span for s, span in row.items() if s != "key"}
-                for kind, column in spans.items(): column.extend(by_kind.get(kind, (0, -1)))
-        self.keys, self.tar = np.array(keys, dtype=bytes), np.array(tar, dtype=np.int32)
-        self.spans = {k: v for k, column in spans.items() if ((v := np.array(column, dtype=np.int64).reshape(-1, 2))[:, 1] >= 0).any()}
+        self.tars = [t["tar"] for t in chosen]
+        self._read_rows(chosen)
         self._forget()
 
+    def _rows(self, chosen):
+        "(number of its tar, key, {kind: (offset, size)}) of each sample."
+        for number, t in enumerate(chosen):
+            self._check(t)
+            prefix = "" if self.quoted else f"{Path(t['tar']).stem}/"
+            for line in (self.folder/t["index"]).read_text(encoding="utf-8").splitlines():
+                row = json.loads(line)
+                key = f"{prefix}{row['key']}".encode()
+                yield number, key, {MEMBER_KINDS[s]: span for s, span in row.items() if s != "key"}
+
+    def _read_rows(self, chosen):
+        "Keys, tars and spans of all samples as arrays; `spans` has the kinds that occur."
+        keys, tars = [], array("i")
+        spans = {k: array("q") for k in ("image", "json", "txt", "cls")}
+        for number, key, by_kind in self._rows(chosen):
+            keys.append(key)
+            tars.append(number)
+            for kind, column in spans.items(): column.extend(by_kind.get(kind, (0, -1)))
+        self.keys = np.array(keys, dtype=bytes)
+        self.tar = np.array(tars, dtype=np.int32)
+        arrays = {k: np.array(column, dtype=np.int64).reshape(-1, 2) for k, column in spans.items()}
+        self.spans = {k: a for k, a in arrays.items() if (a[:, 1] >= 0).any()}
+
     def _check(self, t):
+        "`UserError` unless a tar is there and as long as its index says."
         path = self.folder/t["tar"]
         try: size = path.stat().st_size
-        except OSError as e: raise UserError(f"{path}: {e.strerror}; the index {self.folder}/index.json names it") from None
-        if size != t["bytes"]: raise UserError(f"{path}: has {size:,} bytes and its index says {t['bytes']:,}; make the index again (sdcourse shards)")
+        except OSError as e:
+            raise UserError(f"{path}: {e.strerror}; the index {self.folder}/index.json names it") from None
+        if size != t["bytes"]:
+            raise UserError(
+                f"{path}: has {size:,} bytes and its index says {t['bytes']:,}; "
+                "make the index again (sdcourse shards)")
 
-    def _forget(self): self._files, self._lock, self._pid = OrderedDict(), threading.Lock(), os.getpid()
-    def __getstate__(self): return {k: v for k, v in self.__dict__.items() if k not in ("_files", "_lock", "_pid")}
-    def __setstate__(self, state): self.__dict__.update(state); self._forget()
+    def _forget(self):
+        "No file is open in this process."
+        self._files = OrderedDict()
+        self._lock = threading.Lock()
+        self._pid = os.getpid()
+
+    def __getstate__(self):
+        return {k: v for k, v in self.__dict__.items() if k not in ("_files", "_lock", "_pid")}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self._forget()
+
     def __len__(self): return len(self.keys)
 
     @property
@@ -222,7 +313,9 @@ class TarSet:
                 if len(self._files) >= self.open_files: os.close(self._files.popitem(last=False)[1])
                 self._files[name] = os.open(self.folder/name, os.O_RDONLY)
             data = os.pread(self._files[name], size, offset)
-        if len(data) != size: raise UserError(f"{self.folder/name}: ends inside {self.id(i)}; it changed after it was indexed")
+        if len(data) != size:
+            raise UserError(
+                f"{self.folder/name}: ends inside {self.id(i)}; it changed after it was indexed")
         return data
 
     def fields(self,
@@ -240,11 +333,19 @@ class TarSet:
         where = f"{self.id(i)} of {self.folder/self.tars[self.tar[i]]}"
         try: return self.fields(i) | {"id": self.id(i), "image": open_image(self.read(i))}
         except BadImage as e: raise BadImage(e.kind, f"{e.detail}: {where}; scan before you pack") from None
-        except ValueError as e: raise UserError(f"{where}: its caption is broken ({' '.join(str(e).split())}); make the tar again") from None
+        except ValueError as e:
+            why = " ".join(str(e).split())
+            raise UserError(f"{where}: its caption is broken ({why}); make the tar again") from None
 
 # %% ../../nbs/data/06_shards.ipynb #bf0af1d5
-UNKNOWN = {"what": "a picture with what its row says", "source": {"url": "https://example.invalid", "how": "not recorded"}, "licence": {"name": "not recorded", "note": "find out before you publish anything"},
-    "people": {"shown": "some", "note": "not recorded"}, "count": None, "splits": {"how": "as they were in the folder", "counts": {}}}
+UNKNOWN = { # what a manifest says of a folder that says nothing of itself
+    "what": "a picture with what its row says",
+    "source": {"url": "https://example.invalid", "how": "not recorded"},
+    "licence": {"name": "not recorded", "note": "find out before you publish anything"},
+    "people": {"shown": "some", "note": "not recorded"},
+    "count": None,
+    "splits": {"how": "as they were in the folder", "counts": {}},
+}
 
 def _origin(folder):
     "The manifest of the folder, or one that says that nothing is known."
@@ -253,7 +354,44 @@ def _origin(folder):
     return {"name": name, "title": Path(folder).resolve().name or name, **UNKNOWN}
 
 def _entry(folder, split, path, rows):
-    return {"tar": os.path.relpath(path, folder), "split": split, "index": f"{Path(path).stem}.index.jsonl", "samples": len(rows), "bytes": os.path.getsize(path)}
+    "What index.json says of a tar."
+    return {
+        "tar": os.path.relpath(path, folder),
+        "split": split,
+        "index": f"{Path(path).stem}.index.jsonl",
+        "samples": len(rows),
+        "bytes": os.path.getsize(path),
+    }
+
+def _jobs(splits, max_bytes):
+    "(split, name, samples) of each tar."
+    jobs = []
+    for split, samples in splits.items():
+        for n, part in enumerate(plan_tars(samples, max_bytes)): jobs.append((split, f"{split}-{n:05}", part))
+    return jobs
+
+def _content(jobs):
+    "The hash of all that is packed: names, sizes and rows."
+    lines = []
+    for _, name, samples in jobs:
+        lines += [f"{name} {s.key} {s.path.name} {s.size} {s.meta!r}\n" for s in samples]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+def _pack_one(work, split, name, samples):
+    "Write one tar and its index."
+    path = work.folder/f"{name}.tar"
+    rows = write_tar(path, samples)
+    entry = _entry(work.folder, split, path, rows)
+    work.record({"id": name, "file": entry["tar"], "more": [entry["index"]], "sha256": digest(path), **entry})
+
+def _publish(work, jobs, folder, manifest):
+    "The index of all tars and the names of the classes; then the manifest."
+    entries = [work.done[name] for _, name, _ in jobs]
+    tars = [{k: v for k, v in e.items() if k not in ("id", "file", "more", "sha256")} for e in entries]
+    classes = Path(folder)/"classes.json"
+    if classes.is_file(): write_json(work.folder/"classes.json", read_json(classes))
+    write_json(work.folder/"index.json", {"quoted": True, "tars": tars, "left_out": []})
+    work.publish(manifest)
 
 def pack(
     folder, # a data folder
@@ -262,25 +400,24 @@ def pack(
     *, flag, # raised() says when to stop
 ) -> int: # 0: published, there already, or stopped to be continued
     "Data folder to tars and index."
-    splits, origin = read_samples(folder), _origin(folder)
-    jobs = [(split, f"{split}-{n:05}", samples) for split, all_ in splits.items() for n, samples in enumerate(plan_tars(all_, cfg.max_bytes))]
-    content = hashlib.sha256("".join(f"{name} {s.key} {s.path.name} {s.size} {s.meta!r}\n" for _, name, samples in jobs for s in samples).encode()).hexdigest()
-    with Work(out, {"set": "shards", "max_bytes": cfg.max_bytes, "content": content}) as work:
-        if work.whole: print(f"{out}: there already, made with these options"); return 0
+    splits = read_samples(folder)
+    count = sum(map(len, splits.values()))
+    manifest = _origin(folder) | {"count": count}
+    jobs = _jobs(splits, cfg.max_bytes)
+    with Work(out, {"set": "shards", "max_bytes": cfg.max_bytes, "content": _content(jobs)}) as work:
+        if work.whole:
+            print(f"{out}: there already, made with these options")
+            return 0
         try:
             for split, name, samples in progress(jobs, desc="tars", unit="tar"):
                 if work.has(name): continue
-                if flag.raised(): work.stopped(flag, len(work.done), len(jobs)); return 0
-                path = work.folder/f"{name}.tar"
-                rows = write_tar(path, samples)
-                entry = _entry(work.folder, split, path, rows)
-                work.record({"id": name, "file": entry["tar"], "more": [entry["index"]], "sha256": digest(path), **entry})
-            tars = [{k: v for k, v in work.done[name].items() if k not in ("id", "file", "more", "sha256")} for _, name, _ in jobs]
-            if (Path(folder)/"classes.json").is_file(): write_json(work.folder/"classes.json", read_json(Path(folder)/"classes.json"))
-            write_json(work.folder/"index.json", {"quoted": True, "tars": tars, "left_out": []})
-            work.publish(origin | {"count": sum(map(len, splits.values()))})
+                if flag.raised():
+                    work.stopped(flag, len(work.done), len(jobs))
+                    return 0
+                _pack_one(work, split, name, samples)
+            _publish(work, jobs, folder, manifest)
         except OSError as e: raise disk_error(e, work.folder) from None
-    print(f"{out}: {sum(map(len, splits.values())):,} samples in {len(jobs)} tars")
+    print(f"{out}: {count:,} samples in {len(jobs)} tars")
     return 0
 
 def index_folder(
@@ -288,16 +425,20 @@ def index_folder(
     out, # where the index goes; may be the same folder
 ) -> int: # 0
     "Index tars that somebody else made; they stay where they are."
-    out, tars, left = Path(out), [], []
+    out = Path(out)
+    tars, left = [], []
     out.mkdir(parents=True, exist_ok=True)
     for path in progress(sorted(Path(folder).glob("*.tar")), desc="index", unit="tar"):
         rows, without = index_tar(path)
         left += [{"tar": path.name, **w} for w in without]
         split = re.sub(r"[-_.]?\d*$", "", path.stem) or "train"
-        tars.append(_entry(out, split, path, rows))
-        write_text(out/tars[-1]["index"], "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+        entry = _entry(out, split, path, rows)
+        write_text(out/entry["index"], "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+        tars.append(entry)
     write_json(out/"index.json", {"quoted": False, "tars": tars, "left_out": left})
-    print(f"{out}: {sum(t['samples'] for t in tars):,} samples in {len(tars)} tars, {len(left):,} members left out" + (" (left_out in index.json)" if left else ""))
+    count = sum(t["samples"] for t in tars)
+    where = " (left_out in index.json)" if left else ""
+    print(f"{out}: {count:,} samples in {len(tars)} tars, {len(left):,} members left out{where}")
     return 0
 
 def make_shards(
@@ -311,4 +452,5 @@ def make_shards(
     try:
         if any(Path(folder).glob("*.tar")): return index_folder(folder, out)
     except OSError as e: raise disk_error(e, out) from None
-    with StopFlag(str(out).rstrip("/") + ".partial", cfg.max_seconds) as flag: return pack(folder, out, cfg, flag=flag)
+    partial = str(out).rstrip("/") + ".partial"
+    with StopFlag(partial, cfg.max_seconds) as flag: return pack(folder, out, cfg, flag=flag)

@@ -13,7 +13,7 @@ from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from http.cookiejar import CookieJar, DefaultCookiePolicy
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -48,7 +48,8 @@ class Unsplash(Options):
     def check(self):
         "`UserError` for values that make no sense."
         super().check()
-        if self.val_share + self.test_share >= 1: raise UserError("--val-share and --test-share: together they leave nothing for training")
+        if self.val_share + self.test_share >= 1:
+            raise UserError("--val-share and --test-share: together they leave nothing for training")
 
 # %% ../../../nbs/data/sets/04_unsplash.ipynb #832d7a18
 @dataclass(frozen=True)
@@ -64,37 +65,68 @@ class Photo:
 def _tables(folder):
     "The photos.tsv* of a folder."
     try: found = sorted(p for p in Path(folder).iterdir() if re.fullmatch(r"photos\.tsv\d*", p.name))
-    except OSError as e: raise UserError(f"{folder}: cannot be read ({e.strerror}); give the folder with photos.tsv000") from None
-    if not found: raise UserError(f"{folder}: holds no photos.tsv000; give the folder of the unpacked archive")
+    except OSError as e:
+        raise UserError(
+            f"{folder}: cannot be read ({e.strerror}); give the folder with photos.tsv000") from None
+    if not found:
+        raise UserError(f"{folder}: holds no photos.tsv000; give the folder of the unpacked archive")
     return found
+
+def _fault(name, url, split):
+    "What is wrong with a row; empty: nothing."
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,199}", name): return "the id cannot be a file name"
+    if not re.match(r"(https?|file):", url):
+        return f"the address is neither http, https nor file: {shown(url[:60])}"
+    if split and split not in SPLITS: return f"split {split!r} is none of {', '.join(SPLITS)}"
+    return ""
+
+def _sides(row):
+    "(width, height) of a photo; empty where the table does not say both."
+    said = [row.get(k) or "" for k in ("photo_width", "photo_height")]
+    sides = tuple(int(s) if s.isdecimal() else 0 for s in said)
+    return sides if all(sides) else ()
 
 def _photo(row, cfg):
     "(photo, '') or (None, what is wrong with the row)."
-    name, url, split = row["photo_id"].strip(), row["photo_image_url"].strip(), (row.get("split") or "").strip()
-    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,199}", name): return None, "the id cannot be a file name"
-    if not re.match(r"(https?|file):", url): return None, f"the address is neither http, https nor file: {shown(url[:60])}"
-    if split and split not in SPLITS: return None, f"split {split!r} is none of {', '.join(SPLITS)}"
+    name = row["photo_id"].strip()
+    url = row["photo_image_url"].strip()
+    split = (row.get("split") or "").strip()
+    if fault := _fault(name, url, split): return None, fault
     text = row[cfg.text_column].strip() or (row.get("photo_description") or "").strip()
-    sides = tuple(int(row.get(k) or 0) if (row.get(k) or "").isdecimal() else 0 for k in ("photo_width", "photo_height"))
-    return Photo(name, url, " ".join(text.split()), row.get("photographer_username") or name, split, sides if all(sides) else ()), ""
+    group = row.get("photographer_username") or name
+    return Photo(name, url, " ".join(text.split()), group, split, _sides(row)), ""
+
+def _check_columns(path, row, cfg):
+    "`UserError` when a table lacks a column that is needed."
+    for column in ("photo_id", "photo_image_url", cfg.text_column):
+        if column in row: continue
+        option = " (--text-column)" if column == cfg.text_column else ""
+        raise UserError(f"{path}: has no column {column}; {nearest(column, row)}{option}")
 
 def read_photos(
     folder, # with photos.tsv000, …
     cfg: Unsplash, # text_column and limit
 ): # (list of `Photo`, list of failures: dicts with id, where and reason)
     "All rows of the tables; `UserError` when a table or a column is missing."
-    photos, failures, seen = [], [], {}
+    photos, failures = [], []
+    seen = {} # id in small letters -> id
     for path in _tables(folder):
         for line, row in tsv_rows(path):
+            photo, wrong = None, "the line is broken"
             if row is not None:
-                for column in ("photo_id", "photo_image_url", cfg.text_column):
-                    if column not in row: raise UserError(f"{path}: has no column {column}; {nearest(column, row)}" + (" (--text-column)" if column == cfg.text_column else ""))
-            photo, wrong = _photo(row, cfg) if row is not None else (None, "the line is broken")
+                _check_columns(path, row, cfg)
+                photo, wrong = _photo(row, cfg)
             if photo and photo.id.lower() in seen:
                 photo, wrong = None, f"the id is there already ({seen[photo.id.lower()]})"
-            if photo: photos.append(photo); seen[photo.id.lower()] = photo.id
-            else: failures.append({"id": row["photo_id"] if row else "", "where": f"{path.name}:{line}", "reason": wrong})
-    if not photos: raise UserError(f"{folder}: photos.tsv* hold no usable row" + (f" ({failures[0]['where']}: {failures[0]['reason']})" if failures else ""))
+            if photo:
+                photos.append(photo)
+                seen[photo.id.lower()] = photo.id
+            else:
+                id = row["photo_id"] if row else ""
+                failures.append({"id": id, "where": f"{path.name}:{line}", "reason": wrong})
+    if not photos:
+        first = f" ({failures[0]['where']}: {failures[0]['reason']})" if failures else ""
+        raise UserError(f"{folder}: photos.tsv* hold no usable row{first}")
     return photos, failures
 
 # %% ../../../nbs/data/sets/04_unsplash.ipynb #28e96099
@@ -106,7 +138,9 @@ def assign_splits(
     groups = {}
     for p in photos: groups.setdefault(p.group, []).append(p)
     order = sorted(groups, key=lambda g: hashlib.sha256(f"{cfg.seed} {g}".encode()).digest())
-    want, count, out = {"test": cfg.test_share * len(photos), "val": cfg.val_share * len(photos)}, Counter(), {}
+    want = {"test": cfg.test_share * len(photos), "val": cfg.val_share * len(photos)}
+    count = Counter()
+    out = {}
     for g in order:
         split = next((s for s, n in want.items() if count[s] < n), "train")
         count[split] += len(groups[g])
@@ -128,9 +162,13 @@ REDIRECTS = 10 # that are followed for one photo
 def connections(
     cfg: Unsplash, # workers, timeout
 ): # httpx2.Client, to be closed
-    "Connections that are kept, for all threads; `UserError` when the proxy of the environment cannot be used."
+    "Connections that are kept, for all threads; `UserError` when the environment's proxy cannot be used."
     import httpx2
-    headers = {"User-Agent": "sdcourse", "Accept": "image/*", "Accept-Encoding": "identity"} # nothing is unpacked
+    headers = {
+        "User-Agent": "sdcourse",
+        "Accept": "image/*",
+        "Accept-Encoding": "identity", # nothing is unpacked
+    }
     cookies = CookieJar(DefaultCookiePolicy(allowed_domains=[])) # none: photos know nothing of one another
     limits = httpx2.Limits(max_connections=None, max_keepalive_connections=cfg.workers)
     try: return httpx2.Client(headers=headers, cookies=cookies, timeout=cfg.timeout, limits=limits)
@@ -204,9 +242,11 @@ def as_stored(
     "What is stored of a picture; `BadImage` when it is none."
     head = read_header(data)
     im = open_image(data) # before anything else is asked of the file: this one says what is wrong with it
-    form, right = head.format, head.mode == "RGB" and not is_turned(head, data) and (not size or min(head.size) <= size)
-    if right and form in ("JPEG", "PNG", "WEBP"): return data, FORMATS[form][0], im.size
-    im, form = shrink(im, size), "JPEG" if form in ("JPEG", "WEBP") else "PNG"
+    small = not size or min(head.size) <= size
+    right = head.mode == "RGB" and not is_turned(head, data) and small
+    if right and head.format in ("JPEG", "PNG", "WEBP"): return data, FORMATS[head.format][0], im.size
+    im = shrink(im, size)
+    form = "JPEG" if head.format in ("JPEG", "WEBP") else "PNG"
     return image_bytes(im, form), FORMATS[form][0], im.size
 
 def address(
@@ -215,18 +255,25 @@ def address(
 ) -> str: # what to ask for
     "The address with the wish for a small picture, unless the picture is small already."
     if not cfg.size or not cfg.query or photo.sides and min(photo.sides) <= cfg.size: return photo.url
-    side, size = ("w" if photo.sides[0] <= photo.sides[1] else "h", cfg.size) if photo.sides else ("w", 2 * cfg.size)
-    return photo.url + ("&" if "?" in photo.url else "?") + cfg.query.format(side=side, size=size)
+    if photo.sides:
+        side = "w" if photo.sides[0] <= photo.sides[1] else "h"
+        wish = cfg.query.format(side=side, size=cfg.size)
+    else: wish = cfg.query.format(side="w", size=2 * cfg.size) # enough for up to twice as wide as high
+    return photo.url + ("&" if "?" in photo.url else "?") + wish
 
 def _read_file(url, folder, cfg):
     "The bytes behind file:///a/b.png or file:b.png."
     try:
         name = unquote(urlsplit(url).path)
-        if not name.startswith("/") and not is_inside(name): raise Failed("the file is outside the table's folder")
+        if not name.startswith("/") and not is_inside(name):
+            raise Failed("the file is outside the table's folder")
         path = Path(folder)/name
-        if path.stat().st_size > cfg.max_bytes: raise Failed(f"more than {cfg.max_bytes:,} bytes (--max-bytes)")
+        if path.stat().st_size > cfg.max_bytes:
+            raise Failed(f"more than {cfg.max_bytes:,} bytes (--max-bytes)")
         return path.read_bytes()
-    except (OSError, ValueError) as e: raise Failed(f"the file cannot be read ({getattr(e, 'strerror', None) or 'its name is broken'})") from None
+    except (OSError, ValueError) as e:
+        why = getattr(e, "strerror", None) or "its name is broken"
+        raise Failed(f"the file cannot be read ({why})") from None
 
 def get_photo(
     photo: Photo, # what to get
@@ -244,9 +291,11 @@ def get_photo(
             return use(fetch(address(photo, cfg), cfg, stop, client))
         except Again as e: reason, wait = str(e), e.wait
         except BadImage as e:
-            if e.kind not in ("truncated", "empty") or photo.url.startswith("file:"): raise Failed(str(e)) from None
+            if e.kind not in ("truncated", "empty") or photo.url.startswith("file:"):
+                raise Failed(str(e)) from None
             reason, wait = str(e), 0
-        if attempt < cfg.retries and stop.wait(max(wait, cfg.backoff * 2 ** attempt)): raise Stopped("stopped")
+        if attempt == cfg.retries: break
+        if stop.wait(max(wait, cfg.backoff * 2 ** attempt)): raise Stopped("stopped")
     raise Failed(f"{reason}, {cfg.retries + 1} attempts")
 
 # %% ../../../nbs/data/sets/04_unsplash.ipynb #db070eab
@@ -254,15 +303,31 @@ def _store(photo, data, size, home):
     "Convert and write one picture; its row for the journal."
     try: data, suffix, (width, height) = as_stored(data, size)
     except OSError as e: raise Failed(f"cannot be converted ({e})") from None # Pillow's word for many faults
-    return {"file": f"{photo.split}/{photo.id}{suffix}", "width": width, "height": height, **save_bytes(data, home/photo.split/f"{photo.id}{suffix}")}
+    file = f"{photo.split}/{photo.id}{suffix}"
+    return {"file": file, "width": width, "height": height, **save_bytes(data, home/file)}
 
-def _near(folder, cfg, home, photo): return get_photo(photo, folder, cfg, None, lambda data: _store(photo, data, cfg.size, home))
+def _near(folder, cfg, home, photo):
+    "A photo whose file is on this machine."
+    def use(data): return _store(photo, data, cfg.size, home)
+    return get_photo(photo, folder, cfg, None, use)
 
 def _far(cfg, home, stop, pool, client, photo):
+    "A photo on a server; a process of the pool converts it."
     def use(data):
         if stop.is_set(): raise Stopped("stopped")
-        return pool.submit(_store, photo, data, cfg.size, home).result() if pool else _store(photo, data, cfg.size, home)
+        if not pool: return _store(photo, data, cfg.size, home)
+        return pool.submit(_store, photo, data, cfg.size, home).result()
     return get_photo(photo, None, cfg, stop, use, client=client)
+
+def _ask_servers(photos, cfg, work, flag):
+    "Threads wait for servers, processes convert; pairs (photo, reason) of what cannot be had."
+    home = work.folder
+    n = min(cfg.workers, cores())
+    stop = threading.Event()
+    # in this order: the processes get no connections
+    with processes(n) if n > 1 else nullcontext() as pool, connections(cfg) as client:
+        get = partial(_far, cfg, home, stop, pool, client)
+        return list(work.run(photos, get, attrgetter("id"), workers=cfg.workers, flag=flag, stop=stop))
 
 def download(
     photos: list, # of `Photo`, each with its split
@@ -272,18 +337,26 @@ def download(
     flag, # raised() says when to stop
 ) -> list: # failures: dicts with id, where and reason
     "Get what is not there yet, in parallel; `UserError` when the disk refuses."
-    home, name, n, stop = work.folder, attrgetter("id"), min(cfg.workers, cores()), threading.Event()
-    for split in {p.split for p in photos}: (home/split).mkdir(exist_ok=True)
-    near, far = ([p for p in photos if p.url.startswith("file:") == local] for local in (True, False))
-    failed = list(work.run(near, partial(_near, folder, cfg, home), name, workers=n, flag=flag))
-    if far and not flag.raised():
-        # in this order: the processes get no connections
-        with processes(n) if n > 1 else nullcontext() as pool, connections(cfg) as client:
-            get = partial(_far, cfg, home, stop, pool, client)
-            failed += work.run(far, get, name, workers=cfg.workers, flag=flag, stop=stop)
+    for split in {p.split for p in photos}: (work.folder/split).mkdir(exist_ok=True)
+    near = [p for p in photos if p.url.startswith("file:")]
+    far = [p for p in photos if not p.url.startswith("file:")]
+    get = partial(_near, folder, cfg, work.folder)
+    failed = list(work.run(near, get, attrgetter("id"), workers=min(cfg.workers, cores()), flag=flag))
+    if far and not flag.raised(): failed += _ask_servers(far, cfg, work, flag)
     return [{"id": p.id, "where": p.url, "reason": why} for p, why in failed]
 
 # %% ../../../nbs/data/sets/04_unsplash.ipynb #f5ea1871
+def _row(photo, done):
+    "The line of a photo in metadata.jsonl."
+    return {
+        "file_name": Path(done["file"]).name,
+        "id": photo.id,
+        "text": photo.text,
+        "photographer": photo.group,
+        "width": done["width"],
+        "height": done["height"],
+    }
+
 def publish_photos(
     photos: list, # of `Photo`, each with its split
     work: Work, # all photos are in its journal, or failed
@@ -292,19 +365,27 @@ def publish_photos(
     "Write metadata and manifest, and publish."
     rows = {}
     for p in sorted(photos, key=attrgetter("id")):
-        if not work.has(p.id): continue
-        done = work.done[p.id]
-        rows.setdefault(p.split, []).append({"file_name": Path(done["file"]).name, "id": p.id, "text": p.text, "photographer": p.group, "width": done["width"], "height": done["height"]})
+        if work.has(p.id): rows.setdefault(p.split, []).append(_row(p, work.done[p.id]))
     for split, mine in rows.items(): write_lines(work.folder/split/"metadata.jsonl", mine)
     counts = {s: len(rows[s]) for s in SPLITS if s in rows}
-    work.publish(manifest | {"count": sum(counts.values()), "splits": manifest["splits"] | {"counts": counts}})
+    splits = manifest["splits"] | {"counts": counts}
+    work.publish(manifest | {"count": sum(counts.values()), "splits": splits})
     return counts
 
 def _judge(failures, total, cfg, work):
-    "Say what failed; `UserError` when it is too much."
-    for reason, n in Counter(re.sub(r"[\d,]+ of [\d,]+ bytes", "too few bytes", f["reason"]) for f in failures).most_common(5): print(f"{n:,} failed: {reason}")
+    "Write and say what failed; `UserError` when it is too much."
+    write_lines(work.folder/"failures.jsonl", sorted(failures, key=itemgetter("id", "where")))
+    reasons = Counter(re.sub(r"[\d,]+ of [\d,]+ bytes", "too few bytes", f["reason"]) for f in failures)
+    for reason, n in reasons.most_common(5): print(f"{n:,} failed: {reason}")
     if len(failures) > cfg.max_failed * total or len(failures) == total:
-        raise UserError(f"{len(failures):,} of {total:,} photos failed, more than --max-failed {cfg.max_failed:g}: nothing is published; see {work.folder.name}/failures.jsonl, and run again to try them again")
+        raise UserError(
+            f"{len(failures):,} of {total:,} photos failed, more than --max-failed {cfg.max_failed:g}: "
+            f"nothing is published; see {work.folder.name}/failures.jsonl, and run again to try them again")
+
+def _facts(folder, cfg):
+    "On what the result depends."
+    tables = {p.name: sha256(p) for p in _tables(folder)}
+    return {"set": "unsplash", **fixed(cfg), "tables": tables}
 
 def prepare_unsplash(
     folder, # with photos.tsv000, …
@@ -313,18 +394,26 @@ def prepare_unsplash(
     *, flag, # raised() says when to stop; reason says why
 ) -> bool: # False when it was stopped before its end
     "Tables to imagefolder; `UserError` when too many photos failed."
-    photos, failures = read_photos(folder, cfg)
-    splits, broken = assign_splits(photos, cfg), len(failures)
+    photos, broken = read_photos(folder, cfg)
+    splits = assign_splits(photos, cfg)
     photos = [replace(p, split=splits[p.id]) for p in photos[:cfg.limit or None]]
-    with Work(out, {"set": "unsplash", **fixed(cfg), "tables": {p.name: sha256(p) for p in _tables(folder)}}) as work:
-        if work.whole: print(f"{out}: there already, made with these options"); return True
+    with Work(out, _facts(folder, cfg)) as work:
+        if work.whole:
+            print(f"{out}: there already, made with these options")
+            return True
         try:
-            failures += download(photos, folder, cfg, work, flag)
+            failed = download(photos, folder, cfg, work, flag)
             done = sum(work.has(p.id) for p in photos)
-            if done + len(failures) - broken < len(photos): return work.stopped(flag, done, len(photos))
-            write_lines(work.folder/"failures.jsonl", sorted(failures, key=lambda f: (f["id"], f["where"])))
-            _judge(failures, len(photos) + broken, cfg, work)
+            if done + len(failed) < len(photos): return work.stopped(flag, done, len(photos))
+            failures = broken + failed
+            _judge(failures, len(photos) + len(broken), cfg, work)
             count = publish_photos(photos, work, origin("unsplash-lite", folder))
         except OSError as e: raise disk_error(e, work.folder) from None
-    print(f"{out}: {sum(count.values()):,} photos ({', '.join(f'{s} {n:,}' for s, n in count.items())}), {len(failures):,} failed" + (" (failures.jsonl)" if failures else ""))
+    _tell(out, count, failures)
     return True
+
+def _tell(out, count, failures):
+    "Say what is there now."
+    splits = ", ".join(f"{s} {n:,}" for s, n in count.items())
+    where = " (failures.jsonl)" if failures else ""
+    print(f"{out}: {sum(count.values()):,} photos ({splits}), {len(failures):,} failed{where}")
