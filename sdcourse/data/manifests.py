@@ -199,6 +199,7 @@ def _check_bytes(entry, name, size, path, bar):
         if kind in entry and (now := digest(path, kind, bar)) != entry[kind]:
             yield f"altered: {shown(name)} ({kind} {now[:12]}… instead of {entry[kind][:12]}…)"
 
+# %% ../../nbs/data/01_manifests.ipynb #c7a11a7f
 class _TableCheck:
     "What is known of one table while its rows are looked at."
     def __init__(self, entry, name, found):
@@ -212,7 +213,7 @@ class _TableCheck:
         self.named = set() # files that a row names, relative to the data folder
 
     def columns_of(self, line, row):
-        "Columns that no earlier row lacked."
+        "What a row lacks, and no earlier row lacked."
         if not (new := self.columns - row.keys() - self.lacking): return
         self.lacking |= new
         there = ", ".join(map(str, list(row)[:8]))

@@ -102,6 +102,7 @@ def _sample(table, row, size):
     meta = json.dumps({"id": id, **others}, ensure_ascii=False)
     return Sample(key, path, size, meta.encode())
 
+# %% ../../nbs/data/06_shards.ipynb #2ca78620
 def _tar_bytes(members):
     "Bytes of a tar: its members, two blocks as end mark, and zeros up to a whole record of 20 blocks."
     return -(-(members + 1024) // 10240) * 10240
@@ -175,7 +176,7 @@ def _check_end(f, path, end):
     if zeros < 1024: raise UserError(f"{path}: its end is missing, it is cut off; copy it again")
 
 def _members(f, path, total):
-    "(name, member, where it ends) of each file of an open tar, checked; the name of a folder is empty."
+    "(name, member, where it ends) of each member of an open tar, checked; folders have an empty name here."
     seen = set()
     try:
         with tarfile.open(fileobj=f, mode="r:") as tar:
@@ -420,6 +421,7 @@ def pack(
     print(f"{out}: {count:,} samples in {len(jobs)} tars")
     return 0
 
+# %% ../../nbs/data/06_shards.ipynb #4a7f5b83
 def index_folder(
     folder, # with tars
     out, # where the index goes; may be the same folder

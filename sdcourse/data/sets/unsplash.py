@@ -96,6 +96,7 @@ def _photo(row, cfg):
     group = row.get("photographer_username") or name
     return Photo(name, url, " ".join(text.split()), group, split, _sides(row)), ""
 
+# %% ../../../nbs/data/sets/04_unsplash.ipynb #0095441f
 def _check_columns(path, row, cfg):
     "`UserError` when a table lacks a column that is needed."
     for column in ("photo_id", "photo_image_url", cfg.text_column):
@@ -261,6 +262,7 @@ def address(
     else: wish = cfg.query.format(side="w", size=2 * cfg.size) # enough for up to twice as wide as high
     return photo.url + ("&" if "?" in photo.url else "?") + wish
 
+# %% ../../../nbs/data/sets/04_unsplash.ipynb #9594b365
 def _read_file(url, folder, cfg):
     "The bytes behind file:///a/b.png or file:b.png."
     try:
@@ -372,6 +374,7 @@ def publish_photos(
     work.publish(manifest | {"count": sum(counts.values()), "splits": splits})
     return counts
 
+# %% ../../../nbs/data/sets/04_unsplash.ipynb #29241137
 def _judge(failures, total, cfg, work):
     "Write and say what failed; `UserError` when it is too much."
     write_lines(work.folder/"failures.jsonl", sorted(failures, key=itemgetter("id", "where")))
