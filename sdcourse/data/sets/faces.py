@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RATES', 'ATTRIBUTES', 'LASTING', 'BEARDS', 'HAIR', 'MALE', 'TURN', 'SKINS', 'EYES', 'TINTS', 'CLOTHES', 'GROUNDS',
-           'LIPSTICKS', 'LANDMARKS', 'POINTS', 'BOX', 'people', 'Pen', 'mix', 'bent', 'mirrored', 'pick', 'Look',
+           'LIPSTICKS', 'LANDMARKS', 'POINTS', 'BOX', 'people', 'Pen', 'mix', 'bent', 'mirror_points', 'pick', 'Look',
            'draw_face', 'FacesOptions', 'wild_view', 'geometry', 'draw_picture', 'hq_numbers', 'tables',
            'prepare_faces']
 
@@ -124,7 +124,7 @@ def mix(a, b, t): return tuple(int(round(x + (y - x) * t)) for x, y in zip(a, b)
 def bent(x0, x1, y, rise, n=17): # a parabola from x0 to x1 whose middle lies `rise` above its ends
     s = np.linspace(-1, 1, n)
     return np.stack([x0 + (x1 - x0) * (s + 1) / 2, y - rise * (1 - s**2)], 1)
-def mirrored(points): return np.asarray(points) * (-1, 1)
+def mirror_points(points): return np.asarray(points) * (-1, 1)
 
 # %% ../../../nbs/data/sets/03_faces.ipynb #06b17a93
 SKINS = ((255, 224, 196), (246, 205, 170), (232, 184, 142), (206, 150, 106), (164, 110, 74), (116, 76, 52))
@@ -199,7 +199,7 @@ def _body(pen, k):
     pen.glow(0, k.chin + 0.03, 0.95 * n, 0.14, k.shade, 170)
     if k.a["Wearing_Necktie"]:
         pen.poly([(-n - 0.02, 0.74), (0, 0.98), (-0.2, 1.02), (-n - 0.12, 0.82)], (250, 250, 250))
-        pen.poly(mirrored([(-n - 0.02, 0.74), (0, 0.98), (-0.2, 1.02), (-n - 0.12, 0.82)]), (250, 250, 250))
+        pen.poly(mirror_points([(-n - 0.02, 0.74), (0, 0.98), (-0.2, 1.02), (-n - 0.12, 0.82)]), (250, 250, 250))
         pen.poly([(-0.06, 0.86), (0.06, 0.86), (0.045, 0.95), (0.09, 1.6), (-0.09, 1.6), (-0.045, 0.95)], pick(((150, 30, 40), (36, 54, 110), (40, 96, 84)), k.p[4]))
     if k.a["Wearing_Necklace"]:
         arc = bent(-n - 0.03, n + 0.03, 0.76, -0.15)
@@ -297,7 +297,7 @@ def _mouth(pen, k):
     pen.glow(0, k.mouth_y + gap + thick * 0.8, 0.05, 0.012 + 0.1 * thick, (255, 255, 255), 90 if a["Wearing_Lipstick"] else 45)
     if not gap: pen.line(np.stack([x, y], 1), 0.01, mix(k.lips, (60, 16, 24), 0.6))
     if a["Smiling"]:
-        for e in (-1, 1): pen.line(mirrored(bent(half, half + 0.035, y[0] - 0.01, -0.02)) if e < 0 else bent(half, half + 0.035, y[0] - 0.01, -0.02), 0.012, k.shade)
+        for e in (-1, 1): pen.line(mirror_points(bent(half, half + 0.035, y[0] - 0.01, -0.02)) if e < 0 else bent(half, half + 0.035, y[0] - 0.01, -0.02), 0.012, k.shade)
 
 # %% ../../../nbs/data/sets/03_faces.ipynb #1a271496
 def _eye(pen, k, side):
