@@ -34,10 +34,11 @@ class DigitsOptions(Prepare):
 def _digit_rows():
     "(split, class, file stem, 8 x 8 grey levels) of every digit."
     from sdcourse.data.sets.digits import digits
-    for split in ("train", "test"):
+    for split, theirs in {"train": "train", "test": "validation"}.items():
         table = digits(split).tensors
         grey = ((table["pixels"][:, 0] + 1) * 127.5).round().byte().tolist()
-        for i, label, pixels in zip(table["id"].tolist(), table["label"].tolist(), grey): yield {"train": "train", "test": "validation"}[split], label, f"d{label:08}_{i:04}", pixels
+        for i, label, pixels in zip(table["id"].tolist(), table["label"].tolist(), grey):
+            yield theirs, label, f"d{label:08}_{i:04}", pixels
 
 def draw_digit(
     grey: list, # 8 rows of 8 levels, 0 to 255
@@ -49,18 +50,42 @@ def draw_digit(
     return image_bytes(image.resize((8 * scale, 8 * scale), Image.Resampling.NEAREST))
 
 # %% ../../../nbs/data/sets/06_imagenet.ipynb #19b143bd
-def _write_names(folder, _): write_text(folder / "LOC_synset_mapping.txt", "".join(f"d{k:08} {n}\n" for k, n in enumerate(DIGIT_NAMES)))
+def _write_names(folder, _):
+    lines = [f"d{k:08} {name}\n" for k, name in enumerate(DIGIT_NAMES)]
+    write_text(folder / "LOC_synset_mapping.txt", "".join(lines))
+
+def _schema():
+    "Columns as the hub has them, with the class names where `datasets` keeps them."
+    import pyarrow as pa
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    features = {"image": {"_type": "Image"}, "label": {"names": list(DIGIT_NAMES), "_type": "ClassLabel"}}
+    note = {"huggingface": json.dumps({"info": {"features": features}})}
+    return pa.schema([("image", image), ("label", pa.int64())], note)
 
 def _write_parquet(folder, scale):
+    "One file for each part."
     try: import pyarrow as pa, pyarrow.parquet as pq
     except ImportError: raise UserError(PARQUET) from None
-    features = {"image": {"_type": "Image"}, "label": {"names": list(DIGIT_NAMES), "_type": "ClassLabel"}}
-    schema = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())], {"huggingface": json.dumps({"info": {"features": features}})})
+    schema = _schema()
     rows = list(_digit_rows())
     (folder / "data").mkdir(exist_ok=True)
     for split in ("train", "validation"):
-        mine = [{"image": {"bytes": draw_digit(grey, scale), "path": f"{s}.png"}, "label": label} for p, label, s, grey in rows if p == split]
-        with atomic_path(folder / "data" / f"{split}-00000-of-00001.parquet") as tmp: pq.write_table(pa.Table.from_pylist(mine, schema), tmp, row_group_size=100)
+        mine = []
+        for part, label, stem, grey in rows:
+            if part != split: continue
+            image = {"bytes": draw_digit(grey, scale), "path": f"{stem}.png"}
+            mine.append({"image": image, "label": label})
+        with atomic_path(folder / "data" / f"{split}-00000-of-00001.parquet") as tmp:
+            pq.write_table(pa.Table.from_pylist(mine, schema), tmp, row_group_size=100)
+
+# %% ../../../nbs/data/sets/06_imagenet.ipynb #e002ed8d
+def _digit_jobs(scale):
+    "A job for each digit, in a folder of its class."
+    jobs = []
+    for part, label, stem, grey in _digit_rows():
+        split = "val" if part == "validation" else part
+        jobs.append(Job(f"{split}/d{label:08}", f"{stem}.png", {}, (grey, scale)))
+    return jobs
 
 def prepare_digits(
     out, # folder to make
@@ -69,77 +94,128 @@ def prepare_digits(
 ) -> bool: # False when stopped before the end
     "A source for `prepare_imagenet`, in one of its two layouts."
     if options.layout == "folders":
-        jobs = [Job(f"{ {'validation': 'val'}.get(p, p)}/d{label:08}", f"{s}.png", {}, (grey, options.scale)) for p, label, s, grey in _digit_rows()]
-        return build(out, jobs, draw_digit, options, name="digits", origin=load_manifest("digits"), flag=flag, finish=_write_names)
+        return build(out, _digit_jobs(options.scale), draw_digit, options, name="digits",
+                     origin=load_manifest("digits"), flag=flag, finish=_write_names)
     with Work(out, {"set": "digits", **fixed(options)}) as work:
         try:
-            if not work.whole: _write_parquet(work.folder, options.scale); work.publish(load_manifest("digits"))
+            if not work.whole:
+                _write_parquet(work.folder, options.scale)
+                work.publish(load_manifest("digits"))
         except OSError as e: raise disk_error(e, work.folder) from None
     return True
 
 # %% ../../../nbs/data/sets/06_imagenet.ipynb #ba6693f8
 IMAGENET_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
-def _pictures(folder): return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGENET_SUFFIXES and not p.name.startswith("."))
+def _pictures(folder):
+    "The pictures in a folder, sorted; hidden files are none."
+    found = [p for p in folder.iterdir() if p.suffix.lower() in IMAGENET_SUFFIXES]
+    return sorted(p for p in found if not p.name.startswith("."))
+
+def _folders(folder): return sorted(p for p in folder.iterdir() if p.is_dir())
 
 def _val_classes(source, flat):
     "File stem -> synset of a flat validation folder."
     table = source / "LOC_val_solution.csv"
-    if not table.is_file(): raise UserError(f"{flat}: pictures without class folders; put LOC_val_solution.csv into {source}, or sort them into folders by synset")
-    with open(table, encoding="utf-8", newline="") as f: return {r["ImageId"]: r["PredictionString"].split()[0] for r in csv.DictReader(f)}
+    if not table.is_file():
+        raise UserError(f"{flat}: pictures without class folders; put LOC_val_solution.csv into {source}, "
+                        "or sort them into folders by synset")
+    with open(table, encoding="utf-8", newline="") as f:
+        return {r["ImageId"]: r["PredictionString"].split()[0] for r in csv.DictReader(f)}
 
+def _split_rows(source, folder):
+    "(split, synset, stem, path) of a split's pictures: those that lie flat, then those in class folders."
+    flat = _pictures(folder)
+    synset = _val_classes(source, folder) if flat else {}
+    rows = [(folder.name, synset.get(p.stem), p.stem, p) for p in flat]
+    for one in _folders(folder): rows += [(folder.name, one.name, p.stem, p) for p in _pictures(one)]
+    return rows
+
+def _readable_names(source):
+    "Synset -> class name, as far as LOC_synset_mapping.txt is there."
+    mapping = source / "LOC_synset_mapping.txt"
+    if not mapping.is_file(): return {}
+    lines = mapping.read_text(encoding="utf-8").splitlines()
+    return dict(line.split(" ", 1) for line in lines if " " in line)
+
+# %% ../../../nbs/data/sets/06_imagenet.ipynb #2c867ceb
 def read_folders(
     source: Path, # with train/ and val/, or ILSVRC/Data/CLS-LOC with them
 ): # (class names, synsets, rows (split, label, stem, path))
     "What ILSVRC folders hold."
-    data = next((d for d in (source, source / "ILSVRC/Data/CLS-LOC", source / "Data/CLS-LOC") if (d / "train").is_dir()), None)
-    if not data: raise UserError(f"{source}: has no train folder and no parquet files; give the folder of the original download")
-    synsets = sorted(p.name for p in (data / "train").iterdir() if p.is_dir())
-    label, rows = {s: k for k, s in enumerate(synsets)}, []
+    homes = (source, source / "ILSVRC/Data/CLS-LOC", source / "Data/CLS-LOC")
+    data = next((d for d in homes if (d / "train").is_dir()), None)
+    if not data:
+        raise UserError(f"{source}: has no train folder and no parquet files; "
+                        "give the folder of the original download")
+    synsets = [p.name for p in _folders(data / "train")]
+    label = {s: k for k, s in enumerate(synsets)}
+    rows = []
     for split in ("train", "val"):
-        if not (data / split).is_dir(): continue
-        flat = _pictures(data / split)
-        of = _val_classes(source, data / split) if flat else {}
-        for p in flat: rows.append((split, of.get(p.stem), p.stem, p))
-        for folder in sorted(p for p in (data / split).iterdir() if p.is_dir()): rows += [(split, folder.name, p.stem, p) for p in _pictures(folder)]
-    if lost := next((r for r in rows if r[1] not in label), None): raise UserError(f"{lost[3]}: class {lost[1]!r} has no folder in train; remove the picture or mend the table")
-    mapping, names = source / "LOC_synset_mapping.txt", {}
-    if mapping.is_file(): names = dict(line.split(" ", 1) for line in mapping.read_text(encoding="utf-8").splitlines() if " " in line)
-    return [names.get(s, s).strip() for s in synsets], synsets, [(split, label[s], stem, path) for split, s, stem, path in rows]
+        if (data / split).is_dir(): rows += _split_rows(source, data / split)
+    if lost := next((r for r in rows if r[1] not in label), None):
+        raise UserError(f"{lost[3]}: class {lost[1]!r} has no folder in train; "
+                        "remove the picture or mend the table")
+    names = _readable_names(source)
+    rows = [(split, label[synset], stem, path) for split, synset, stem, path in rows]
+    return [names.get(s, s).strip() for s in synsets], synsets, rows
 
 # %% ../../../nbs/data/sets/06_imagenet.ipynb #0ee86966
 def _parquet(path):
+    "An open parquet file."
     try: import pyarrow.parquet as pq
     except ImportError: raise UserError(PARQUET) from None
     try: return pq.ParquetFile(path)
-    except Exception as e: raise UserError(f"{path}: is not a readable parquet file ({' '.join(str(e).split())[:80]}); download it again") from None
+    except Exception as e:
+        why = " ".join(str(e).split())[:80]
+        raise UserError(f"{path}: is not a readable parquet file ({why}); download it again") from None
 
 @lru_cache(maxsize=1)
 def _group(path, group): return _parquet(path).read_row_group(group, columns=["image"]).column("image")
 
 def _class_names(file, path):
     "The names in the schema, as `datasets` stores them."
-    try: return json.loads((file.schema_arrow.metadata or {})[b"huggingface"])["info"]["features"]["label"]["names"]
-    except (KeyError, TypeError, json.JSONDecodeError): raise UserError(f"{path}: its schema names no classes; is this a copy of an image classification set?") from None
+    try:
+        info = json.loads((file.schema_arrow.metadata or {})[b"huggingface"])["info"]
+        return info["features"]["label"]["names"]
+    except (KeyError, TypeError, json.JSONDecodeError):
+        raise UserError(f"{path}: its schema names no classes; "
+                        "is this a copy of an image classification set?") from None
 
+def _open_part(path):
+    "(file, class names) of one of the hub's parquet files."
+    file = _parquet(path)
+    columns = file.schema_arrow.names
+    if not {"image", "label"} <= set(columns):
+        raise UserError(f"{path}: has columns {', '.join(columns)}; image and label are needed")
+    return file, _class_names(file, path)
+
+def _labelled_rows(file, path, split):
+    "(split, label, stem, (path, group, row)) of what has a label."
+    rows = []
+    for g in range(file.num_row_groups):
+        table = file.read_row_group(g, columns=["label", "image.path"]).to_pylist()
+        for i, row in enumerate(table):
+            stem = Path(row["image"]["path"] or f"{path.stem}-{g}-{i}").stem
+            if row["label"] >= 0: rows.append((split, row["label"], stem, (path, g, i)))
+    return rows
+
+# %% ../../../nbs/data/sets/06_imagenet.ipynb #71f28b28
 def read_parquet(
     source: Path, # with train-*.parquet and validation-*.parquet, or data/ with them
 ): # (class names, class names, rows (split, label, stem, (path, group, row)))
     "What the hub's copy holds."
     rows, names = [], None
     for path in sorted([*source.glob("*.parquet"), *source.glob("data/*.parquet")]):
-        split = {"train": "train", "validation": "val", "val": "val"}.get(path.name.split("-")[0])
+        part = path.name.split("-")[0]
+        split = {"train": "train", "validation": "val", "val": "val"}.get(part)
         if not split: continue
-        file = _parquet(path)
-        if not {"image", "label"} <= set(file.schema_arrow.names): raise UserError(f"{path}: has columns {', '.join(file.schema_arrow.names)}; image and label are needed")
-        mine = _class_names(file, path)
-        if names not in (None, mine): raise UserError(f"{path}: its class names differ from those of the files before; do not mix data sets")
+        file, mine = _open_part(path)
+        if names not in (None, mine):
+            raise UserError(f"{path}: its class names differ from those of the files before; "
+                            "do not mix data sets")
         names = mine
-        for g in range(file.num_row_groups):
-            table = file.read_row_group(g, columns=["label", "image.path"]).to_pylist()
-            for i, row in enumerate(table):
-                stem = Path(row["image"]["path"] or f"{path.stem}-{g}-{i}").stem
-                if row["label"] >= 0: rows.append((split, row["label"], stem, (path, g, i)))
+        rows += _labelled_rows(file, path, split)
     return names, names, rows
 
 # %% ../../../nbs/data/sets/06_imagenet.ipynb #c3f5ea55
@@ -156,9 +232,22 @@ def crop_source(
     *where: int, # row group and row, in a parquet file
 ): # a PIL image
     "Load and crop one picture."
-    return centre_crop(open_image(_group(path, where[0])[where[1]]["bytes"].as_py() if where else path, upright=False), size)
+    source = _group(path, where[0])[where[1]]["bytes"].as_py() if where else path
+    return centre_crop(open_image(source, upright=False), size)
 
 # %% ../../../nbs/data/sets/06_imagenet.ipynb #4f76f642
+def _crop_jobs(rows, names, options):
+    "A job for each picture, or for the first ones of each class and split."
+    jobs = []
+    seen = Counter()
+    for split, label, stem, where in rows:
+        seen[split, label] += 1
+        if options.per_class and seen[split, label] > options.per_class: continue
+        metadata = {"id": stem, "label": label, "class": names[label]}
+        place = where if isinstance(where, tuple) else (where,)
+        jobs.append(Job(split, f"{label:04}/{stem}.{options.format}", metadata, (options.size, *place)))
+    return jobs
+
 def prepare_imagenet(
     source, # ILSVRC folders, or the hub's parquet copy
     out, # folder to make
@@ -168,14 +257,11 @@ def prepare_imagenet(
     "Crop every picture to a square; class names beside them."
     source = Path(source)
     options.check()
-    if not source.is_dir(): raise UserError(f"{source}: no such folder; give the folder of the original download")
+    if not source.is_dir():
+        raise UserError(f"{source}: no such folder; give the folder of the original download")
     parquet = any(source.glob("*.parquet")) or any(source.glob("data/*.parquet"))
     names, folders, rows = (read_parquet if parquet else read_folders)(source)
-    jobs, seen = [], Counter()
-    for split, label, stem, where in rows:
-        seen[split, label] += 1
-        if options.per_class and seen[split, label] > options.per_class: continue
-        file = f"{label:04}/{stem}.{options.format}"
-        jobs.append(Job(split, file, {"id": stem, "label": label, "class": names[label]}, (options.size, *(where if parquet else (where,)))))
     classes = [{"label": k, "name": n, "folder": f} for k, (n, f) in enumerate(zip(names, folders))]
-    return build(out, jobs, crop_source, options, name="imagenet", origin=origin("imagenet-1k", source), flag=flag, finish=lambda folder, _: write_json(folder / "classes.json", classes))
+    def write_classes(folder, _): write_json(folder / "classes.json", classes)
+    return build(out, _crop_jobs(rows, names, options), crop_source, options, name="imagenet",
+                 origin=origin("imagenet-1k", source), flag=flag, finish=write_classes)

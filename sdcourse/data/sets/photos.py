@@ -25,7 +25,9 @@ from ..prepare import Prepare
 from .scenes import uniforms
 
 # %% ../../../nbs/data/sets/02_photos.ipynb #0416db36
-NASA, CC0, CCBY = "public domain (NASA), as scikit-image states", "CC0, as scikit-image states", "CC BY 2.0, as scikit-learn states"
+NASA = "public domain (NASA), as scikit-image states"
+CC0 = "CC0, as scikit-image states"
+CCBY = "CC BY 2.0, as scikit-learn states"
 
 @dataclass(frozen=True)
 class Photograph:
@@ -42,35 +44,79 @@ class Photograph:
 
 # %% ../../../nbs/data/sets/02_photos.ipynb #a5b7b94e
 PHOTOGRAPHS = (
-    Photograph("temple", "sklearn/datasets/images/china.jpg", "8378025ad2519d64", "danielbuechele (Flickr)", CCBY, "a red pagoda above trees at a lake", 3,
-        ("the roof of a red pagoda against a blue sky", "the eaves of a pagoda and a pale sky above a lake", "a pale sky above a lake and the top of a tree",
-         "the lower storeys of a red pagoda behind green trees", "the tiled eaves of a pagoda above trees and a lake", "dark green trees at the shore of a lake")),
-    Photograph("flower", "sklearn/datasets/images/flower.jpg", "a77f6ec41e353afd", "vultilion (Flickr)", CCBY, "a peach dahlia before dark teal leaves", 3,
-        ("dark teal leaves out of focus", "the upper half of a peach dahlia before dark leaves", "dark teal leaves out of focus",
-         "dark leaves out of focus", "the lower half of a peach dahlia above a second bloom", "dark green leaves out of focus")),
-    Photograph("officer", "matplotlib/mpl-data/sample_data/grace_hopper.jpg", "a8ca6d734765703b", "US Navy", "not stated by matplotlib; an official portrait, public domain as a work of the US government",
-        "an old navy officer in uniform before a flag", 2,
-        ("a flag with stars and half of a navy officer's cap", "half of a navy officer's cap before a blue background", "half of the face of an old officer with glasses, and a flag",
-         "half of the face of an old officer with glasses before blue", "a dark navy uniform with a name tag", "a dark navy uniform with colourful ribbons"), "Grace Hopper, a public officer"),
-    Photograph("astronaut", "skimage/data/astronaut.png", "88431cd9653ccd53", "NASA", NASA, "a smiling astronaut in an orange space suit", 2,
-        ("a smiling astronaut beside a flag", "the hair of an astronaut and a model of a space shuttle", "an orange space suit with a round patch, and a flag",
-         "an orange sleeve and a white space helmet with a black visor"), "Eileen Collins, an astronaut"),
-    Photograph("cat", "skimage/data/chelsea.png", "596aa1e7cb875eb7", "Stefan van der Walt", CC0, "the face of a tabby cat", 3,
-        ("the striped head of a tabby cat before a dark background", "the green eye of a tabby cat", "an eye of a tabby cat before a light background", "the white and brown fur and the whiskers of a cat",
-         "the nose and whiskers of a tabby cat", "the whiskers of a cat before a light background")),
-    Photograph("coffee", "skimage/data/coffee.png", "cc02f8ca188b167c", "Rachel Michetti", CC0, "a cup of espresso on a red saucer", 3,
-        ("the edge of a red saucer on a wooden table", "a white cup of espresso from above", "the rim of a red saucer and a wooden table", "a red saucer on a wooden table",
-         "the red handle of a cup and a spoon on a saucer", "the rim of a red saucer on a wooden table")),
-    Photograph("rocket", "skimage/data/rocket.jpg", "c2dd0de7c538df8d", "SpaceX", "public domain (SpaceX), as scikit-image states", "a white rocket on its launch pad at dusk", 3,
-        ("a lattice tower against a dark blue evening sky", "the tip of a white rocket against a dark blue sky", "a thin mast and a lattice tower against a dark blue sky",
-         "lattice towers and bright lamps at dusk", "a white rocket between bright lamps at dusk", "a lamp and lattice towers at dusk")),
-    Photograph("motorcycle", "skimage/data/motorcycle_left.png", "db18e9c415761740", "Nesic, Westling, Wang, Kitajima, Krathwohl, Scharstein (Middlebury)", "not stated by scikit-image; from the Middlebury 2014 stereo benchmark",
-        "a red motorcycle in a garage", 3,
-        ("the seat of a motorcycle before a wooden bench in a garage", "the black seat and red tank of a motorcycle in a garage", "the headlamp of a motorcycle before shelves with boxes",
-         "the rear wheel of a motorcycle on a concrete floor", "the engine and exhaust of a red motorcycle", "the front wheel of a motorcycle on a concrete floor")),
-    Photograph("space", "skimage/data/hubble_deep_field.jpg", "3a19c5dd8a927a93", "NASA", NASA, "thousands of distant galaxies", 3, ("distant galaxies on a black sky",) * 6),
+    Photograph("temple", "sklearn/datasets/images/china.jpg", "8378025ad2519d64", "danielbuechele (Flickr)", CCBY,
+        "a red pagoda above trees at a lake", 3, (
+            "the roof of a red pagoda against a blue sky",
+            "the eaves of a pagoda and a pale sky above a lake",
+            "a pale sky above a lake and the top of a tree",
+            "the lower storeys of a red pagoda behind green trees",
+            "the tiled eaves of a pagoda above trees and a lake",
+            "dark green trees at the shore of a lake")),
+    Photograph("flower", "sklearn/datasets/images/flower.jpg", "a77f6ec41e353afd", "vultilion (Flickr)", CCBY,
+        "a peach dahlia before dark teal leaves", 3, (
+            "dark teal leaves out of focus",
+            "the upper half of a peach dahlia before dark leaves",
+            "dark teal leaves out of focus",
+            "dark leaves out of focus",
+            "the lower half of a peach dahlia above a second bloom",
+            "dark green leaves out of focus")),
+    Photograph("officer", "matplotlib/mpl-data/sample_data/grace_hopper.jpg", "a8ca6d734765703b", "US Navy",
+        "not stated by matplotlib; an official portrait, public domain as a work of the US government",
+        "an old navy officer in uniform before a flag", 2, (
+            "a flag with stars and half of a navy officer's cap",
+            "half of a navy officer's cap before a blue background",
+            "half of the face of an old officer with glasses, and a flag",
+            "half of the face of an old officer with glasses before blue",
+            "a dark navy uniform with a name tag",
+            "a dark navy uniform with colourful ribbons"),
+        "Grace Hopper, a public officer"),
+    Photograph("astronaut", "skimage/data/astronaut.png", "88431cd9653ccd53", "NASA", NASA,
+        "a smiling astronaut in an orange space suit", 2, (
+            "a smiling astronaut beside a flag",
+            "the hair of an astronaut and a model of a space shuttle",
+            "an orange space suit with a round patch, and a flag",
+            "an orange sleeve and a white space helmet with a black visor"),
+        "Eileen Collins, an astronaut"),
+    Photograph("cat", "skimage/data/chelsea.png", "596aa1e7cb875eb7", "Stefan van der Walt", CC0,
+        "the face of a tabby cat", 3, (
+            "the striped head of a tabby cat before a dark background",
+            "the green eye of a tabby cat",
+            "an eye of a tabby cat before a light background",
+            "the white and brown fur and the whiskers of a cat",
+            "the nose and whiskers of a tabby cat",
+            "the whiskers of a cat before a light background")),
+    Photograph("coffee", "skimage/data/coffee.png", "cc02f8ca188b167c", "Rachel Michetti", CC0,
+        "a cup of espresso on a red saucer", 3, (
+            "the edge of a red saucer on a wooden table",
+            "a white cup of espresso from above",
+            "the rim of a red saucer and a wooden table",
+            "a red saucer on a wooden table",
+            "the red handle of a cup and a spoon on a saucer",
+            "the rim of a red saucer on a wooden table")),
+    Photograph("rocket", "skimage/data/rocket.jpg", "c2dd0de7c538df8d", "SpaceX",
+        "public domain (SpaceX), as scikit-image states",
+        "a white rocket on its launch pad at dusk", 3, (
+            "a lattice tower against a dark blue evening sky",
+            "the tip of a white rocket against a dark blue sky",
+            "a thin mast and a lattice tower against a dark blue sky",
+            "lattice towers and bright lamps at dusk",
+            "a white rocket between bright lamps at dusk",
+            "a lamp and lattice towers at dusk")),
+    Photograph("motorcycle", "skimage/data/motorcycle_left.png", "db18e9c415761740",
+        "Nesic, Westling, Wang, Kitajima, Krathwohl, Scharstein (Middlebury)",
+        "not stated by scikit-image; from the Middlebury 2014 stereo benchmark",
+        "a red motorcycle in a garage", 3, (
+            "the seat of a motorcycle before a wooden bench in a garage",
+            "the black seat and red tank of a motorcycle in a garage",
+            "the headlamp of a motorcycle before shelves with boxes",
+            "the rear wheel of a motorcycle on a concrete floor",
+            "the engine and exhaust of a red motorcycle",
+            "the front wheel of a motorcycle on a concrete floor")),
+    Photograph("space", "skimage/data/hubble_deep_field.jpg", "3a19c5dd8a927a93", "NASA", NASA,
+        "thousands of distant galaxies", 3, ("distant galaxies on a black sky",) * 6),
 )
 
+# %% ../../../nbs/data/sets/02_photos.ipynb #643bc37f
 def photograph_file(
     photograph: Photograph, # one of `PHOTOGRAPHS`
 ) -> Path: # the file, or None when it is not here or is another picture
@@ -87,21 +133,39 @@ GAP = 4 # pixels at each inner edge of a region that no crop may use
 class PhotosOptions(Prepare):
     "Options of `sdcourse prepare photos OUT`."
     crops: Annotated[int, Range(1, 1000)] = 8 # crops of each region
-    smallest: Annotated[float, Range(0.2, 1)] = 0.7 # side of the smallest crop, as a share of the region's smaller side; smaller ones would not show what their captions say
+    smallest: Annotated[float, Range(0.2, 1)] = 0.7 # least side, as a share of the region's smaller side; less does not show the caption
     seed: int = 0 # of crops and of the choice of regions
+
+def _intervals(length, parts):
+    "A side of a photograph in equal parts, (first, last) pixel of each, with a gap at the inner edges."
+    edges = np.linspace(0, length, parts + 1).round().astype(int).tolist()
+    return [(edges[k] + GAP * (k > 0), edges[k + 1] - GAP * (k < parts - 1)) for k in range(parts)]
 
 def regions(
     photograph: Photograph, # its grid
     size, # (width, height), pixels
 ) -> list: # (left, top, right, bottom) of each region, row by row
     "Boxes that share no pixel and no JPEG block of eight."
-    columns, rows = photograph.columns, len(photograph.regions) // photograph.columns
-    x, y = (np.linspace(0, n, k + 1).round().astype(int) for n, k in zip(size, (columns, rows)))
-    inner = lambda v, k, n: (int(v[k]) + GAP * (k > 0), int(v[k + 1]) - GAP * (k < n - 1))
-    boxes = [(inner(x, i, columns), inner(y, j, rows)) for j in range(rows) for i in range(columns)]
-    return [(l, t, r, b) for (l, r), (t, b) in boxes]
+    columns = _intervals(size[0], photograph.columns)
+    rows = _intervals(size[1], len(photograph.regions) // photograph.columns)
+    return [(left, top, right, bottom) for top, bottom in rows for left, right in columns]
 
 # %% ../../../nbs/data/sets/02_photos.ipynb #25f19162
+def _held_out(options, n, count):
+    "Region -> val or test, for two of the `count` regions of photograph `n`."
+    order = np.argsort(uniforms(options.seed, np.arange(count) + 100 * n, 1)[:, 0])
+    return {int(order[0]): "val", int(order[1]): "test"}
+
+def _squares(options, n, k, region):
+    "Boxes of the crops of region `k` of photograph `n`."
+    left, top, right, bottom = region
+    u = uniforms(options.seed + 1, np.arange(options.crops) + 10**6 * n + 1000 * k, 3)
+    share = options.smallest + (1 - options.smallest) * u[:, 0]
+    side = (min(right - left, bottom - top) * share).astype(int)
+    x = (left + u[:, 1] * (right - left - side)).astype(int)
+    y = (top + u[:, 2] * (bottom - top - side)).astype(int)
+    return [tuple(box) for box in np.stack([x, y, x + side, y + side], 1).tolist()]
+
 def crops(
     options: PhotosOptions, # number, smallest, seed
     only=PHOTOGRAPHS, # photographs to cut
@@ -110,20 +174,20 @@ def crops(
     from PIL import Image
     out = []
     for n, photo in enumerate(PHOTOGRAPHS):
-        if photo not in only or not (path := photograph_file(photo)): continue
+        path = photograph_file(photo) if photo in only else None
+        if not path: continue
         with Image.open(path) as image: boxes = regions(photo, image.size)
-        order = np.argsort(uniforms(options.seed, np.arange(len(boxes)) + 100 * n, 1)[:, 0])
-        split = {int(order[0]): "val", int(order[1]): "test"}
-        for k, (left, top, right, bottom) in enumerate(boxes):
-            u = uniforms(options.seed + 1, np.arange(options.crops) + 10**6 * n + 1000 * k, 3)
-            side = (min(right - left, bottom - top) * (options.smallest + (1 - options.smallest) * u[:, 0])).astype(int)
-            x, y = (left + u[:, 1] * (right - left - side)).astype(int), (top + u[:, 2] * (bottom - top - side)).astype(int)
-            out += [dict(id=f"{photo.name}-{k}-{i:02}", photograph=photo, path=path, split=split.get(k, "train"), text=photo.regions[k], box=(int(a), int(b), int(a + s), int(b + s)))
-                    for i, (a, b, s) in enumerate(zip(x, y, side))]
+        split = _held_out(options, n, len(boxes))
+        for k, region in enumerate(boxes):
+            shared = dict(photograph=photo, path=path, split=split.get(k, "train"), text=photo.regions[k])
+            for i, box in enumerate(_squares(options, n, k, region)):
+                out.append(dict(id=f"{photo.name}-{k}-{i:02}", **shared, box=box))
     return out
 
 # %% ../../../nbs/data/sets/02_photos.ipynb #6b165e39
-COLUMNS = ("photo_id", "photo_url", "photo_image_url", "photo_width", "photo_height", "photo_aspect_ratio", "photo_description", "photographer_username", "ai_description", "licence", "people", "split")
+COLUMNS = (
+    "photo_id", "photo_url", "photo_image_url", "photo_width", "photo_height", "photo_aspect_ratio",
+    "photo_description", "photographer_username", "ai_description", "licence", "people", "split")
 
 def cut(
     path: Path, # a photograph
@@ -132,6 +196,15 @@ def cut(
     "One crop."
     return open_image(path).crop(box)
 
+def _row(crop):
+    "The values of one crop, in the order of `COLUMNS`."
+    photo = crop["photograph"]
+    side = crop["box"][2] - crop["box"][0]
+    return [
+        crop["id"], "", f"file:images/{crop['id']}.png", side, side, 1.0,
+        f"{crop['text']}; detail of: {photo.text}",
+        photo.name, crop["text"], photo.licence, photo.people, crop["split"]]
+
 def table(
     found: list, # what `crops` gives
 ) -> str: # tab-separated text
@@ -139,12 +212,24 @@ def table(
     out = io.StringIO()
     write = csv.writer(out, delimiter="\t", lineterminator="\n")
     write.writerow(COLUMNS)
-    for c in found:
-        photo, side = c["photograph"], c["box"][2] - c["box"][0]
-        write.writerow([c["id"], "", f"file:images/{c['id']}.png", side, side, 1.0, f"{c['text']}; detail of: {photo.text}", photo.name, c["text"], photo.licence, photo.people, c["split"]])
+    write.writerows(map(_row, found))
     return out.getvalue()
 
 # %% ../../../nbs/data/sets/02_photos.ipynb #f1c9c0c2
+def _origin(found):
+    "The manifest, with the number of crops."
+    manifest = load_manifest("photos")
+    counts = dict(Counter(c["split"] for c in found))
+    return manifest | {"count": len(found), "splits": manifest["splits"] | {"counts": counts}}
+
+def _tell(out, found):
+    "Say how many crops there are, and what would bring more."
+    here = {c["photograph"].name for c in found}
+    counts = ", ".join(f"{n} {split}" for split, n in Counter(c["split"] for c in found).items())
+    missing = "; more come with: pip install -c constraints.txt scikit-image"
+    more = "" if len(here) == len(PHOTOGRAPHS) else missing
+    print(f"{out}: {counts} from {len(here)} photographs{more}")
+
 def prepare_photos(
     out, # folder to make
     options: PhotosOptions, # crops, seed
@@ -152,10 +237,13 @@ def prepare_photos(
 ) -> bool: # False when stopped before the end
     "Cut the crops and write the table; started again, it goes on."
     found = crops(options)
-    if not found: raise UserError("none of the photographs is installed as it should be: pip install -c constraints.txt scikit-learn matplotlib scikit-image")
-    here, count, manifest = {c["photograph"].name for c in found}, Counter(c["split"] for c in found), load_manifest("photos")
+    if not found:
+        raise UserError("none of the photographs is installed as it should be: "
+                        "pip install -c constraints.txt scikit-learn matplotlib scikit-image")
     jobs = [Job("images", f"{c['id']}.png", {}, (c["path"], c["box"])) for c in found]
-    origin = manifest | {"count": len(found), "splits": manifest["splits"] | {"counts": dict(count)}}
-    if not build(out, jobs, cut, options, name="photos", origin=origin, flag=flag, finish=lambda folder, _: write_text(folder / "photos.tsv000", table(found)), photographs=sorted(here)): return False
-    print(f"{out}: {', '.join(f'{n} {s}' for s, n in count.items())} from {len(here)} photographs" + ("" if len(here) == len(PHOTOGRAPHS) else "; more come with: pip install -c constraints.txt scikit-image"))
-    return True
+    here = sorted({c["photograph"].name for c in found})
+    def write_table(folder, _): write_text(folder / "photos.tsv000", table(found))
+    whole = build(out, jobs, cut, options, name="photos", origin=_origin(found), flag=flag,
+                  finish=write_table, photographs=here)
+    if whole: _tell(out, found)
+    return whole

@@ -45,7 +45,8 @@ def scene_numbers(
     start: int = 0, # skip so many scenes of the split
 ): # int64 array, [n]
     "The numbers of a split's scenes: the last digit decides."
-    if split not in ("train", "val", "test"): raise UserError(f"scenes have no split {split!r}: {nearest(split, ('train', 'val', 'test'))}")
+    splits = ("train", "val", "test")
+    if split not in splits: raise UserError(f"scenes have no split {split!r}: {nearest(split, splits)}")
     k = np.arange(start, start + n, dtype=np.int64)
     return {"test": 10 * k, "val": 10 * k + 1, "train": k // 8 * 10 + 2 + k % 8}[split]
 
@@ -57,64 +58,93 @@ def uniforms(
 ): # float64, [n,k], in [0,1)
     "Independent uniform numbers, each a pure function of (seed, number, column)."
     with np.errstate(over="ignore"):
-        x = np.asarray(numbers, np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15) + np.arange(1, k + 1, dtype=np.uint64) * np.uint64(0xD1B54A32D192ED03)
+        rows = np.asarray(numbers, np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15)
+        columns = np.arange(1, k + 1, dtype=np.uint64) * np.uint64(0xD1B54A32D192ED03)
+        x = rows + columns
         x += np.uint64(seed % 2**64) * np.uint64(0x8CB92BA72F3D8DD7)
-        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)): x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
+        for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+            x = (x ^ (x >> np.uint64(shift))) * np.uint64(factor)
         x ^= x >> np.uint64(31)
     return (x >> np.uint64(11)) * 2.0**-53
 
-def _pairs(u, numbers):
-    "Shapes and colours, [n,2] each: the first of test scenes is a held-out pair, all others are known ones and differ from each other."
-    shape, colour = (u[:, :2] * len(SHAPES)).astype(np.int64), (u[:, 2:4] * len(COLOURS)).astype(np.int64)
-    shape[:, 1] = (shape[:, 0] + 1 + (u[:, 1] * (len(SHAPES) - 1)).astype(np.int64)) % len(SHAPES)
+# %% ../../../nbs/data/sets/01_scenes.ipynb #b5b69091
+def _shapes(u):
+    "Shapes, [n,2]: the two of a scene differ."
+    shape = (u * len(SHAPES)).astype(np.int64)
+    further = (u[:, 1] * (len(SHAPES) - 1)).astype(np.int64)
+    shape[:, 1] = (shape[:, 0] + 1 + further) % len(SHAPES)
+    return shape
+
+def _colours(u, shape, test):
+    "Colours, [n,2]: the first of a test scene makes a held-out pair, the others known ones."
+    colour = (u * len(COLOURS)).astype(np.int64)
     colour = (colour + held_out(shape, colour)) % len(COLOURS)
-    test = numbers % 10 == 0
     colour[test, 0] = (3 * shape[test, 0] + 1) % len(COLOURS)
     clash = colour[:, 1] == colour[:, 0]
     colour[clash, 1] = (colour[clash, 1] + 1) % len(COLOURS)
     colour[:, 1] = (colour[:, 1] + held_out(shape[:, 1], colour[:, 1])) % len(COLOURS)
-    return shape, colour
+    return colour
 
 # %% ../../../nbs/data/sets/01_scenes.ipynb #7868e679
 def _cells(u, two):
     "Column and row, [n,2] each, in reading order."
-    col, row = (u[:, :2] * 3).astype(np.int64), (u[:, 2:4] * 3).astype(np.int64)
+    col = (u[:, :2] * 3).astype(np.int64)
+    row = (u[:, 2:4] * 3).astype(np.int64)
     beside = u[:, 4] < 0.6
     for mine, other, chosen in ((col, row, two & beside), (row, col, two & ~beside)):
         mine[chosen] = (0, 2)
         if mine is row: other[chosen, 1] = other[chosen, 0]
     return col, row
 
+def _circles(u, col, row, size):
+    "Centre and radius, [n,2,3]: near the middle of the cell, within the limits of the size."
+    x = np.take(GRID, col) + 0.03 * (u[:, :2] - 0.5)
+    y = np.take(GRID, row) + 0.03 * (u[:, 2:4] - 0.5)
+    low, high = np.array(list(OBJECT_SIZES.values())).T[:, size]
+    return np.stack([x, y, low + (high - low) * u[:, 4:6]], -1)
+
+# %% ../../../nbs/data/sets/01_scenes.ipynb #5fd4a299
+def _objects(u, two, test):
+    "Shape, colour, size and place, [n,2] each, and centres and radii, [n,2,3], of two objects."
+    shape = _shapes(u[:, 2:4])
+    colour = _colours(u[:, 4:6], shape, test)
+    size = (u[:, 6:8] * len(OBJECT_SIZES)).astype(np.int64)
+    col, row = _cells(u[:, 8:13], two)
+    swap = two & (u[:, 13] < 0.5)
+    for pair in (shape, colour): pair[swap] = pair[swap][:, ::-1]
+    xyr = _circles(u[:, 14:20], col, row, size)
+    return dict(shape=shape, colour=colour, size=size, place=3 * row + col), xyr
+
 def facts(
     numbers, # [n], of scenes
     seed: int = 0, # of the world
-) -> dict: # "id", "count", "background" [n]; "shape", "colour", "size", "place" [n,2], -1 where there is no second object; "xyr" [n,2,3] float
+) -> dict: # "id", "count", "background" [n]; "shape", "colour", "size", "place" [n,2], -1 without a second object; "xyr" [n,2,3] float
     "Everything there is to know about some scenes."
     numbers = np.asarray(numbers, np.int64)
     u = uniforms(seed, numbers, 20)
     two = u[:, 0] < TWO
-    shape, colour = _pairs(u[:, 2:6], numbers)
-    size = (u[:, 6:8] * len(OBJECT_SIZES)).astype(np.int64)
-    col, row = _cells(u[:, 8:13], two)
-    swap = u[:, 13] < 0.5
-    for a in (shape, colour): a[swap & two] = a[swap & two][:, ::-1]
-    low, high = np.array(list(OBJECT_SIZES.values())).T[:, size]
-    xyr = np.stack([np.take(GRID, col) + 0.03 * (u[:, 14:16] - 0.5), np.take(GRID, row) + 0.03 * (u[:, 16:18] - 0.5), low + (high - low) * u[:, 18:20]], -1)
-    out = dict(shape=shape, colour=colour, size=size, place=3 * row + col)
-    for a in out.values(): a[~two, 1] = -1
-    return dict(id=numbers, count=1 + two.astype(np.int64), background=(u[:, 1] * len(BACKGROUNDS)).astype(np.int64), **out, xyr=xyr)
+    background = (u[:, 1] * len(BACKGROUNDS)).astype(np.int64)
+    objects, xyr = _objects(u, two, test=numbers % 10 == 0)
+    for pair in objects.values(): pair[~two, 1] = -1
+    return dict(id=numbers, count=1 + two.astype(np.int64), background=background, **objects, xyr=xyr)
 
 # %% ../../../nbs/data/sets/01_scenes.ipynb #236620be
 def _heart(x, y):
-    x, y = np.abs(x * 1.2), 1.2 * y + 0.4 # a square on its tip and two discs on its upper sides
-    return np.minimum((x + np.abs(y - 0.5) - 0.96) / 2**0.5, np.hypot(x - 0.48, y - 0.02) - 0.48 * 2**0.5) / 1.2
+    "A square on its tip and two discs on its upper sides."
+    x = np.abs(x * 1.2)
+    y = 1.2 * y + 0.4
+    square = (x + np.abs(y - 0.5) - 0.96) / 2**0.5
+    disc = np.hypot(x - 0.48, y - 0.02) - 0.48 * 2**0.5
+    return np.minimum(square, disc) / 1.2
 
 def _star(x, y):
     "Five times the same half plane, folded at the angle."
     turn = np.arctan2(x, -y) # from the tip at the top, clockwise
     a = np.abs((turn + np.pi / 5) % (2 * np.pi / 5) - np.pi / 5)
-    r, inner = np.hypot(x, y), 0.46
-    tip, dent = np.array([0.0, 1.05]), 1.05 * inner * np.array([np.sin(np.pi / 5), np.cos(np.pi / 5)])
+    r = np.hypot(x, y)
+    inner = 0.46
+    tip = np.array([0.0, 1.05])
+    dent = 1.05 * inner * np.array([np.sin(np.pi / 5), np.cos(np.pi / 5)])
     edge = (dent - tip) / np.hypot(*(dent - tip))
     return (r * np.sin(a) - tip[0]) * -edge[1] + (r * np.cos(a) - tip[1]) * edge[0]
 
@@ -147,49 +177,91 @@ def coverage(
     return out
 
 # %% ../../../nbs/data/sets/01_scenes.ipynb #7333d919
+def _centres(size): return (np.arange(size, dtype=np.float32) + 0.5) / size # of pixels, as shares of the side
+
+def _backdrop(background, size):
+    "Backgrounds, [n,size,size,3], a little darker towards the bottom."
+    tone = np.array(list(BACKGROUNDS.values()), np.float32)[background]
+    light = np.broadcast_to(1.03 - 0.06 * _centres(size), (size, size)).T
+    return tone[:, None, None, :] * light[None, :, :, None]
+
+def _side_light(xyr, size):
+    "Brightness of each object's pixels, [m,size,size]: the light comes from the upper left."
+    grid = _centres(size)
+    x, y, r = (xyr[:, k, None, None] for k in range(3))
+    across = grid[None, None, :] - x + grid[None, :, None] - y
+    return 1.08 - 0.16 * (across / r / 4 + 0.5)
+
+# %% ../../../nbs/data/sets/01_scenes.ipynb #90caddc4
+def _add_objects(image, known, k):
+    "Draw object `k`, 0 or 1, into the pictures that have one."
+    size = image.shape[1]
+    at = np.flatnonzero(known["shape"][:, k] >= 0)
+    shape = known["shape"][at, k]
+    xyr = known["xyr"][at, k]
+    shadow = 0.1 * coverage(shape, xyr + np.array([0.012, 0.02, 0.0]), size)[..., None]
+    cover = coverage(shape, xyr, size)[..., None]
+    colour = np.array(list(COLOURS.values()), np.float32)[known["colour"][at, k]][:, None, None, :]
+    light = _side_light(xyr, size)[..., None].astype(np.float32)
+    image[at] = (image[at] * (1 - shadow)) * (1 - cover) + cover * colour * light
+
 def paint(
     known: dict, # what `facts` gives
     size: int = 32, # pixels
 ): # uint8, [n,size,size,3]
     "Draw scenes."
-    grid = (np.arange(size, dtype=np.float32) + 0.5) / size
-    image = np.array(list(BACKGROUNDS.values()), np.float32)[known["background"]][:, None, None, :] * np.broadcast_to(1.03 - 0.06 * grid, (size, size)).T[None, :, :, None]
-    palette = np.array(list(COLOURS.values()), np.float32)
-    for k in range(2):
-        at = np.flatnonzero(known["shape"][:, k] >= 0)
-        shape, xyr = known["shape"][at, k], known["xyr"][at, k]
-        shadow = 0.1 * coverage(shape, xyr + np.array([0.012, 0.02, 0.0]), size)[..., None]
-        light = 1.08 - 0.16 * ((grid[None, None, :] - xyr[:, 0, None, None] + grid[None, :, None] - xyr[:, 1, None, None]) / xyr[:, 2, None, None] / 4 + 0.5)
-        cover = coverage(shape, xyr, size)[..., None]
-        image[at] = (image[at] * (1 - shadow)) * (1 - cover) + cover * palette[known["colour"][at, k]][:, None, None, :] * light[..., None].astype(np.float32)
+    image = _backdrop(known["background"], size)
+    for k in range(2): _add_objects(image, known, k)
     return np.clip(np.rint(image), 0, 255).astype(np.uint8)
 
 # %% ../../../nbs/data/sets/01_scenes.ipynb #ec59ad16
-def _object(known, i, k, size=True):
-    words = [list(OBJECT_SIZES)[known["size"][i, k]]] * size + [list(COLOURS)[known["colour"][i, k]], SHAPES[known["shape"][i, k]]]
-    return " ".join(words)
-
 def a(
     words: str, # a noun phrase
 ) -> str: # with "a" or "an"
     "The phrase with its article."
     return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
+def _object(known, i, k, size=True):
+    "Object `k` of a scene in words, with or without its size."
+    words = [list(COLOURS)[known["colour"][i, k]], SHAPES[known["shape"][i, k]]]
+    if size: words.insert(0, list(OBJECT_SIZES)[known["size"][i, k]])
+    return " ".join(words)
+
+def _about_one(plain, full, where, ground):
+    "Five captions of a scene with one object."
+    return (
+        a(plain),
+        f"{a(full)} on {a(ground)} background",
+        f"{a(full)} in the {where} of {a(ground)} picture",
+        f"{full}, {where}, {ground} background",
+        f"on {a(ground)} background there is {a(full)} in the {where}",
+    )
+
+def _about_two(plain, full, where, ground, side):
+    "Five captions of a scene with two objects; the first is `side` the second."
+    back = {"above": "below", "to the left of": "to the right of"}[side]
+    return (
+        f"{a(plain[0])} and {a(plain[1])}",
+        f"{a(plain[0])} {side} {a(plain[1])}",
+        f"{a(full[0])} {side} {a(full[1])} on {a(ground)} background",
+        f"{full[0]} {where[0]}, {full[1]} {where[1]}, {ground} background",
+        f"on {a(ground)} background there is {a(full[1])} {back} {a(full[0])}",
+    )
+
+# %% ../../../nbs/data/sets/01_scenes.ipynb #d326007f
 def captions(
     known: dict, # what `facts` gives
     i: int, # row
 ) -> tuple: # five texts, from terse to complete
     "What one scene shows, in five wordings."
     ground = list(BACKGROUNDS)[known["background"][i]]
-    plain, full = ([_object(known, i, k, size) for k in range(known["count"][i])] for size in (False, True))
-    where = [PLACES[known["place"][i, k]] for k in range(known["count"][i])]
-    at = ["in the " + w for w in where]
-    if len(full) == 1: return (a(plain[0]), f"{a(full[0])} on {a(ground)} background", f"{a(full[0])} {at[0]} of {a(ground)} picture",
-        f"{full[0]}, {where[0]}, {ground} background", f"on {a(ground)} background there is {a(full[0])} {at[0]}")
+    objects = range(known["count"][i])
+    plain = [_object(known, i, k, size=False) for k in objects]
+    full = [_object(known, i, k) for k in objects]
+    where = [PLACES[known["place"][i, k]] for k in objects]
+    if len(objects) == 1: return _about_one(plain[0], full[0], where[0], ground)
     side = "above" if known["place"][i, 0] % 3 == known["place"][i, 1] % 3 else "to the left of"
-    back = {"above": "below", "to the left of": "to the right of"}[side]
-    return (f"{a(plain[0])} and {a(plain[1])}", f"{a(plain[0])} {side} {a(plain[1])}", f"{a(full[0])} {side} {a(full[1])} on {a(ground)} background",
-        f"{full[0]} {where[0]}, {full[1]} {where[1]}, {ground} background", f"on {a(ground)} background there is {a(full[1])} {back} {a(full[0])}")
+    return _about_two(plain, full, where, ground, side)
 
 # %% ../../../nbs/data/sets/01_scenes.ipynb #378fb89b
 @cache
@@ -202,18 +274,19 @@ def _moments():
 
 def _look(image, ground, mask):
     "One patch: its colour, its coverage, mass and centre."
-    size = len(image)
+    from scipy.ndimage import binary_dilation
     away = np.abs(image - ground).sum(-1) * mask
     inner = away > 0.7 * np.quantile(away[mask], 0.9)
     colour = np.median(image[inner], 0)
     span = colour - ground
-    from scipy.ndimage import binary_dilation
     cover = np.clip((image - ground) @ span / (span @ span), 0, 1) * binary_dilation(mask, iterations=1)
-    grid, mass = (np.arange(size) + 0.5) / size, cover.sum() + 1e-9
+    size = len(image)
+    grid = (np.arange(size) + 0.5) / size
+    mass = cover.sum() + 1e-9
     return colour, cover, mass / size**2, cover.sum(0) @ grid / mass, cover.sum(1) @ grid / mass
 
 def _fit(cover, mass, x, y):
-    "(shape, radius, fit): the shape whose drawing resembles the patch most."
+    "(shape, radius, centre x, centre y, fit): the shape whose drawing resembles the patch most."
     area, dx, dy = _moments()
     r = np.sqrt(mass / area)
     drawn = coverage(np.arange(len(SHAPES)), np.stack([x - dx * r, y - dy * r, r], 1), len(cover))
@@ -224,36 +297,54 @@ def _fit(cover, mass, x, y):
 # %% ../../../nbs/data/sets/01_scenes.ipynb #d7657c2e
 MIN_AREA = 0.004 # patches smaller than this share of the picture are specks
 
+def _ground(image):
+    "The background's colour: the median of a frame two pixels wide."
+    sides = (image[:2], image[-2:], image[2:-2, :2], image[2:-2, -2:])
+    return np.median(np.concatenate([side.reshape(-1, 3) for side in sides]), 0)
+
 def _patches(image, ground):
+    "Masks of what differs from the background, without specks."
     from scipy.ndimage import label
     found, n = label(np.abs(image - ground).sum(-1) > 90)
     masks = [found == k for k in range(1, n + 1)]
     return [m for m in masks if m.mean() >= MIN_AREA]
 
-def _read_one(image):
-    "[count, background] and up to two rows (shape, colour, size, place, fit), in reading order."
-    frame = np.concatenate([image[:2].reshape(-1, 3), image[-2:].reshape(-1, 3), image[2:-2, :2].reshape(-1, 3), image[2:-2, -2:].reshape(-1, 3)])
-    ground = np.median(frame, 0)
-    near = lambda c, table: int(((np.array(list(table.values())) - c) ** 2).sum(1).argmin())
-    rows, masks = [], _patches(image, ground)
-    for mask in sorted(masks, key=np.sum, reverse=True)[:2]:
-        colour, cover, *measures = _look(image, ground, mask)
-        shape, r, x, y, fit = _fit(cover, *measures)
-        col, row = (int(np.abs(np.array(GRID) - v).argmin()) for v in (x, y))
-        rows.append((shape, near(colour, COLOURS), int(r > 0.155), 3 * row + col, fit))
-    rows.sort(key=lambda o: (o[3] % 3, o[3]))
-    return len(masks), near(ground, BACKGROUNDS), rows
+def _nearest_colour(colour, table):
+    "The number of the table's colour that is nearest."
+    away = np.array(list(table.values())) - colour
+    return int((away**2).sum(1).argmin())
 
+def _read_object(image, ground, mask):
+    "(shape, colour, size, place, fit) of one patch."
+    colour, cover, *measures = _look(image, ground, mask)
+    shape, r, x, y, fit = _fit(cover, *measures)
+    col, row = (int(np.abs(np.array(GRID) - v).argmin()) for v in (x, y))
+    return shape, _nearest_colour(colour, COLOURS), int(r > 0.155), 3 * row + col, fit
+
+def _read_one(image):
+    "(count, background, up to two objects in reading order)."
+    ground = _ground(image)
+    masks = _patches(image, ground)
+    largest = sorted(masks, key=np.sum, reverse=True)[:2]
+    objects = [_read_object(image, ground, mask) for mask in largest]
+    objects.sort(key=lambda o: (o[3] % 3, o[3]))
+    return len(masks), _nearest_colour(ground, BACKGROUNDS), objects
+
+# %% ../../../nbs/data/sets/01_scenes.ipynb #1011c33e
 def read_scenes(
     pictures, # uint8 [n,h,w,3], or a tensor [n,3,h,w] in [-1,1]; square
 ) -> dict: # "count", "background" [n]; "shape", "colour", "size", "place" [n,2], -1 where nothing is; "fit" [n,2], 0 … 1
     "Read the facts of scenes from pixels alone. On clean drawings a fit is above 0.9."
-    if hasattr(pictures, "permute"): pictures = ((pictures.detach().cpu().float().clamp(-1, 1) + 1) * 127.5).permute(0, 2, 3, 1).numpy()
+    if hasattr(pictures, "permute"):
+        levels = (pictures.detach().cpu().float().clamp(-1, 1) + 1) * 127.5
+        pictures = levels.permute(0, 2, 3, 1).numpy()
     found = [_read_one(np.asarray(p, np.float64)) for p in pictures]
-    out = {k: np.full((len(found), 2), -1, np.int64) for k in ("shape", "colour", "size", "place")} | {"fit": np.zeros((len(found), 2))}
-    for i, (_, _, rows) in enumerate(found):
-        for k, row in enumerate(rows):
-            for name, value in zip(("shape", "colour", "size", "place", "fit"), row): out[name][i, k] = value
+    names = ("shape", "colour", "size", "place", "fit")
+    out = {name: np.full((len(found), 2), -1, np.int64) for name in names}
+    out["fit"] = np.zeros((len(found), 2))
+    for i, (_, _, objects) in enumerate(found):
+        for k, values in enumerate(objects):
+            for name, value in zip(names, values): out[name][i, k] = value
     return dict(count=np.array([f[0] for f in found]), background=np.array([f[1] for f in found])) | out
 
 # %% ../../../nbs/data/sets/01_scenes.ipynb #1537cb51
@@ -359,6 +450,7 @@ def prepare_scenes(
         data = Scenes(split, getattr(options, split), size=options.size, seed=options.seed)
         known = facts(data.ids, options.seed)
         for i, number in enumerate(data.ids.tolist()):
-            row = {"id": number, "text": captions(known, i), "facts": {k: known[k][i].tolist() for k in JUDGED}}
+            judged = {k: known[k][i].tolist() for k in JUDGED}
+            row = {"id": number, "text": captions(known, i), "facts": judged}
             jobs.append(Job(split, f"{number:07}.png", row, (number, options.size, options.seed)))
     return build(out, jobs, draw_scene, options, name="scenes", origin=load_manifest("scenes"), flag=flag)
