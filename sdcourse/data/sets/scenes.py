@@ -161,13 +161,15 @@ SDF = { # shape -> signed distance at (x, y) for radius 1; y points down
 }
 SDF = {name: SDF[name] for name in SHAPES}
 
+def _centres(size): return (np.arange(size, dtype=np.float32) + 0.5) / size # of pixels, as shares of the side
+
 def coverage(
     shape, # [m], numbers into SHAPES
     xyr, # [m,3], centre and radius as shares of the side
     size: int, # pixels
 ): # float32, [m,size,size], in [0,1]
     "How much of each pixel each shape covers."
-    grid = (np.arange(size, dtype=np.float32) + 0.5) / size
+    grid = _centres(size)
     out = np.empty((len(shape), size, size), np.float32)
     x, y, r = np.asarray(xyr, np.float32).T[:, :, None, None]
     for k in np.unique(shape):
@@ -177,8 +179,6 @@ def coverage(
     return out
 
 # %% ../../../nbs/data/sets/01_scenes.ipynb #7333d919
-def _centres(size): return (np.arange(size, dtype=np.float32) + 0.5) / size # of pixels, as shares of the side
-
 def _backdrop(background, size):
     "Backgrounds, [n,size,size,3], a little darker towards the bottom."
     tone = np.array(list(BACKGROUNDS.values()), np.float32)[background]
