@@ -12,7 +12,7 @@ from sdcourse.core import UserError
 from sdcourse.data.imagefolder import read_lines
 from sdcourse.data.images import centre_crop
 from sdcourse.data.sets.digits import digits
-from sdcourse.data.sets.imagenet import NAMES, read_folders, read_parquet
+from sdcourse.data.sets.imagenet import DIGIT_NAMES, read_folders, read_parquet
 
 SIZES = [
     (500, 375),
@@ -98,7 +98,7 @@ def check_against_digits(out):
         for r in rows:
             k = where[int(r["id"].split("_")[1])]
             pixels = np.asarray(Image.open(out / split / r["file_name"]))
-            assert r["label"] == table["label"][k] and r["class"] == NAMES[r["label"]]
+            assert r["label"] == table["label"][k] and r["class"] == DIGIT_NAMES[r["label"]]
             assert np.array_equal(
                 pixels[..., 0], ((table["pixels"][k, 0] + 1) * 127.5).round().byte().numpy()
             ) and pixels.shape == (8, 8, 3)
@@ -111,7 +111,7 @@ def test_digits_survive_the_way_through_folders(folders, tmp_path):
     )
     check_against_digits(tmp_path / "o")
     classes = json.loads((tmp_path / "o/classes.json").read_text())
-    assert [c["name"] for c in classes] == list(NAMES) and classes[3] == {
+    assert [c["name"] for c in classes] == list(DIGIT_NAMES) and classes[3] == {
         "label": 3,
         "name": "three",
         "folder": "d00000003",
@@ -152,7 +152,7 @@ def test_folders_and_parquet_give_the_same_files(folders, hub, tmp_path):
 def test_parquet_names_and_labels_come_from_the_file(hub):
     names, _, rows = read_parquet(hub)
     assert (
-        names == list(NAMES)
+        names == list(DIGIT_NAMES)
         and Counter(r[0] for r in rows) == {"train": 1437, "val": 360}
         and rows[150][3][1:] == (1, 50)
     )

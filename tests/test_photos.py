@@ -12,7 +12,15 @@ from sdcourse import cli
 from sdcourse.core import UserError
 from sdcourse.data.manifests import _check_bytes, load_manifest, verify
 from sdcourse.data.sets import photos
-from sdcourse.data.sets.photos import COLUMNS, GAP, PHOTOGRAPHS, PhotosOptions, crops, installed, regions
+from sdcourse.data.sets.photos import (
+    COLUMNS,
+    GAP,
+    PHOTOGRAPHS,
+    PhotosOptions,
+    crops,
+    photograph_file,
+    regions,
+)
 
 BASE = [p for p in PHOTOGRAPHS if not p.file.startswith("skimage/")]
 
@@ -29,11 +37,11 @@ def out(tmp_path_factory):
 
 
 def test_three_photographs_come_with_the_base_install():
-    assert [p.name for p in BASE] == ["temple", "flower", "officer"] and all(map(installed, BASE))
+    assert [p.name for p in BASE] == ["temple", "flower", "officer"] and all(map(photograph_file, BASE))
 
 
 def test_all_nine_with_scikit_image():
-    assert all(map(installed, PHOTOGRAPHS))
+    assert all(map(photograph_file, PHOTOGRAPHS))
     found = crops(PhotosOptions(crops=2))
     assert {c["photograph"].name for c in found} == {p.name for p in PHOTOGRAPHS} and len(found) == 2 * sum(
         len(p.regions) for p in PHOTOGRAPHS
@@ -62,7 +70,7 @@ def test_no_crop_of_one_split_touches_another():
         found = crops(PhotosOptions(crops=20, seed=seed), only=BASE)
         for photo in BASE:
             marks = {}
-            with Image.open(installed(photo)) as image:
+            with Image.open(photograph_file(photo)) as image:
                 shape = image.size[::-1]
             for split in ("train", "val", "test"):
                 marks[split] = np.zeros(shape, bool)
@@ -142,7 +150,7 @@ def test_licences_are_kept_with_the_data(out):
 
 
 def test_what_is_installed_is_what_the_manifest_lists():
-    site = installed(BASE[0]).parents[3]
+    site = photograph_file(BASE[0]).parents[3]
     files = [
         e for e in load_manifest("photos")["layouts"]["installed"]["files"] if (site / e["path"]).exists()
     ]
@@ -195,12 +203,12 @@ def test_the_shipped_manifest_finds_what_is_missing_or_extra(out, tmp_path):
 
 def test_another_picture_under_the_same_name_is_left_out(tmp_path, monkeypatch):
     (tmp_path / "sklearn/datasets/images").mkdir(parents=True)
-    shutil.copy(installed(BASE[0]), tmp_path / "sklearn/datasets/images/china.jpg")
+    shutil.copy(photograph_file(BASE[0]), tmp_path / "sklearn/datasets/images/china.jpg")
     spec = type("Spec", (), {"submodule_search_locations": [str(tmp_path / "sklearn")]})
     monkeypatch.setattr(photos, "find_spec", lambda name: spec)
-    assert installed(BASE[0]) and not installed(BASE[1])
+    assert photograph_file(BASE[0]) and not photograph_file(BASE[1])
     (tmp_path / "sklearn/datasets/images/china.jpg").write_bytes(b"another picture")
-    assert installed(BASE[0]) is None
+    assert photograph_file(BASE[0]) is None
     with pytest.raises(UserError, match="none of the photographs"):
         cli.run(["prepare", "photos", str(tmp_path / "o")])
 

@@ -15,9 +15,9 @@ from sdcourse.data.sets import scenes
 from sdcourse.data.sets.scenes import (
     BACKGROUNDS,
     COLOURS,
+    OBJECT_SIZES,
     PLACES,
     SHAPES,
-    SIZES,
     Scenes,
     agreement,
     captions,
@@ -140,7 +140,7 @@ def test_captions_say_the_facts(known):
         for k in range(known["count"][i]):
             words = f"{list(COLOURS)[known['colour'][i, k]]} {SHAPES[known['shape'][i, k]]}"
             assert all(words in t for t in texts)
-            assert all(f"{list(SIZES)[known['size'][i, k]]} {words}" in t for t in texts[2:])
+            assert all(f"{list(OBJECT_SIZES)[known['size'][i, k]]} {words}" in t for t in texts[2:])
             assert PLACES[known["place"][i, k]] in texts[3]
         assert all(list(BACKGROUNDS)[known["background"][i]] in t for t in texts[2:])
         if known["count"][i] == 2:

@@ -43,10 +43,15 @@ def _rows(path, width, skip):
     except (OSError, UnicodeDecodeError): raise UserError(f"{path}: cannot be read as text") from None
     rows = [line.split() for line in lines[skip:] if line.strip()]
     for i, row in enumerate(rows, skip + 1):
-        if len(row) != width: raise UserError(f"{path}, line {i}: {len(row)} words instead of {width}; download the file again")
-    if skip == 2 and str(len(rows)) != lines[0].strip(): raise UserError(f"{path}: its first line says {lines[0].strip()!r}, and {len(rows)} rows follow; download it again")
+        if len(row) != width:
+            raise UserError(f"{path}, line {i}: {len(row)} words instead of {width}; download the file again")
+    if skip == 2 and str(len(rows)) != lines[0].strip():
+        said = lines[0].strip()
+        raise UserError(f"{path}: its first line says {said!r}, and {len(rows)} rows follow; "
+                        "download it again")
     return rows, lines
 
+# %% ../../../nbs/data/sets/05_celeba.ipynb #7bda7ab3
 def read_attributes(
     path: Path, # list_attr_celeba.txt or CelebAMask-HQ-attribute-anno.txt
 ): # (file names, attribute names, bool array [n,40])
@@ -54,11 +59,13 @@ def read_attributes(
     rows, lines = _rows(path, 41, 2)
     names = lines[1].split()
     for need in STRATA:
-        if need not in names: raise UserError(f"{path}, line 2: no attribute {need!r}; {nearest(need, names)}")
+        if need not in names:
+            raise UserError(f"{path}, line 2: no attribute {need!r}; {nearest(need, names)}")
     values = np.array([r[1:] for r in rows])
     if wrong := np.argwhere((values != "1") & (values != "-1")).tolist():
         i, k = wrong[0]
-        raise UserError(f"{path}, line {i + 3}: {names[k]} is {values[i, k]!r} instead of 1 or -1; download the file again")
+        raise UserError(f"{path}, line {i + 3}: {names[k]} is {values[i, k]!r} instead of 1 or -1; "
+                        "download the file again")
     return [r[0] for r in rows], names, values == "1"
 
 def read_boxes(path: Path): # file name -> (x, y, width, height)
@@ -95,7 +102,8 @@ def split_hq(
 ) -> np.ndarray: # [n] of "train", "val", "test": 80 : 10 : 10
     "The stratified split of the HQ pictures, in the order of the annotation file."
     from sklearn.model_selection import train_test_split
-    if len(values) < 30: raise UserError(f"{len(values)} pictures: too few for three stratified parts, give at least 30")
+    if len(values) < 30:
+        raise UserError(f"{len(values)} pictures: too few for three stratified parts, give at least 30")
     groups = strata(values[:, [names.index(n) for n in STRATA]])
     rest = train_test_split(np.arange(len(values)), test_size=0.2, random_state=seed, stratify=groups)[1]
     val, test = train_test_split(rest, test_size=0.5, random_state=seed, stratify=groups[rest])
@@ -109,7 +117,11 @@ def frequency(
     parts, # [n], the split of each
 ) -> dict: # split -> {attribute: share}
     "How often each attribute occurs in each part."
-    return {p: {n: round(float(s), 4) for n, s in zip(names, values[parts == p].mean(0))} for p in ("train", "val", "test") if (parts == p).any()}
+    out = {}
+    for part in ("train", "val", "test"):
+        mine = values[parts == part]
+        if len(mine): out[part] = {n: round(float(share), 4) for n, share in zip(names, mine.mean(0))}
+    return out
 
 # %% ../../../nbs/data/sets/05_celeba.ipynb #e3445df5
 def split_hq_by_person(
@@ -120,33 +132,52 @@ def split_hq_by_person(
 ) -> np.ndarray: # [n] of "train", "val", "test": about 80 : 10 : 10
     "Nobody is in two parts; the three attributes are stratified as far as that allows."
     from sklearn.model_selection import StratifiedGroupKFold
-    if len(set(persons)) < 30: raise UserError(f"{len(set(persons))} people: too few for three parts, give at least 30")
-    folds = StratifiedGroupKFold(10, shuffle=True, random_state=seed).split(values, strata(values[:, [names.index(n) for n in STRATA]]), persons)
+    people = len(set(persons))
+    if people < 30: raise UserError(f"{people} people: too few for three parts, give at least 30")
+    groups = strata(values[:, [names.index(n) for n in STRATA]])
+    folds = StratifiedGroupKFold(10, shuffle=True, random_state=seed).split(values, groups, persons)
     out = np.full(len(values), "train", "<U5")
     for part, (_, rows) in zip(("val", "test"), folds): out[rows] = part
     return out
 
 # %% ../../../nbs/data/sets/05_celeba.ipynb #14e2e6d1
-LOW, HIGH, STAY, MEAN = 0.2, 5.0, 1.3, 1000.0 # bounds, and the two penalties (SD3-LoRA-CelebA)
+LOW = 0.2 # the smallest weight (this and the next three: SD3-LoRA-CelebA)
+HIGH = 5.0 # the largest weight
+STAY = 1.3 # penalty of weights that differ from 1
+MEAN = 1000.0 # penalty of a mean that differs from 1
+
+def _sums(values):
+    "(B, d): Bx - d are the 41 numbers, shares and mean, by which a weight meets the others."
+    a = np.asarray(values, float)
+    n, k = a.shape
+    b = np.concatenate([a.T / n, np.full((1, n), MEAN**0.5 / n)])
+    return b, np.append(np.full(k, 0.5), MEAN**0.5)
+
+def _climb_dual(b, d):
+    "(weights, value, steps) at the top of the dual function."
+    from scipy.optimize import minimize
+    n = b.shape[1]
+    def weights(nu): return np.clip(1 - n / (2 * STAY) * (nu @ b), LOW, HIGH)
+    def minus_dual(nu):
+        x = weights(nu)
+        y = b @ x - d
+        return nu @ nu / 4 - nu @ y - STAY / n * ((x - 1) ** 2).sum(), nu / 2 - y
+    options = dict(maxiter=2000, gtol=1e-10)
+    found = minimize(minus_dual, np.zeros(len(d)), jac=True, method="BFGS", options=options)
+    return weights(found.x), -found.fun, int(found.nit)
 
 def balance(
     values, # bool [n,k], attributes of the training pictures
 ): # (weights [n] with mean 1, {"cost", "gap", "steps"})
     "Sampling weights that pull the share of each attribute towards one half."
-    from scipy.optimize import minimize
-    n, a = len(values), np.asarray(values, float)
-    b, d = np.concatenate([a.T / n, np.full((1, n), MEAN**0.5 / n)]), np.append(np.full(a.shape[1], 0.5), MEAN**0.5)
-    weights = lambda nu: np.clip(1 - n / (2 * STAY) * (nu @ b), LOW, HIGH)
-    def minus_dual(nu):
-        x = weights(nu)
-        y = b @ x - d
-        return nu @ nu / 4 - nu @ y - STAY / n * ((x - 1) ** 2).sum(), nu / 2 - y
-    found = minimize(minus_dual, np.zeros(len(d)), jac=True, method="BFGS", options=dict(maxiter=2000, gtol=1e-10))
-    x = weights(found.x)
-    cost = ((b @ x - d) ** 2).sum() + STAY / n * ((x - 1) ** 2).sum()
-    gap = cost + found.fun
-    if gap > 1e-6 * max(cost, 1): raise UserError(f"the weights did not converge (duality gap {gap:.2g}); are all attributes of all pictures equal?")
-    return x / x.mean(), dict(cost=float(cost), gap=float(max(gap, 0.0)), steps=int(found.nit))
+    b, d = _sums(values)
+    x, dual, steps = _climb_dual(b, d)
+    cost = ((b @ x - d) ** 2).sum() + STAY / len(values) * ((x - 1) ** 2).sum()
+    gap = cost - dual
+    if gap > 1e-6 * max(cost, 1):
+        raise UserError(f"the weights did not converge (duality gap {gap:.2g}); "
+                        "are all attributes of all pictures equal?")
+    return x / x.mean(), dict(cost=float(cost), gap=float(max(gap, 0.0)), steps=steps)
 
 # %% ../../../nbs/data/sets/05_celeba.ipynb #75c863dc
 @dataclass
@@ -164,9 +195,14 @@ def hq_parts(
     "The HQ pictures and their parts."
     files, names, values = read_attributes(find(hq, "CelebAMask-HQ-attribute-anno.txt"))
     if not identities: return files, names, values, split_hq(names, values, seed)
-    who, mapping = read_identities(Path(identities)), read_mapping(find(hq, "CelebA-HQ-to-CelebA-mapping.txt"))
-    if lost := next((f for f in files if mapping.get(f) not in who), None): raise UserError(f"{identities}: nobody is named for HQ's {lost} ({mapping.get(lost, 'not in the mapping file')}); download both tables again")
-    return files, names, values, split_hq_by_person(names, values, np.array([who[mapping[f]] for f in files]), seed)
+    who = read_identities(Path(identities))
+    mapping = read_mapping(find(hq, "CelebA-HQ-to-CelebA-mapping.txt"))
+    if lost := next((f for f in files if mapping.get(f) not in who), None):
+        photo = mapping.get(lost, "not in the mapping file")
+        raise UserError(f"{identities}: nobody is named for HQ's {lost} ({photo}); "
+                        "download both tables again")
+    persons = np.array([who[mapping[f]] for f in files])
+    return files, names, values, split_hq_by_person(names, values, persons, seed)
 
 # %% ../../../nbs/data/sets/05_celeba.ipynb #5e9595b4
 def copy_or_resize(
@@ -182,15 +218,27 @@ def _report(where, shares, counts):
     "A table of shares, one line per attribute, for people."
     print(f"{where}: {', '.join(f'{n:,} {p}' for p, n in counts.items())}")
     print(f"{'share of pictures':<22}" + "".join(f"{p:>8}" for p in shares))
-    for name in next(iter(shares.values())): print(f"{name:<22}" + "".join(f"{s[name]:8.3f}" for s in shares.values()))
+    for name in next(iter(shares.values())):
+        print(f"{name:<22}" + "".join(f"{s[name]:8.3f}" for s in shares.values()))
+
+def _weights(names, rows):
+    "What weights.json holds: weights of the training pictures by id, and the shares without and with them."
+    values = np.array([list(r["attributes"].values()) for r in rows])
+    weights, how = balance(values)
+    share = values.mean(0).round(4).tolist()
+    weighted = (weights @ values / len(values)).round(4).tolist()
+    ids = [r["id"] for r in rows]
+    return dict(
+        how=how,
+        share=dict(zip(names, share)),
+        share_weighted=dict(zip(names, weighted)),
+        weights=dict(zip(ids, weights.round(6).tolist())),
+    )
 
 def _store(names, **report):
-    "What `build_folder` writes at the end: the report, and weights that balance the training pictures that are really there."
+    "What `build` writes at the end: the report, and weights of the training pictures that are really there."
     def finish(folder, rows):
-        values = np.array([list(r["attributes"].values()) for r in rows["train"]])
-        weights, how = balance(values)
-        after = dict(zip(names, (weights @ values / len(values)).round(4).tolist()))
-        write_json(folder / "weights.json", dict(how=how, share=dict(zip(names, values.mean(0).round(4).tolist())), share_weighted=after, weights=dict(zip([r["id"] for r in rows["train"]], weights.round(6).tolist()))))
+        write_json(folder / "weights.json", _weights(names, rows["train"]))
         write_json(folder / "report.json", report)
     return finish
 
@@ -208,12 +256,15 @@ def prepare_hq(
     jobs = []
     for file, part, row in zip(files, parts.tolist(), values.tolist()):
         stem = Path(file).stem
-        jobs.append(PictureJob(part, f"{stem}.png" if options.size else file, {"id": stem, "attributes": dict(zip(names, row))}, (folder / file, options.size)))
+        written = f"{stem}.png" if options.size else file
+        metadata = {"id": stem, "attributes": dict(zip(names, row))}
+        jobs.append(PictureJob(part, written, metadata, (folder / file, options.size)))
     shares = frequency(names, values, parts)
     by = "person" if options.identities else "picture"
-    if not build_folder(out, jobs, copy_or_resize, options, name="celeba-hq", origin=origin("celeba-hq", source), flag=flag, finish=_store(names, frequency=shares), split_by=by): return False
-    _report(out, shares, Counter(parts.tolist()))
-    return True
+    whole = build_folder(out, jobs, copy_or_resize, options, name="celeba-hq", origin=origin("celeba-hq", source),
+                  flag=flag, finish=_store(names, frequency=shares), split_by=by)
+    if whole: _report(out, shares, Counter(parts.tolist()))
+    return whole
 
 # %% ../../../nbs/data/sets/05_celeba.ipynb #6fea081b
 @dataclass
@@ -230,7 +281,8 @@ def face_square(
 ) -> tuple: # left, top, right, bottom
     "The largest square, with the face in the middle as far as the edges allow."
     side = min(size)
-    left, top = (int(min(max(round(at + long / 2 - side / 2), 0), full - side)) for at, long, full in zip(box[:2], box[2:], size))
+    def start(at, long, full): return int(min(max(round(at + long / 2 - side / 2), 0), full - side))
+    left, top = map(start, box[:2], box[2:], size)
     return left, top, left + side, top + side
 
 def crop_face(
@@ -260,12 +312,55 @@ def held_out_people(
     "Who must not be among the extras."
     mapping = read_mapping(find(hq, "CelebA-HQ-to-CelebA-mapping.txt"))
     files, parts = parts[0], parts[3]
-    if lost := next((f for f in files if f not in mapping), None): raise UserError(f"{hq}: {lost} is not in the mapping file; download it again")
-    who = {p: [identity[mapping[f]] for f, part in zip(files, parts) if (part == "train") == (p == "train") and mapping[f] in identity] for p in ("train", "held out")}
-    seen = set(who["train"])
-    return set(mapping.values()), set(who["held out"]), float(np.mean([w in seen for w in who["held out"]])) if identity else None
+    if lost := next((f for f in files if f not in mapping), None):
+        raise UserError(f"{hq}: {lost} is not in the mapping file; download it again")
+    train, held_out = [], []
+    for file, part in zip(files, parts):
+        photo = mapping[file]
+        if photo in identity: (train if part == "train" else held_out).append(identity[photo])
+    seen = set(train)
+    shared = float(np.mean([person in seen for person in held_out])) if identity else None
+    return set(mapping.values()), set(held_out), shared
 
 # %% ../../../nbs/data/sets/05_celeba.ipynb #1edb0a4e
+def _identities(source, options):
+    "(the identity file, CelebA file -> person), or (None, {}) where there is none and none is needed."
+    places = (source / "Anno/identity_CelebA.txt", source / "identity_CelebA.txt")
+    table = next((p for p in places if p.is_file()), None)
+    identity = read_identities(table) if table else {}
+    if options.hq_split == "person" and not table:
+        raise UserError(f"{source}: has no Anno/identity_CelebA.txt, which --hq-split person needs")
+    return table, identity
+
+def _check_identities(source, table, identity, files):
+    "Warn where nobody is named, refuse where somebody is missing."
+    if not table:
+        print(f"warning: {source}: has no Anno/identity_CelebA.txt; "
+              "people of HQ's val and test may be among the extras", file=sys.stderr)
+    elif lost := next((f for f in files if f not in identity), None):
+        raise UserError(f"{table}: {lost} is not in it; download it again")
+
+def _large_enough(source, files, options):
+    "Those whose smaller side is long enough."
+    folder = find(source, "Img/img_celeba", "img_celeba")
+    paths = [folder / f for f in files]
+    sides = dict(in_parallel(smaller_side, paths, workers=options.workers, handful=64))
+    keep = []
+    for f in files:
+        side = sides[folder / f]
+        if side >= options.min_side or side == 0: keep.append(f) # what cannot be read goes to the report
+    return keep
+
+def _count(files, new, strangers, keep, table):
+    "How many photographs each rule removed."
+    return dict(
+        in_hq=len(files) - len(new),
+        people_of_val_and_test=len(new) - len(strangers) if table else None,
+        too_small=len(strangers) - len(keep),
+        kept=len(keep),
+    )
+
+# %% ../../../nbs/data/sets/05_celeba.ipynb #00e38210
 def choose_extras(
     source, # folder of CelebA
     hq, # folder of CelebAMask-HQ
@@ -273,23 +368,36 @@ def choose_extras(
 ): # (files, their attributes [n,40], attribute names, counts of what was left out and why, file -> person)
     "The photographs to take, in the order of the attribute file."
     files, names, values = read_attributes(find(source, "Anno/list_attr_celeba.txt", "list_attr_celeba.txt"))
-    table = next((p for p in (source / "Anno/identity_CelebA.txt", source / "identity_CelebA.txt") if p.is_file()), None)
-    identity = read_identities(table) if table else {}
-    if options.hq_split == "person" and not table: raise UserError(f"{source}: has no Anno/identity_CelebA.txt, which --hq-split person needs")
-    taken, people, shared = held_out_people(hq, identity, hq_parts(hq, table if options.hq_split == "person" else "", options.seed))
-    if not table: print(f"warning: {source}: has no Anno/identity_CelebA.txt; people of HQ's val and test may be among the extras", file=sys.stderr)
-    elif lost := next((f for f in files if f not in identity), None): raise UserError(f"{table}: {lost} is not in it; download it again")
+    table, identity = _identities(source, options)
+    parts = hq_parts(hq, table if options.hq_split == "person" else "", options.seed)
+    taken, people, shared = held_out_people(hq, identity, parts)
+    _check_identities(source, table, identity, files)
     new = [f for f in files if f not in taken]
     strangers = [f for f in new if identity.get(f) not in people]
-    folder = find(source, "Img/img_celeba", "img_celeba")
-    sides = dict(in_parallel(smaller_side, [folder / f for f in strangers], workers=options.workers, handful=64))
-    keep = [f for f in strangers if (s := sides[folder / f]) >= options.min_side or s == 0] # what cannot be read goes to the report
-    counts = dict(in_hq=len(files) - len(new), people_of_val_and_test=len(new) - len(strangers) if table else None, too_small=len(strangers) - len(keep), kept=len(keep))
-    if not keep: raise UserError(f"{source}: no photograph is left ({counts}); a smaller --min-side than {options.min_side} keeps more")
+    keep = _large_enough(source, strangers, options)
+    counts = _count(files, new, strangers, keep, table)
+    if not keep:
+        raise UserError(f"{source}: no photograph is left ({counts}); "
+                        f"a smaller --min-side than {options.min_side} keeps more")
     at = {f: i for i, f in enumerate(files)}
-    return keep, values[[at[f] for f in keep]], names, counts | dict(hq_held_out_pictures_whose_person_is_in_hq_train=shared), identity
+    counts["hq_held_out_pictures_whose_person_is_in_hq_train"] = shared
+    return keep, values[[at[f] for f in keep]], names, counts, identity
 
 # %% ../../../nbs/data/sets/05_celeba.ipynb #f72613a3
+def _extra_jobs(source, boxes, chosen, size):
+    "A job for each photograph of what `choose_extras` gives."
+    files, values, names, _, identity = chosen
+    folder = find(source, "Img/img_celeba", "img_celeba")
+    jobs = []
+    for file, row in zip(files, values.tolist()):
+        if file not in boxes:
+            raise UserError(f"{source}: {file} has no line in list_bbox_celeba.txt; download it again")
+        stem = Path(file).stem
+        who = {"identity": identity[file]} if identity else {}
+        metadata = {"id": stem, **who, "attributes": dict(zip(names, row))}
+        jobs.append(PictureJob("train", f"{stem}.png", metadata, (folder / file, boxes[file], size)))
+    return jobs
+
 def prepare_celeba(
     source, # folder of CelebA
     hq, # folder of CelebAMask-HQ
@@ -301,13 +409,12 @@ def prepare_celeba(
     source, hq = Path(source), Path(hq)
     options.check()
     boxes = read_boxes(find(source, "Anno/list_bbox_celeba.txt", "list_bbox_celeba.txt"))
-    files, values, names, counts, identity = choose_extras(source, hq, options)
-    folder, jobs = find(source, "Img/img_celeba", "img_celeba"), []
-    for file, row in zip(files, values.tolist()):
-        if file not in boxes: raise UserError(f"{source}: {file} has no line in list_bbox_celeba.txt; download it again")
-        who = {"identity": identity[file]} if identity else {}
-        jobs.append(PictureJob("train", f"{Path(file).stem}.png", {"id": Path(file).stem, **who, "attributes": dict(zip(names, row))}, (folder / file, boxes[file], options.size)))
+    chosen = choose_extras(source, hq, options)
+    jobs = _extra_jobs(source, boxes, chosen, options.size)
+    _, values, names, counts, _ = chosen
     shares = frequency(names, values, np.full(len(values), "train"))
-    if not build_folder(out, jobs, crop_face, options, name="celeba", origin=origin("celeba", source), flag=flag, finish=_store(names, frequency=shares, left_out=counts)): return False
-    _report(out, shares, {"train": len(jobs)} | {k: v for k, v in counts.items() if isinstance(v, int)})
-    return True
+    whole = build_folder(out, jobs, crop_face, options, name="celeba", origin=origin("celeba", source), flag=flag,
+                  finish=_store(names, frequency=shares, left_out=counts))
+    left_out = {k: v for k, v in counts.items() if isinstance(v, int)}
+    if whole: _report(out, shares, {"train": len(jobs)} | left_out)
+    return whole

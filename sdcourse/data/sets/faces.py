@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RATES', 'ATTRIBUTES', 'LASTING', 'BEARDS', 'HAIR', 'MALE', 'TURN', 'SKINS', 'EYES', 'TINTS', 'CLOTHES', 'GROUNDS',
-           'LIPSTICKS', 'LANDMARKS', 'POINTS', 'BOX', 'people', 'Pen', 'mix', 'bent', 'mirrored', 'pick', 'Look',
+           'LIPSTICKS', 'LANDMARKS', 'POINTS', 'BOX', 'people', 'Pen', 'mix', 'bent', 'mirror_points', 'pick', 'Look',
            'draw_face', 'FacesOptions', 'wild_view', 'geometry', 'draw_picture', 'hq_numbers', 'tables',
            'prepare_faces']
 
@@ -21,19 +21,26 @@ from .scenes import uniforms
 
 # %% ../../../nbs/data/sets/03_faces.ipynb #10a0b011
 RATES = { # attribute: (share among women, among men, factor among those not young)
-    "5_o_Clock_Shadow": (0.0, 0.27, 0.8), "Arched_Eyebrows": (0.4, 0.08, 1), "Attractive": (0.68, 0.28, 0.3), "Bags_Under_Eyes": (0.11, 0.34, 1.7),
-    "Bald": (0.0, 0.05, 2.5), "Bangs": (0.2, 0.08, 0.6), "Big_Lips": (0.3, 0.15, 0.8), "Big_Nose": (0.1, 0.42, 1.4), "Black_Hair": (0.22, 0.3, 0.4),
-    "Blond_Hair": (0.25, 0.04, 1), "Blurry": (0.05, 0.05, 1), "Brown_Hair": (0.3, 0.26, 0.6), "Bushy_Eyebrows": (0.07, 0.25, 0.8), "Chubby": (0.03, 0.1, 2),
-    "Double_Chin": (0.02, 0.07, 2.5), "Eyeglasses": (0.03, 0.12, 2), "Goatee": (0.0, 0.15, 1), "Gray_Hair": (0.0, 0.01, 25), "Heavy_Makeup": (0.66, 0.0, 0.7),
-    "High_Cheekbones": (0.56, 0.3, 1), "Male": (0.0, 1.0, 1), "Mouth_Slightly_Open": (0.53, 0.42, 1), "Mustache": (0.0, 0.1, 1.4), "Narrow_Eyes": (0.11, 0.12, 1.2),
-    "No_Beard": (1.0, 0.9, 1), "Oval_Face": (0.34, 0.22, 0.6), "Pale_Skin": (0.06, 0.02, 1), "Pointy_Nose": (0.35, 0.18, 1), "Receding_Hairline": (0.04, 0.1, 2.2),
-    "Rosy_Cheeks": (0.11, 0.01, 1), "Sideburns": (0.0, 0.13, 0.8), "Smiling": (0.54, 0.4, 1), "Straight_Hair": (0.2, 0.24, 0.9), "Wavy_Hair": (0.45, 0.14, 0.8),
-    "Wearing_Earrings": (0.31, 0.02, 1), "Wearing_Hat": (0.03, 0.07, 0.8), "Wearing_Lipstick": (0.8, 0.0, 0.9), "Wearing_Necklace": (0.2, 0.02, 1),
-    "Wearing_Necktie": (0.0, 0.17, 1.8), "Young": (0.88, 0.65, 1)}
+    "5_o_Clock_Shadow": (0.0, 0.27, 0.8), "Arched_Eyebrows": (0.4, 0.08, 1), "Attractive": (0.68, 0.28, 0.3),
+    "Bags_Under_Eyes": (0.11, 0.34, 1.7), "Bald": (0.0, 0.05, 2.5), "Bangs": (0.2, 0.08, 0.6),
+    "Big_Lips": (0.3, 0.15, 0.8), "Big_Nose": (0.1, 0.42, 1.4), "Black_Hair": (0.22, 0.3, 0.4),
+    "Blond_Hair": (0.25, 0.04, 1), "Blurry": (0.05, 0.05, 1), "Brown_Hair": (0.3, 0.26, 0.6),
+    "Bushy_Eyebrows": (0.07, 0.25, 0.8), "Chubby": (0.03, 0.1, 2), "Double_Chin": (0.02, 0.07, 2.5),
+    "Eyeglasses": (0.03, 0.12, 2), "Goatee": (0.0, 0.15, 1), "Gray_Hair": (0.0, 0.01, 25),
+    "Heavy_Makeup": (0.66, 0.0, 0.7), "High_Cheekbones": (0.56, 0.3, 1), "Male": (0.0, 1.0, 1),
+    "Mouth_Slightly_Open": (0.53, 0.42, 1), "Mustache": (0.0, 0.1, 1.4), "Narrow_Eyes": (0.11, 0.12, 1.2),
+    "No_Beard": (1.0, 0.9, 1), "Oval_Face": (0.34, 0.22, 0.6), "Pale_Skin": (0.06, 0.02, 1),
+    "Pointy_Nose": (0.35, 0.18, 1), "Receding_Hairline": (0.04, 0.1, 2.2), "Rosy_Cheeks": (0.11, 0.01, 1),
+    "Sideburns": (0.0, 0.13, 0.8), "Smiling": (0.54, 0.4, 1), "Straight_Hair": (0.2, 0.24, 0.9),
+    "Wavy_Hair": (0.45, 0.14, 0.8), "Wearing_Earrings": (0.31, 0.02, 1), "Wearing_Hat": (0.03, 0.07, 0.8),
+    "Wearing_Lipstick": (0.8, 0.0, 0.9), "Wearing_Necklace": (0.2, 0.02, 1), "Wearing_Necktie": (0.0, 0.17, 1.8),
+    "Young": (0.88, 0.65, 1)}
 ATTRIBUTES = tuple(RATES)
-LASTING = ("Arched_Eyebrows Bald Big_Lips Big_Nose Black_Hair Blond_Hair Brown_Hair Bushy_Eyebrows Chubby Double_Chin Gray_Hair High_Cheekbones Male "
-           "Narrow_Eyes Oval_Face Pale_Skin Pointy_Nose Receding_Hairline Young").split() # these belong to the identity
-BEARDS, HAIR = ("5_o_Clock_Shadow", "Goatee", "Mustache", "Sideburns"), ("Gray_Hair", "Black_Hair", "Blond_Hair", "Brown_Hair")
+LASTING = ( # these belong to the identity
+    "Arched_Eyebrows Bald Big_Lips Big_Nose Black_Hair Blond_Hair Brown_Hair Bushy_Eyebrows Chubby Double_Chin "
+    "Gray_Hair High_Cheekbones Male Narrow_Eyes Oval_Face Pale_Skin Pointy_Nose Receding_Hairline Young").split()
+BEARDS = ("5_o_Clock_Shadow", "Goatee", "Mustache", "Sideburns")
+HAIR = ("Gray_Hair", "Black_Hair", "Blond_Hair", "Brown_Hair")
 MALE = 0.42 # share of men
 
 # %% ../../../nbs/data/sets/03_faces.ipynb #0c64a803
@@ -41,7 +48,9 @@ def _consistent(a):
     "Mend impossible combinations, in place; `a` maps each attribute to a bool array."
     for name in ("Bangs", "Straight_Hair", "Wavy_Hair", "Receding_Hairline", *HAIR): a[name] &= ~a["Bald"]
     taken = np.zeros_like(a["Bald"])
-    for name in HAIR: a[name], taken = a[name] & ~taken, taken | a[name]
+    for name in HAIR:
+        a[name] &= ~taken
+        taken |= a[name]
     a["Straight_Hair"] &= ~a["Wavy_Hair"]
     a["Receding_Hairline"] &= ~a["Bangs"]
     a["Wearing_Lipstick"] |= a["Heavy_Makeup"] & (a["Arched_Eyebrows"] | a["Attractive"])
@@ -51,6 +60,20 @@ def _consistent(a):
     a["No_Beard"] = (a["No_Beard"] | ~a["Male"]) & ~np.any([a[name] for name in BEARDS], 0)
     return a
 
+# %% ../../../nbs/data/sets/03_faces.ipynb #e2d4e755
+def _attributes(own, now):
+    "Attribute -> bool [n], at the rates of the table, from the numbers of the person and of the picture."
+    male = own[:, 40] < MALE
+    young = own[:, 41] < np.where(male, RATES["Young"][1], RATES["Young"][0])
+    a = {}
+    for k, (name, (woman, man, old)) in enumerate(RATES.items()):
+        rate = np.where(male, man, woman) * np.where(young, 1, old)
+        u = own if name in LASTING else now
+        a[name] = u[:, k] < np.clip(rate, 0, 0.97)
+    a["Male"] = male
+    a["Young"] = young
+    return _consistent(a)
+
 def people(
     numbers, # [n], of pictures, from 1
     seed: int = 0, # of the world
@@ -58,19 +81,22 @@ def people(
 ) -> dict: # "id", "identity" [n]; "attributes" bool [n,40]; "body" [n,12] and "picture" [n,16] uniform numbers
     "Who is on some pictures, and how they look."
     numbers = np.asarray(numbers, np.int64)
-    who = 1 + (uniforms(seed + 1, numbers, 1)[:, 0] ** 1.3 * identities).astype(np.int64) # some people have many pictures
-    own, now = uniforms(seed + 2, who, 60), uniforms(seed + 3, numbers, 60)
-    male = own[:, 40] < MALE
-    young = own[:, 41] < np.where(male, RATES["Young"][1], RATES["Young"][0])
-    a = {}
-    for k, (name, (woman, man, old)) in enumerate(RATES.items()):
-        rate = np.where(male, man, woman) * np.where(young, 1, old)
-        a[name] = (own if name in LASTING else now)[:, k] < np.clip(rate, 0, 0.97)
-    a["Male"], a["Young"] = male, young
-    a = _consistent(a)
-    return dict(id=numbers, identity=who, attributes=np.stack([a[n] for n in ATTRIBUTES], 1), body=own[:, 42:54], picture=now[:, 42:58])
+    u = uniforms(seed + 1, numbers, 1)[:, 0] ** 1.3 # some people have many pictures
+    who = 1 + (u * identities).astype(np.int64)
+    own = uniforms(seed + 2, who, 60)
+    now = uniforms(seed + 3, numbers, 60)
+    a = _attributes(own, now)
+    attributes = np.stack([a[name] for name in ATTRIBUTES], 1)
+    return dict(id=numbers, identity=who, attributes=attributes, body=own[:, 42:54], picture=now[:, 42:58])
 
 # %% ../../../nbs/data/sets/03_faces.ipynb #85b8c31d
+TURN = np.linspace(0, 2 * np.pi, 49)
+
+def _oversampling(side):
+    "Pixels of the sheet for each of the picture: a small picture needs more."
+    if side >= 200: return 2
+    return 3 if side >= 100 else 4
+
 class Pen:
     "Draws polygons in face coordinates on a large sheet that is reduced at the end."
     def __init__(self,
@@ -81,11 +107,13 @@ class Pen:
         angle: float = 0.0, # tilt, radians
     ):
         from PIL import Image, ImageDraw
-        self.size, self.over = size, 2 if min(size) >= 200 else 3 if min(size) >= 100 else 4
+        self.size = size
+        self.over = _oversampling(min(size))
         w, h = (self.over * s for s in size)
         self.sheet = Image.new("RGB", (w, h))
         self.draw = ImageDraw.Draw(self.sheet, "RGBA")
-        self.at, self.unit = np.array([centre[0] * w, centre[1] * h]), scale * min(w, h)
+        self.at = np.array([centre[0] * w, centre[1] * h])
+        self.unit = scale * min(w, h)
         self.turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
 
     def to_sheet(self, points): return np.asarray(points, float) @ self.turn.T * self.unit + self.at
@@ -97,7 +125,9 @@ class Pen:
         "A filled polygon."
         self.draw.polygon([tuple(p) for p in self.to_sheet(points)], fill=tuple(int(c) for c in colour))
 
-    def oval(self, x, y, rx, ry, colour): self.poly(np.stack([x + rx * np.cos(TURN), y + ry * np.sin(TURN)], 1), colour)
+    def oval(self, x, y, rx, ry, colour):
+        "A filled ellipse."
+        self.poly(np.stack([x + rx * np.cos(TURN), y + ry * np.sin(TURN)], 1), colour)
 
     def glow(self, x, y, rx, ry, colour, alpha):
         "A soft spot: many transparent ovals on top of each other."
@@ -110,7 +140,9 @@ class Pen:
         colour, # RGB or RGBA
     ):
         "A line with round joints."
-        self.draw.line([tuple(p) for p in self.to_sheet(points)], fill=tuple(int(c) for c in colour), width=max(1, round(width * self.unit)), joint="curve")
+        points = [tuple(p) for p in self.to_sheet(points)]
+        width = max(1, round(width * self.unit))
+        self.draw.line(points, fill=tuple(int(c) for c in colour), width=width, joint="curve")
 
     def finish(self, blur=0.0):
         "The picture, reduced by averaging; `blur` is in face units."
@@ -118,13 +150,18 @@ class Pen:
         image = self.sheet.filter(ImageFilter.GaussianBlur(float(blur * self.unit))) if blur else self.sheet
         return image.reduce(self.over)
 
-TURN = np.linspace(0, 2 * np.pi, 49)
-
+# %% ../../../nbs/data/sets/03_faces.ipynb #22e7aed0
 def mix(a, b, t): return tuple(int(round(x + (y - x) * t)) for x, y in zip(a, b)) # between two colours
+
 def bent(x0, x1, y, rise, n=17): # a parabola from x0 to x1 whose middle lies `rise` above its ends
     s = np.linspace(-1, 1, n)
     return np.stack([x0 + (x1 - x0) * (s + 1) / 2, y - rise * (1 - s**2)], 1)
-def mirrored(points): return np.asarray(points) * (-1, 1)
+
+def mirror_points(points): return np.asarray(points) * (-1, 1)
+
+def _between(one, other): return np.concatenate([one, other[::-1]]) # the area between two curves
+
+def _strip(x, top, bottom): return _between(np.stack([x, top], 1), np.stack([x, bottom], 1))
 
 # %% ../../../nbs/data/sets/03_faces.ipynb #06b17a93
 SKINS = ((255, 224, 196), (246, 205, 170), (232, 184, 142), (206, 150, 106), (164, 110, 74), (116, 76, 52))
@@ -144,77 +181,131 @@ class Look:
         body, # [12] uniform numbers of the identity
         picture, # [16] uniform numbers of the picture
     ):
-        self.a, self.b, self.p = a, b, p = attributes, body, picture
+        self.a = attributes
+        self.b = body
+        self.p = picture
+        self.long = not attributes["Male"] and not attributes["Bald"] # hair
+        self._choose_skin()
+        self._choose_hair()
+        self._measure()
+
+    def _choose_skin(self):
+        "Colours of skin, lips and eyes."
+        a, b = self.a, self.b
         self.skin = pick(SKINS, b[0])
         if a["Pale_Skin"]: self.skin = mix(pick(SKINS[:2], b[0]), (255, 246, 242), 0.55)
         self.shade = mix(self.skin, (110, 50, 40), 0.28)
-        self.hair = next((c for n, c in TINTS.items() if a[n]), mix((190, 82, 36), (136, 48, 36), b[1]))
+        self.iris = pick(EYES, b[9])
+        self.lips = mix(self.skin, (176, 60, 64), 0.42)
+        if a["Wearing_Lipstick"]: self.lips = pick(LIPSTICKS, self.p[0])
+
+    def _choose_hair(self):
+        "Colours of hair and brows; who has none of the four names is a redhead."
+        b = self.b
+        red = mix((190, 82, 36), (136, 48, 36), b[1])
+        self.hair = next((c for n, c in TINTS.items() if self.a[n]), red)
         self.hair = mix(self.hair, (255, 240, 220), 0.12 * (b[2] - 0.5) + 0.06)
         self.dark = mix(self.hair, (10, 8, 12), 0.35)
+        self.brow = mix(self.dark, (60, 44, 38), 0.5)
+
+    def _measure(self):
+        "Half the width of the face, roundness of the jaw, and where chin, eyes and mouth are."
+        a, b = self.a, self.b
         self.w = 0.405 + 0.03 * (b[3] - 0.5) + 0.02 * a["Male"] + 0.05 * a["Chubby"] - 0.035 * a["Oval_Face"]
         self.jaw = 2.15 + 0.45 * a["Male"] + 0.3 * a["Chubby"] - 0.25 * a["Oval_Face"] + 0.2 * (b[4] - 0.5)
         self.chin = 0.62 + 0.03 * (b[5] - 0.5) + 0.02 * a["Male"] + 0.04 * a["Oval_Face"]
-        self.eye_x, self.eye_y = 0.172 + 0.02 * (b[6] - 0.5), -0.03 + 0.02 * (b[7] - 0.5)
-        self.mouth_y, self.brow = 0.365 + 0.02 * (b[8] - 0.5), mix(self.dark, (60, 44, 38), 0.5)
-        self.iris, self.lips = pick(EYES, b[9]), mix(self.skin, (176, 60, 64), 0.42)
-        if a["Wearing_Lipstick"]: self.lips = pick(LIPSTICKS, p[0])
-        self.long = not a["Male"] and not a["Bald"]
+        self.eye_x = 0.172 + 0.02 * (b[6] - 0.5)
+        self.eye_y = -0.03 + 0.02 * (b[7] - 0.5)
+        self.mouth_y = 0.365 + 0.02 * (b[8] - 0.5)
 
     def outline(self, grow=0.0): # [n,2]: the edge of the face, from the left ear over the chin, closed over the forehead
         t = np.linspace(0, np.pi, 41)
         e = 2 / self.jaw
-        low = np.stack([-np.sign(np.cos(t)) * np.abs(np.cos(t)) ** e * (self.w + grow), 0.02 + (self.chin - 0.02 + grow) * np.abs(np.sin(t)) ** e], 1)
-        top = np.stack([np.cos(t) * (self.w + grow), 0.02 - (0.56 + grow) * np.sin(t)], 1)
-        return np.concatenate([low, top])
+        wide = self.w + grow
+        x = -np.sign(np.cos(t)) * np.abs(np.cos(t)) ** e * wide
+        y = 0.02 + (self.chin - 0.02 + grow) * np.abs(np.sin(t)) ** e
+        top = np.stack([np.cos(t) * wide, 0.02 - (0.56 + grow) * np.sin(t)], 1)
+        return np.concatenate([np.stack([x, y], 1), top])
 
 # %% ../../../nbs/data/sets/03_faces.ipynb #41fcb767
-def _ground(pen, k):
-    "Background: a tone that darkens downwards, with a few soft lights."
-    w, h = pen.sheet.size
-    tone, y = pick(GROUNDS, k.p[1]), np.linspace(0.1, -0.25, h)[:, None, None]
-    pen.sheet.paste(_image(np.broadcast_to(np.clip(np.array(tone) * (1 + y), 0, 255), (h, w, 3))))
-    for i in range(5):
-        x, y, r = (k.p[(2 + i) % 16] - 0.5) * 3, (k.p[(5 + i) % 16] - 0.6) * 2.4, 0.15 + 0.25 * k.p[(8 + i) % 16]
-        pen.oval(x, y, r, r, (255, 255, 255, 26))
-    if k.a["Attractive"]: pen.glow(0, -0.05, 1.0, 1.15, (255, 248, 226), 230) # a studio light behind the head
-
 def _image(a):
     from PIL import Image
     return Image.fromarray(a.astype(np.uint8))
 
+def _ground(pen, k):
+    "Background: a tone that darkens downwards, with a few soft lights."
+    w, h = pen.sheet.size
+    light = 1 + np.linspace(0.1, -0.25, h)[:, None, None]
+    tone = np.clip(np.array(pick(GROUNDS, k.p[1])) * light, 0, 255)
+    pen.sheet.paste(_image(np.broadcast_to(tone, (h, w, 3))))
+    for i in range(5):
+        x = (k.p[(2 + i) % 16] - 0.5) * 3
+        y = (k.p[(5 + i) % 16] - 0.6) * 2.4
+        r = 0.15 + 0.25 * k.p[(8 + i) % 16]
+        pen.oval(x, y, r, r, (255, 255, 255, 26))
+    if k.a["Attractive"]: pen.glow(0, -0.05, 1.0, 1.15, (255, 248, 226), 230) # a studio light behind the head
+
 def _back_hair(pen, k):
+    "Short hair is an oval behind the head, long hair falls over the shoulders."
     if k.a["Bald"]: return
-    x = k.w + 0.12
     if not k.long: return pen.oval(0, -0.14, k.w + 0.07, 0.5, k.dark)
+    x = k.w + 0.12
     y = np.linspace(-0.35, 0.98, 60)
-    edge = x + 0.05 * np.sin((y + 0.35) * 2.4) + (0.035 * np.sin(y * 17) if k.a["Wavy_Hair"] else 0)
-    pen.poly(np.concatenate([np.stack([-edge, y], 1), np.stack([edge, y], 1)[::-1]]), k.dark)
+    wave = 0.035 * np.sin(y * 17) if k.a["Wavy_Hair"] else 0
+    edge = x + 0.05 * np.sin((y + 0.35) * 2.4) + wave
+    pen.poly(_between(np.stack([-edge, y], 1), np.stack([edge, y], 1)), k.dark)
     pen.oval(0, -0.24, x, 0.47, k.dark)
+
+# %% ../../../nbs/data/sets/03_faces.ipynb #8ab5cc7e
+def _necktie(pen, k, n):
+    "A collar, and a tie of one of three colours."
+    collar = [(-n - 0.02, 0.74), (0, 0.98), (-0.2, 1.02), (-n - 0.12, 0.82)]
+    for points in (collar, mirror_points(collar)): pen.poly(points, (250, 250, 250))
+    tie = [(-0.06, 0.86), (0.06, 0.86), (0.045, 0.95), (0.09, 1.6), (-0.09, 1.6), (-0.045, 0.95)]
+    pen.poly(tie, pick(((150, 30, 40), (36, 54, 110), (40, 96, 84)), k.p[4]))
+
+def _necklace(pen, n):
+    "A golden chain with beads."
+    arc = bent(-n - 0.03, n + 0.03, 0.76, -0.15)
+    pen.line(arc, 0.022, (232, 190, 70))
+    for x, y in arc[2:-2:2]: pen.oval(x, y, 0.022, 0.022, (250, 226, 140))
 
 def _body(pen, k):
     "Neck, shoulders, clothes and what is worn at the neck."
-    cloth, n, broad = pick(CLOTHES, k.p[3]), 0.19 + 0.04 * k.a["Male"] + 0.03 * k.a["Chubby"], 0.86 + 0.12 * k.a["Male"]
-    pen.poly([(-broad - 0.5, 4), (-broad, 1.05), (-0.5, 0.86), (-n, 0.78), (n, 0.78), (0.5, 0.86), (broad, 1.05), (broad + 0.5, 4)], cloth)
+    n = 0.19 + 0.04 * k.a["Male"] + 0.03 * k.a["Chubby"] # half the width of the neck
+    broad = 0.86 + 0.12 * k.a["Male"]
+    left = [(-broad - 0.5, 4), (-broad, 1.05), (-0.5, 0.86), (-n, 0.78)]
+    right = [(n, 0.78), (0.5, 0.86), (broad, 1.05), (broad + 0.5, 4)]
+    pen.poly(left + right, pick(CLOTHES, k.p[3]))
     pen.poly([(-n, 0.3), (n, 0.3), (n, 0.8), (0, 0.98), (-n, 0.8)], mix(k.skin, k.shade, 0.35))
     pen.glow(0, k.chin + 0.03, 0.95 * n, 0.14, k.shade, 170)
-    if k.a["Wearing_Necktie"]:
-        pen.poly([(-n - 0.02, 0.74), (0, 0.98), (-0.2, 1.02), (-n - 0.12, 0.82)], (250, 250, 250))
-        pen.poly(mirrored([(-n - 0.02, 0.74), (0, 0.98), (-0.2, 1.02), (-n - 0.12, 0.82)]), (250, 250, 250))
-        pen.poly([(-0.06, 0.86), (0.06, 0.86), (0.045, 0.95), (0.09, 1.6), (-0.09, 1.6), (-0.045, 0.95)], pick(((150, 30, 40), (36, 54, 110), (40, 96, 84)), k.p[4]))
-    if k.a["Wearing_Necklace"]:
-        arc = bent(-n - 0.03, n + 0.03, 0.76, -0.15)
-        pen.line(arc, 0.022, (232, 190, 70))
-        for x, y in arc[2:-2:2]: pen.oval(x, y, 0.022, 0.022, (250, 226, 140))
+    if k.a["Wearing_Necktie"]: _necktie(pen, k, n)
+    if k.a["Wearing_Necklace"]: _necklace(pen, n)
 
 # %% ../../../nbs/data/sets/03_faces.ipynb #d6e9be16
-def _head(pen, k):
-    "Ears, the face itself, its shading, and what age and weight leave on it."
+def _ears(pen, k):
+    "Ears and earrings."
+    stones = ((240, 200, 80), (120, 200, 210), (236, 236, 244))
     for side in (-1, 1):
         pen.oval(side * (k.w + 0.015), 0.06, 0.06, 0.1, k.shade)
         pen.oval(side * (k.w + 0.01), 0.06, 0.04, 0.075, k.skin)
         if k.a["Wearing_Earrings"]:
             pen.line([(side * (k.w + 0.03), 0.15), (side * (k.w + 0.035), 0.24)], 0.014, (226, 180, 60))
-            pen.oval(side * (k.w + 0.035), 0.26, 0.036, 0.042, pick(((240, 200, 80), (120, 200, 210), (236, 236, 244)), k.p[5]))
+            pen.oval(side * (k.w + 0.035), 0.26, 0.036, 0.042, pick(stones, k.p[5]))
+
+def _age(pen, k):
+    "Lines on the forehead, beside the eyes and from nose to mouth."
+    line = (*mix(k.shade, (70, 30, 30), 0.25), 220)
+    for y in (-0.34, -0.28): pen.line(bent(-0.15, 0.15, y, 0.015), 0.015, line)
+    for side in (-1, 1):
+        pen.line([(side * 0.1, 0.22), (side * 0.165, 0.29), (side * 0.18, 0.36)], 0.016, line)
+        for dy in (-0.025, 0.015):
+            wrinkle = [(side * 0.285, k.eye_y + dy), (side * 0.33, k.eye_y + 2.2 * dy)]
+            pen.line(wrinkle, 0.01, line)
+
+def _head(pen, k):
+    "Ears, the face itself, its shading, and what age and weight leave on it."
+    _ears(pen, k)
     if k.a["Double_Chin"]:
         pen.oval(0, k.chin - 0.02, 0.285, 0.12, k.shade)
         pen.oval(0, k.chin - 0.032, 0.28, 0.115, mix(k.skin, k.shade, 0.2))
@@ -226,161 +317,256 @@ def _head(pen, k):
         for side in (-1, 1): pen.glow(side * 0.27, 0.27, 0.15, 0.13, mix(k.skin, (255, 255, 255), 0.5), 150)
     if not k.a["Young"]: _age(pen, k)
 
-def _age(pen, k):
-    "Lines on the forehead, beside the eyes and from nose to mouth."
-    line = (*mix(k.shade, (70, 30, 30), 0.25), 220)
-    for y in (-0.34, -0.28): pen.line(bent(-0.15, 0.15, y, 0.015), 0.015, line)
-    for side in (-1, 1):
-        pen.line([(side * 0.1, 0.22), (side * 0.165, 0.29), (side * 0.18, 0.36)], 0.016, line)
-        for dy in (-0.025, 0.015): pen.line([(side * 0.285, k.eye_y + dy), (side * 0.33, k.eye_y + 2.2 * dy)], 0.01, line)
-
 # %% ../../../nbs/data/sets/03_faces.ipynb #bc0789c1
 def _cheeks(pen, k):
     "Colour and bones of the cheeks, and freckles of the identity."
     for side in (-1, 1):
         if k.a["High_Cheekbones"]:
-            pen.poly([(side * 0.36, 0.13), (side * 0.2, 0.33), (side * 0.24, 0.34), (side * 0.38, 0.2)], (*k.shade, 70))
+            bone = [(side * 0.36, 0.13), (side * 0.2, 0.33), (side * 0.24, 0.34), (side * 0.38, 0.2)]
+            pen.poly(bone, (*k.shade, 70))
             pen.glow(side * 0.25, 0.12, 0.11, 0.045, (255, 255, 255), 120)
         if k.a["Rosy_Cheeks"]: pen.glow(side * 0.25, 0.2, 0.13, 0.1, (236, 70, 86), 140)
         if k.a["Heavy_Makeup"]: pen.glow(side * 0.28, 0.16, 0.12, 0.07, (220, 70, 110), 110)
-        if k.b[10] > 0.85:
-            for i in range(5): pen.oval(side * (0.13 + 0.03 * i), 0.13 + 0.025 * (i % 2), 0.007, 0.007, k.shade)
+        if k.b[10] > 0.85: _freckles(pen, k, side)
+
+def _freckles(pen, k, side):
+    for i in range(5):
+        pen.oval(side * (0.13 + 0.03 * i), 0.13 + 0.025 * (i % 2), 0.007, 0.007, k.shade)
+
+# %% ../../../nbs/data/sets/03_faces.ipynb #37409b6e
+def _stubble(pen, k):
+    "A shadow over jaw and chin, denser downwards."
+    edge = k.outline(-0.01)
+    low = edge[edge[:, 1] > 0.16]
+    grey = mix(k.dark, (60, 60, 70), 0.6)
+    for i in range(6):
+        y = 0.17 + 0.025 * i
+        pen.poly(np.concatenate([low[low[:, 1] > y], bent(0.33, -0.33, y, -0.05)]), (*grey, 19))
+
+def _full_beard(pen, k):
+    "Jaw, chin and upper lip."
+    y = k.mouth_y
+    edge = k.outline(0.03)
+    pen.poly(np.concatenate([edge[edge[:, 1] > 0.1], bent(0.36, -0.36, 0.14, -0.12)]), k.dark)
+    lip = np.concatenate([bent(-0.24, 0.24, y - 0.04, 0.06), bent(0.24, -0.24, y + 0.02, -0.1)])
+    pen.poly(lip, k.dark)
+
+def _goatee(pen, k):
+    "The chin, and a line from it to each corner of the mouth."
+    y = k.mouth_y
+    tuft = np.concatenate([bent(-0.1, 0.1, y + 0.09, 0.0), bent(0.13, -0.13, k.chin - 0.03, -0.06)])
+    pen.poly(tuft, k.dark)
+    for side in (-1, 1):
+        line = [(side * 0.185, y - 0.03), (side * 0.185, y + 0.1), (side * 0.11, k.chin - 0.03)]
+        pen.line(line, 0.035, k.dark)
+
+def _moustache(pen, k):
+    "Two halves above the mouth."
+    y = k.mouth_y
+    for side in (-1, 1):
+        upper = [(0, y - 0.1), (side * 0.1, y - 0.1), (side * 0.2, y - 0.01)]
+        lower = [(side * 0.1, y - 0.03), (0, y - 0.045)]
+        pen.poly(upper + lower, k.dark)
+
+def _sideburns(pen, k):
+    "A strip before each ear."
+    for side in (-1, 1):
+        x = side * k.w
+        pen.poly([(x, -0.2), (x * 0.83, -0.2), (x * 0.85, 0.2), (x * 0.97, 0.26)], k.dark)
 
 def _beard(pen, k):
     "Four kinds of beard with a name of their own, and a full one."
-    edge, y = k.outline(-0.01), k.mouth_y
-    low = edge[edge[:, 1] > 0.16]
-    if k.a["5_o_Clock_Shadow"]:
-        for i in range(6): pen.poly(np.concatenate([low[low[:, 1] > 0.17 + 0.025 * i], bent(0.33, -0.33, 0.17 + 0.025 * i, -0.05)]), (*mix(k.dark, (60, 60, 70), 0.6), 19))
-    if not any(k.a[n] for n in ("No_Beard", *BEARDS)): # a full beard
-        full = k.outline(0.03)
-        pen.poly(np.concatenate([full[full[:, 1] > 0.1], bent(0.36, -0.36, 0.14, -0.12)]), k.dark)
-        pen.poly(np.concatenate([bent(-0.24, 0.24, y - 0.04, 0.06), bent(0.24, -0.24, y + 0.02, -0.1)]), k.dark)
-    if k.a["Goatee"]:
-        pen.poly(np.concatenate([bent(-0.1, 0.1, y + 0.09, 0.0), bent(0.13, -0.13, k.chin - 0.03, -0.06)]), k.dark)
-        for side in (-1, 1): pen.line([(side * 0.185, y - 0.03), (side * 0.185, y + 0.1), (side * 0.11, k.chin - 0.03)], 0.035, k.dark)
-    if k.a["Mustache"]:
-        for side in (-1, 1): pen.poly([(0, y - 0.1), (side * 0.1, y - 0.1), (side * 0.2, y - 0.01), (side * 0.1, y - 0.03), (0, y - 0.045)], k.dark)
-    if k.a["Sideburns"]:
-        for side in (-1, 1): pen.poly([(side * k.w * 1.0, -0.2), (side * k.w * 0.83, -0.2), (side * k.w * 0.85, 0.2), (side * k.w * 0.97, 0.26)], k.dark)
+    if k.a["5_o_Clock_Shadow"]: _stubble(pen, k)
+    if not any(k.a[n] for n in ("No_Beard", *BEARDS)): _full_beard(pen, k)
+    if k.a["Goatee"]: _goatee(pen, k)
+    if k.a["Mustache"]: _moustache(pen, k)
+    if k.a["Sideburns"]: _sideburns(pen, k)
 
 # %% ../../../nbs/data/sets/03_faces.ipynb #8b883238
-def _nose(pen, k):
-    wide, tip = 0.055 + 0.035 * k.a["Big_Nose"] - 0.012 * k.a["Pointy_Nose"], 0.215 + 0.02 * k.a["Big_Nose"]
-    pen.line([(-0.035, 0.02), (-0.03, 0.1), (-wide, tip - 0.02)], 0.012, (*k.shade, 150))
-    if k.a["Pointy_Nose"]:
-        pen.poly([(0.012, 0.0), (0.075, tip + 0.012), (-0.02, tip + 0.02)], (*k.shade, 150))
-        pen.line([(-wide, tip - 0.01), (0.07, tip + 0.014)], 0.016, k.shade)
-        return pen.glow(0.02, tip - 0.05, 0.018, 0.08, (255, 255, 255), 140)
+def _pointed_nose(pen, k, wide, tip):
+    "The shadow of a straight edge, and a light beside it."
+    pen.poly([(0.012, 0.0), (0.075, tip + 0.012), (-0.02, tip + 0.02)], (*k.shade, 150))
+    pen.line([(-wide, tip - 0.01), (0.07, tip + 0.014)], 0.016, k.shade)
+    pen.glow(0.02, tip - 0.05, 0.018, 0.08, (255, 255, 255), 140)
+
+def _round_nose(pen, k, wide, tip):
+    "The tip and the nostrils, and wings if it is big."
     pen.glow(0, tip - 0.015, wide + 0.02, 0.05, mix(k.skin, (240, 110, 100), 0.3), 150)
     pen.line(bent(-wide, wide, tip + 0.012, -0.022), 0.016, k.shade)
-    for side in (-1, 1): pen.oval(side * wide * 0.62, tip + 0.008, 0.02, 0.013, mix(k.shade, (70, 30, 30), 0.35))
+    nostril = mix(k.shade, (70, 30, 30), 0.35)
+    for side in (-1, 1): pen.oval(side * wide * 0.62, tip + 0.008, 0.02, 0.013, nostril)
     if k.a["Big_Nose"]:
-        for side in (-1, 1): pen.line([(side * wide, tip - 0.045), (side * (wide + 0.022), tip - 0.01), (side * wide, tip + 0.016)], 0.014, k.shade)
+        for side in (-1, 1):
+            x, out = side * wide, side * (wide + 0.022)
+            pen.line([(x, tip - 0.045), (out, tip - 0.01), (x, tip + 0.016)], 0.014, k.shade)
     pen.glow(-0.01, tip - 0.06, 0.02, 0.05, (255, 255, 255), 90)
 
+def _nose(pen, k):
+    "One side of the bridge, then the rest."
+    wide = 0.055 + 0.035 * k.a["Big_Nose"] - 0.012 * k.a["Pointy_Nose"]
+    tip = 0.215 + 0.02 * k.a["Big_Nose"]
+    pen.line([(-0.035, 0.02), (-0.03, 0.1), (-wide, tip - 0.02)], 0.012, (*k.shade, 150))
+    if k.a["Pointy_Nose"]: _pointed_nose(pen, k, wide, tip)
+    else: _round_nose(pen, k, wide, tip)
+
 # %% ../../../nbs/data/sets/03_faces.ipynb #2459f51c
+def _lips(pen, k, s, x, y, gap):
+    "The upper lip ends at `y`, the lower one begins below the gap; a light lies on it."
+    bump = 1 - s**2
+    low = y + gap * bump
+    thick = 0.026 + 0.02 * k.a["Big_Lips"]
+    cupid = thick * bump * (1.1 - 0.35 * np.exp(-((s / 0.16) ** 2)))
+    pen.poly(_strip(x, y - cupid, y + 0.004), mix(k.lips, (80, 20, 30), 0.12))
+    pen.poly(_strip(x, low - 0.004, low + 1.3 * thick * bump), k.lips)
+    shine = 90 if k.a["Wearing_Lipstick"] else 45
+    pen.glow(0, k.mouth_y + gap + thick * 0.8, 0.05, 0.012 + 0.1 * thick, (255, 255, 255), shine)
+
+def _dimples(pen, k, x, y):
+    "A short line beside each corner of the mouth."
+    right = bent(x, x + 0.035, y - 0.01, -0.02)
+    for points in (mirror_points(right), right): pen.line(points, 0.012, k.shade)
+
 def _mouth(pen, k):
     "Lips, teeth and smile."
-    a, s = k.a, np.linspace(-1, 1, 25)
-    half, thick = 0.125 + 0.045 * a["Smiling"], 0.026 + 0.02 * a["Big_Lips"]
-    gap = 0.052 * a["Mouth_Slightly_Open"] * (1.25 if a["Smiling"] else 1)
-    x, y, bump = half * s, k.mouth_y - (0.085 if a["Smiling"] else 0.006) * (s**2 - 0.35), 1 - s**2
-    cupid = thick * bump * (1.1 - 0.35 * np.exp(-((s / 0.16) ** 2)))
-    low = y + gap * bump
-    side = lambda top, bottom: np.concatenate([np.stack([x, top], 1), np.stack([x, bottom], 1)[::-1]])
+    smiling = k.a["Smiling"]
+    s = np.linspace(-1, 1, 25)
+    half = 0.125 + 0.045 * smiling
+    x = half * s
+    y = k.mouth_y - (0.085 if smiling else 0.006) * (s**2 - 0.35)
+    gap = 0.052 * k.a["Mouth_Slightly_Open"] * (1.25 if smiling else 1)
     if gap:
-        pen.poly(side(y, low), (96, 26, 34))
-        pen.poly(side(y, y + gap * bump * 0.55), (252, 250, 244))
-    pen.poly(side(y - cupid, y + 0.004), mix(k.lips, (80, 20, 30), 0.12))
-    pen.poly(side(low - 0.004, low + 1.3 * thick * bump), k.lips)
-    pen.glow(0, k.mouth_y + gap + thick * 0.8, 0.05, 0.012 + 0.1 * thick, (255, 255, 255), 90 if a["Wearing_Lipstick"] else 45)
+        bump = 1 - s**2
+        pen.poly(_strip(x, y, y + gap * bump), (96, 26, 34))
+        pen.poly(_strip(x, y, y + gap * bump * 0.55), (252, 250, 244))
+    _lips(pen, k, s, x, y, gap)
     if not gap: pen.line(np.stack([x, y], 1), 0.01, mix(k.lips, (60, 16, 24), 0.6))
-    if a["Smiling"]:
-        for e in (-1, 1): pen.line(mirrored(bent(half, half + 0.035, y[0] - 0.01, -0.02)) if e < 0 else bent(half, half + 0.035, y[0] - 0.01, -0.02), 0.012, k.shade)
+    if smiling: _dimples(pen, k, half, y[0])
 
 # %% ../../../nbs/data/sets/03_faces.ipynb #1a271496
-def _eye(pen, k, side):
-    "One eye with lashes and what lies around it; happy eyes are a little smaller."
-    a, x, y = k.a, side * k.eye_x, k.eye_y
-    rx, ry = 0.078, (0.024 if a["Narrow_Eyes"] else 0.05) - 0.006 * a["Smiling"] + 0.004 * (not a["Male"])
-    if a["Heavy_Makeup"]: pen.glow(x, y - 0.045, 0.125, 0.075, pick(((120, 70, 150), (70, 90, 150), (150, 80, 70)), k.p[6]), 235)
-    if a["Bags_Under_Eyes"]:
+def _around_eye(pen, k, x, y):
+    "What make-up and sleepless nights leave around an eye."
+    if k.a["Heavy_Makeup"]:
+        tones = ((120, 70, 150), (70, 90, 150), (150, 80, 70))
+        pen.glow(x, y - 0.045, 0.125, 0.075, pick(tones, k.p[6]), 235)
+    if k.a["Bags_Under_Eyes"]:
         pen.glow(x, y + 0.085, 0.09, 0.035, mix(k.shade, (90, 60, 100), 0.5), 150)
         pen.line(bent(x - 0.075, x + 0.075, y + 0.085, -0.035), 0.014, mix(k.skin, k.shade, 0.9))
-    lid = np.concatenate([bent(x - rx, x + rx, y, ry), bent(x + rx, x - rx, y, -ry * 0.8)])
-    pen.poly(lid, (253, 252, 250))
+
+def _eyeball(pen, k, x, y, rx, ry):
+    "White, iris, pupil and a light."
+    white = np.concatenate([bent(x - rx, x + rx, y, ry), bent(x + rx, x - rx, y, -ry * 0.8)])
+    pen.poly(white, (253, 252, 250))
     r = min(0.043, ry * 0.95)
     pen.oval(x, y, min(0.043, r * 1.25), r, k.iris)
     pen.oval(x, y, r * 0.5, r * 0.5, (18, 14, 16))
     pen.oval(x - 0.014, y - r * 0.4, 0.012, 0.012, (255, 255, 255))
-    lash = 0.016 + 0.008 * (not a["Male"]) + 0.012 * a["Heavy_Makeup"]
-    pen.line(bent(x - rx - 0.004, x + rx + 0.004, y + 0.002, ry), lash, (40, 28, 28))
-    if not a["Male"]: pen.line([(x + side * rx, y), (x + side * (rx + 0.028), y - 0.03)], lash * 0.9, (40, 28, 28))
+
+def _lashes(pen, k, side, x, y, rx, ry):
+    "The upper lid, with a stroke outwards for women, and the lower one."
+    woman = not k.a["Male"]
+    thick = 0.016 + 0.008 * woman + 0.012 * k.a["Heavy_Makeup"]
+    pen.line(bent(x - rx - 0.004, x + rx + 0.004, y + 0.002, ry), thick, (40, 28, 28))
+    if woman: pen.line([(x + side * rx, y), (x + side * (rx + 0.028), y - 0.03)], thick * 0.9, (40, 28, 28))
     pen.line(bent(x - rx, x + rx, y + 0.004, -ry * 0.8), 0.008, (*k.shade, 190))
+
+def _eye(pen, k, side):
+    "One eye with lashes and what lies around it; happy eyes are a little smaller."
+    a = k.a
+    x, y = side * k.eye_x, k.eye_y
+    rx = 0.078
+    ry = (0.024 if a["Narrow_Eyes"] else 0.05) - 0.006 * a["Smiling"] + 0.004 * (not a["Male"])
+    _around_eye(pen, k, x, y)
+    _eyeball(pen, k, x, y, rx, ry)
+    _lashes(pen, k, side, x, y, rx, ry)
 
 # %% ../../../nbs/data/sets/03_faces.ipynb #fc0604a5
 def _brow(pen, k, side):
+    "A strip over one eye that thins outwards."
     thick = 0.024 + 0.008 * k.a["Male"] + 0.034 * k.a["Bushy_Eyebrows"]
-    x, y, rise = k.eye_x, k.eye_y - 0.125, 0.07 if k.a["Arched_Eyebrows"] else 0.018
+    rise = 0.07 if k.a["Arched_Eyebrows"] else 0.018
     s = np.linspace(0, 1, 13)
-    top = y - rise * np.sin(np.pi * s**0.8) - 0.01
+    x = side * (k.eye_x - 0.095 + 0.2 * s)
+    y = k.eye_y - 0.125 - rise * np.sin(np.pi * s**0.8) - 0.01
     fade = thick * (0.75 + 0.5 * np.sin(np.pi * s) - 0.7 * s**3)
-    xs = side * (x - 0.095 + 0.2 * s)
-    pen.poly(np.concatenate([np.stack([xs, top - fade / 2], 1), np.stack([xs, top + fade / 2], 1)[::-1]]), k.brow)
+    pen.poly(_strip(x, y - fade / 2, y + fade / 2), k.brow)
+
+def _rim(x, y):
+    "One glass, [n,2]: between an ellipse and a rectangle."
+    c, s = np.cos(TURN), np.sin(TURN)
+    across = x + 0.128 * np.sign(c) * np.abs(c) ** 0.7
+    down = y + 0.1 * np.sign(s) * np.abs(s) ** 0.7
+    return np.stack([across, down], 1)
 
 def _glasses(pen, k):
+    "Two rims with glass, the temples and the bridge."
     frame = pick(((40, 36, 40), (120, 60, 40), (60, 70, 110)), k.p[7])
     for side in (-1, 1):
         x, y = side * k.eye_x, k.eye_y + 0.01
-        t = TURN
-        rim = np.stack([x + 0.128 * np.sign(np.cos(t)) * np.abs(np.cos(t)) ** 0.7, y + 0.1 * np.sign(np.sin(t)) * np.abs(np.sin(t)) ** 0.7], 1)
+        rim = _rim(x, y)
         pen.poly(rim, (225, 240, 255, 46))
         pen.line(rim, 0.024, frame)
         pen.line([(x + side * 0.12, y - 0.03), (side * k.w, y - 0.05)], 0.022, frame)
     pen.line(bent(-k.eye_x + 0.125, k.eye_x - 0.125, k.eye_y, 0.02), 0.022, frame)
 
 # %% ../../../nbs/data/sets/03_faces.ipynb #0a9f778b
+def _shine(k): return (*mix(k.hair, (255, 250, 235), 0.3), 150)
+
 def _strands(pen, k, edge, inner):
     "Light and shadow in the hair: straight lines, waves, or nothing."
-    light = (*mix(k.hair, (255, 250, 235), 0.3), 150)
+    if not (k.a["Wavy_Hair"] or k.a["Straight_Hair"]): return
+    t = np.linspace(0.12, 0.95, 9)
+    wave = 0.022 * np.sin(t * 16) if k.a["Wavy_Hair"] else 0 * t
+    shine = _shine(k)
     for i in range(2, len(edge) - 2, 3):
         (x0, y0), (x1, y1) = edge[i], inner[i]
-        t = np.linspace(0.12, 0.95, 9)
-        wave = 0.022 * np.sin(t * 16) if k.a["Wavy_Hair"] else 0 * t
         line = np.stack([x0 + (x1 - x0) * t + wave, y0 + (y1 - y0) * t], 1)
-        if k.a["Wavy_Hair"] or k.a["Straight_Hair"]: pen.line(line, 0.013, light if i % 2 else (*k.dark, 170))
+        pen.line(line, 0.013, shine if i % 2 else (*k.dark, 170))
 
 # %% ../../../nbs/data/sets/03_faces.ipynb #b59993dc
-def _front_hair(pen, k):
-    "From the crown to the hairline; bangs hang over the forehead, a receding line leaves two bays."
-    a = k.a
-    if a["Bald"]: return pen.glow(-0.12, -0.4, 0.16, 0.09, (255, 255, 255), 120)
+def _hairline(k, t):
+    "How far the hairline rises from the temples at the angles `t`."
+    high = -0.36 - 0.03 * (k.b[1] - 0.5)
+    rise = np.sin(t) ** 0.55 * (0.02 - high)
+    if k.a["Receding_Hairline"]: rise += 0.13 * np.exp(-(((np.abs(np.cos(t)) - 0.5) / 0.22) ** 2)) + 0.03
+    if k.a["Bangs"]: rise = np.minimum(rise, 0.16 + 0.03 * np.sin(t * 14) + 0.05 * np.abs(np.cos(t)))
+    return rise
+
+def _crown(pen, k):
+    "From the outer edge of the hair to the hairline."
     t = np.linspace(np.pi, 0, 41)
-    bump = 0.026 * np.abs(np.sin(t * 7)) * np.sin(t) if a["Wavy_Hair"] else 0 * t
+    bump = 0.026 * np.abs(np.sin(t * 7)) * np.sin(t) if k.a["Wavy_Hair"] else 0 * t
     out = 0.075 + 0.025 * k.long + 0.02 * (k.b[11] - 0.5)
     edge = np.stack([np.cos(t) * (k.w + out + bump), -0.06 - (0.56 + bump) * np.sin(t) ** 0.85], 1)
-    high = -0.36 - 0.03 * (k.b[1] - 0.5)
-    line = np.sin(t) ** 0.55 * (0.02 - high) # how far the hairline rises from the temples
-    if a["Receding_Hairline"]: line += 0.13 * np.exp(-(((np.abs(np.cos(t)) - 0.5) / 0.22) ** 2)) + 0.03
-    if a["Bangs"]: line = np.minimum(line, 0.16 + 0.03 * np.sin(t * 14) + 0.05 * np.abs(np.cos(t)))
-    inner = np.stack([np.cos(t) * (k.w * 0.985), 0.02 - line], 1)
-    pen.poly(np.concatenate([edge, inner[::-1]]), k.hair)
+    inner = np.stack([np.cos(t) * (k.w * 0.985), 0.02 - _hairline(k, t)], 1)
+    pen.poly(_between(edge, inner), k.hair)
     _strands(pen, k, edge, inner)
-    if k.long:
-        y = np.linspace(-0.12, 0.85, 30)
-        wave = 0.025 * np.sin(y * 17) if a["Wavy_Hair"] else 0 * y
-        for side in (-1, 1):
-            lock = np.concatenate([np.stack([side * (k.w + 0.055 + 0.03 * y + wave), y], 1), np.stack([side * (k.w + 0.11 + 0.05 * np.maximum(np.sin(2.4 * y + 0.3), 0) + wave), y], 1)[::-1]])
-            pen.poly(lock, k.hair)
-            if a["Straight_Hair"] or a["Wavy_Hair"]: pen.line(lock[:30] + (side * 0.03, 0), 0.012, (*mix(k.hair, (255, 250, 235), 0.3), 150))
+
+def _locks(pen, k):
+    "Long hair beside the cheeks."
+    y = np.linspace(-0.12, 0.85, 30)
+    wave = 0.025 * np.sin(y * 17) if k.a["Wavy_Hair"] else 0 * y
+    for side in (-1, 1):
+        x0 = side * (k.w + 0.055 + 0.03 * y + wave)
+        x1 = side * (k.w + 0.11 + 0.05 * np.maximum(np.sin(2.4 * y + 0.3), 0) + wave)
+        inner = np.stack([x0, y], 1)
+        pen.poly(_between(inner, np.stack([x1, y], 1)), k.hair)
+        if k.a["Straight_Hair"] or k.a["Wavy_Hair"]: pen.line(inner + (side * 0.03, 0), 0.012, _shine(k))
+
+def _front_hair(pen, k):
+    "From the crown to the hairline; bangs hang over the forehead, a receding line leaves two bays."
+    if k.a["Bald"]: return pen.glow(-0.12, -0.4, 0.16, 0.09, (255, 255, 255), 120)
+    _crown(pen, k)
+    if k.long: _locks(pen, k)
 
 # %% ../../../nbs/data/sets/03_faces.ipynb #a8ce2237
 def _hat(pen, k):
+    "A crown, a brim and a knob."
     tone = pick(((60, 76, 120), (150, 60, 60), (70, 110, 80), (190, 150, 90)), k.p[8])
     t = np.linspace(np.pi, 0, 31)
     pen.poly(np.stack([np.cos(t) * (k.w + 0.1), -0.3 - 0.5 * np.sin(t) ** 0.6], 1), tone)
-    pen.poly(np.concatenate([bent(-k.w - 0.11, k.w + 0.11, -0.36, 0.06), bent(k.w + 0.11, -k.w - 0.11, -0.25, 0.06)]), mix(tone, (20, 20, 30), 0.3))
+    wide = k.w + 0.11
+    brim = np.concatenate([bent(-wide, wide, -0.36, 0.06), bent(wide, -wide, -0.25, 0.06)])
+    pen.poly(brim, mix(tone, (20, 20, 30), 0.3))
     pen.oval(0, -0.8, 0.06, 0.05, mix(tone, (255, 255, 255), 0.4))
 
 # %% ../../../nbs/data/sets/03_faces.ipynb #466aed06
@@ -395,7 +581,9 @@ def draw_face(
     pen = Pen((size, size) if np.isscalar(size) else size, **where)
     k = Look(dict(zip(ATTRIBUTES, map(bool, attributes))), body, picture)
     for part in (_ground, _back_hair, _body, _head, _cheeks, _nose, _beard, _mouth): part(pen, k)
-    for side in (-1, 1): _eye(pen, k, side); _brow(pen, k, side)
+    for side in (-1, 1):
+        _eye(pen, k, side)
+        _brow(pen, k, side)
     if k.a["Eyeglasses"]: _glasses(pen, k)
     _front_hair(pen, k)
     if k.a["Wearing_Hat"]: _hat(pen, k)
@@ -415,9 +603,12 @@ class FacesOptions(Prepare):
 
     def check(self):
         super().check()
-        if not 0 < self.hq <= self.celeba: raise UserError(f"--hq {self.hq}: give 1 to {self.celeba} (--celeba)")
-        if not 32 <= self.min_side <= self.max_side: raise UserError(f"--min-side {self.min_side}: give 32 to {self.max_side} (--max-side)")
+        if not 0 < self.hq <= self.celeba:
+            raise UserError(f"--hq {self.hq}: give 1 to {self.celeba} (--celeba)")
+        if not 32 <= self.min_side <= self.max_side:
+            raise UserError(f"--min-side {self.min_side}: give 32 to {self.max_side} (--max-side)")
 
+# %% ../../../nbs/data/sets/03_faces.ipynb #7868e6c0
 LANDMARKS = ("lefteye", "righteye", "nose", "leftmouth", "rightmouth") # left and right as the viewer sees them
 POINTS = np.array([(-0.172, -0.03), (0.172, -0.03), (0, 0.2), (-0.14, 0.365), (0.14, 0.365)])
 BOX = np.array([(-0.45, -0.56), (0.45, -0.56), (0.45, 0.66), (-0.45, 0.66)])
@@ -431,7 +622,8 @@ def wild_view(
     side = options.min_side + int(u[0] * (options.max_side - options.min_side + 1))
     other = int(side * (1 + 0.5 * u[1]))
     size = (side, other) if u[2] < 0.6 else (other, side)
-    return size, dict(centre=(0.5 + 0.24 * (u[3] - 0.5), 0.46 + 0.16 * (u[4] - 0.5)), scale=0.3 + 0.16 * u[5], angle=0.35 * (u[6] - 0.5))
+    centre = (0.5 + 0.24 * (u[3] - 0.5), 0.46 + 0.16 * (u[4] - 0.5))
+    return size, dict(centre=centre, scale=0.3 + 0.16 * u[5], angle=0.35 * (u[6] - 0.5))
 
 # %% ../../../nbs/data/sets/03_faces.ipynb #5f7649a3
 def geometry(
@@ -442,7 +634,8 @@ def geometry(
     size, view = wild_view(number, options)
     pen = Pen(size, **view)
     corners, points = (pen.to_sheet(p) / pen.over for p in (BOX, POINTS))
-    low, high = np.clip(corners.min(0), 0, None), np.minimum(corners.max(0), size)
+    low = np.clip(corners.min(0), 0, None)
+    high = np.minimum(corners.max(0), size)
     return [*low.round().astype(int), *(high - low).round().astype(int)], points.round().astype(int)
 
 def draw_picture(
@@ -461,30 +654,52 @@ def hq_numbers(
 ): # int64 array [hq]: the CelebA number of each HQ picture
     "Which pictures are in the HQ folder: sharp ones first, in a seeded order."
     numbers = np.arange(1, options.celeba + 1)
-    blurry = people(numbers, options.seed, options.identities)["attributes"][:, ATTRIBUTES.index("Blurry")]
-    return numbers[np.argsort(uniforms(options.seed + 5, numbers, 1)[:, 0] + blurry, kind="stable")][: options.hq]
+    attributes = people(numbers, options.seed, options.identities)["attributes"]
+    rank = uniforms(options.seed + 5, numbers, 1)[:, 0] + attributes[:, ATTRIBUTES.index("Blurry")]
+    return numbers[np.argsort(rank, kind="stable")][: options.hq]
 
-def _table(names, rows, header): return "\n".join([str(len(rows)), header, *(f"{n} {' '.join(f'{v:2d}' for v in r)}" for n, r in zip(names, rows))]) + "\n"
+def _text(lines): return "\n".join(lines) + "\n"
+
+def _table(names, rows, header):
+    "The form of CelebA's tables: how many, what, and a line for each name."
+    lines = [str(len(rows)), header]
+    for name, row in zip(names, rows):
+        values = " ".join(f"{v:2d}" for v in row)
+        lines.append(f"{name} {values}")
+    return _text(lines)
+
+# %% ../../../nbs/data/sets/03_faces.ipynb #3fffa510
+def _celeba_tables(who, signs, options):
+    "Relative path -> text of the files about the CelebA folder."
+    names = [f"{n:06}.jpg" for n in who["id"]]
+    boxes, points = zip(*(geometry(n, options) for n in who["id"].tolist()))
+    axes = " ".join(f"{n}_{a}" for n in LANDMARKS for a in "xy")
+    last = who["identity"] % 10
+    part = np.where(last == 9, 2, np.where(last == 8, 1, 0))
+    return {
+        "CelebA/Anno/list_attr_celeba.txt": _table(names, signs, " ".join(ATTRIBUTES)),
+        "CelebA/Anno/identity_CelebA.txt": _text(f"{n} {i}" for n, i in zip(names, who["identity"])),
+        "CelebA/Anno/list_bbox_celeba.txt": _table(names, boxes, "image_id x_1 y_1 width height"),
+        "CelebA/Anno/list_landmarks_celeba.txt": _table(names, [p.ravel() for p in points], axes),
+        "CelebA/Eval/list_eval_partition.txt": _text(f"{n} {p}" for n, p in zip(names, part)),
+    }
+
+def _hq_tables(hq, signs):
+    "Relative path -> text of the files about the CelebAMask-HQ folder."
+    names = [f"{i}.jpg" for i in range(len(hq))]
+    mapping = ["idx orig_idx orig_file", *(f"{i} {n - 1} {n:06}.jpg" for i, n in enumerate(hq))]
+    return {
+        "CelebAMask-HQ/CelebAMask-HQ-attribute-anno.txt": _table(names, signs[hq - 1], " ".join(ATTRIBUTES)),
+        "CelebAMask-HQ/CelebA-HQ-to-CelebA-mapping.txt": _text(mapping),
+    }
 
 def tables(
     options: FacesOptions, # of the whole set
 ) -> dict: # relative path -> text
     "All annotation files of both folders."
-    numbers, hq = np.arange(1, options.celeba + 1), hq_numbers(options)
-    who = people(numbers, options.seed, options.identities)
-    signs, names = np.where(who["attributes"], 1, -1), [f"{n:06}.jpg" for n in numbers]
-    boxes, points = zip(*(geometry(n, options) for n in numbers.tolist()))
-    part = np.where(who["identity"] % 10 == 9, 2, np.where(who["identity"] % 10 == 8, 1, 0))
-    lines = lambda rows: "\n".join(rows) + "\n"
-    return {
-        "CelebA/Anno/list_attr_celeba.txt": _table(names, signs, " ".join(ATTRIBUTES)),
-        "CelebA/Anno/identity_CelebA.txt": lines(f"{n} {i}" for n, i in zip(names, who["identity"])),
-        "CelebA/Anno/list_bbox_celeba.txt": _table(names, boxes, "image_id x_1 y_1 width height"),
-        "CelebA/Anno/list_landmarks_celeba.txt": _table(names, [p.ravel() for p in points], " ".join(f"{n}_{a}" for n in LANDMARKS for a in "xy")),
-        "CelebA/Eval/list_eval_partition.txt": lines(f"{n} {p}" for n, p in zip(names, part)),
-        "CelebAMask-HQ/CelebAMask-HQ-attribute-anno.txt": _table([f"{i}.jpg" for i in range(len(hq))], signs[hq - 1], " ".join(ATTRIBUTES)),
-        "CelebAMask-HQ/CelebA-HQ-to-CelebA-mapping.txt": lines(["idx orig_idx orig_file", *(f"{i} {n - 1} {n:06}.jpg" for i, n in enumerate(hq))]),
-    }
+    who = people(np.arange(1, options.celeba + 1), options.seed, options.identities)
+    signs = np.where(who["attributes"], 1, -1)
+    return _celeba_tables(who, signs, options) | _hq_tables(hq_numbers(options), signs)
 
 # %% ../../../nbs/data/sets/03_faces.ipynb #a659176e
 def _write_tables(options):
@@ -495,6 +710,13 @@ def _write_tables(options):
             write_text(folder / name, text)
     return finish
 
+def _plan(options):
+    "A job for each picture of both folders."
+    for n in range(1, options.celeba + 1):
+        yield PictureJob("CelebA/Img/img_celeba", f"{n:06}.jpg", {}, ("celeba", n, options))
+    for i, n in enumerate(hq_numbers(options).tolist()):
+        yield PictureJob("CelebAMask-HQ/CelebA-HQ-img", f"{i}.jpg", {}, ("hq", n, options))
+
 def prepare_faces(
     out, # folder to make
     options: FacesOptions, # numbers, sizes, seed
@@ -502,6 +724,6 @@ def prepare_faces(
 ) -> bool: # False when stopped before the end
     "Draw both folders; started again, it goes on."
     options.check()
-    jobs = [PictureJob("CelebA/Img/img_celeba", f"{n:06}.jpg", {}, ("celeba", n, options)) for n in range(1, options.celeba + 1)]
-    jobs += [PictureJob("CelebAMask-HQ/CelebA-HQ-img", f"{i}.jpg", {}, ("hq", n, options)) for i, n in enumerate(hq_numbers(options).tolist())]
-    return build_folder(out, jobs, draw_picture, options, name="faces", origin=load_manifest("faces") | {"count": options.celeba}, flag=flag, finish=_write_tables(options))
+    origin = load_manifest("faces") | {"count": options.celeba}
+    return build_folder(out, list(_plan(options)), draw_picture, options, name="faces", origin=origin, flag=flag,
+                 finish=_write_tables(options))

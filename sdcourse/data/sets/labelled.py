@@ -23,8 +23,8 @@ def questions(
     "What a network is asked."
     if world == "digits": return {"digit": CLASSES}
     if world == "scenes":
-        from sdcourse.data.sets.scenes import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES
-        each = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(SIZES), "place": PLACES}
+        from sdcourse.data.sets.scenes import BACKGROUNDS, COLOURS, OBJECT_SIZES, PLACES, SHAPES
+        each = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(OBJECT_SIZES), "place": PLACES}
         objects = {f"{k} {i}": v for i in (1, 2) for k, v in each.items()}
         return {"kind": ("scene", "face"), "count": ("one", "two"), "background": tuple(BACKGROUNDS)} | objects | {k: ("no", "yes") for k in FACES}
     from sdcourse.data.sets.photos import PHOTOGRAPHS
