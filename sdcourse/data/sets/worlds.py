@@ -22,6 +22,7 @@ class World(Source):
     name = "" # as `--data` names it
     splits = () # of the world
     version = 1 # of the drawing; part of the identity of a picture
+    table = None # its pictures as numbers, `Items` with pixels, where they are few and small
 
     @property
     def licence(self): return load_manifest(self.name)["licence"]["name"]
