@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import warm
+from sdcourse.cache.latents import draw_latents
 from sdcourse.cache.store import FORMAT, extend_plan, write_shard
 from sdcourse.config import resolve
 from sdcourse.core import UserError
@@ -19,7 +20,7 @@ from sdcourse.diffusion import Density
 from sdcourse.engine.loop import Run, step, train
 from sdcourse.engine.order import Draws
 from sdcourse.engine.trackers import read_metrics
-from sdcourse.train.flow_dit import Config, FlowMatching, Task, source, synthetic_latents
+from sdcourse.train.flow_dit import Config, FlowMatching, Task, synthetic_latents
 
 COMMAND = ["-m", "sdcourse.train", "flow_dit"]
 
@@ -55,31 +56,31 @@ class Constant(torch.nn.Module):
 
 
 def forward(dit, batch, rows=range(64), **over):
-    return FlowMatching(dit, config(**over), shift=0.5, scale=2.0)(batch, Draws(0, 0, rows))
+    return FlowMatching(dit, config(**over))(batch, Draws(0, 0, rows))
 
 
 def pixels(n=64):
     g = torch.Generator().manual_seed(1)
-    return dict(pixels=torch.randn(n, 1, 8, 8, generator=g), label=torch.arange(n) % 10)
+    return dict(x0=torch.randn(n, 1, 8, 8, generator=g), label=torch.arange(n) % 10)
 
 
 def test_objective():
     "O5: the input is on the straight path, the target is noise - data; the oracle has loss 0."
     batch, draws = pixels(), Draws(0, 0, range(64))
     eps, t = draws.normal("noise", (1, 8, 8)), Density().sample(draws.uniform("time"))
-    oracle = Constant(lambda x, t: (x - batch["pixels"]) / t[:, None, None, None])
+    oracle = Constant(lambda x, t: (x - batch["x0"]) / t[:, None, None, None])
     loss, times = forward(oracle, batch)
     assert torch.equal(times, t) and loss.shape == (64,) and loss.max() < 1e-3
-    want = (1 - t[:, None, None, None]) * batch["pixels"] + t[:, None, None, None] * eps
+    want = (1 - t[:, None, None, None]) * batch["x0"] + t[:, None, None, None] * eps
     assert (oracle.x - want).abs().max() < 1e-6
     zero, _ = forward(Constant(lambda x, t: torch.zeros_like(x)), batch)
-    assert (zero - (eps - batch["pixels"]).square().mean((1, 2, 3))).abs().max() < 1e-5
+    assert (zero - (eps - batch["x0"]).square().mean((1, 2, 3))).abs().max() < 1e-5
 
 
 def test_class_dropping():
     "O8: at rate p, to the null class, and nothing else changes."
     n = 10_000
-    batch = dict(pixels=torch.zeros(n, 1, 2, 2), label=torch.arange(n) % 10)
+    batch = dict(x0=torch.zeros(n, 1, 2, 2), label=torch.arange(n) % 10)
     dit = Constant(lambda x, t: torch.zeros_like(x))
     forward(dit, batch, range(n), cond_drop=0.2)
     dropped = dit.y == 10
@@ -112,10 +113,8 @@ def test_latents_are_sampled_mirrored_and_scaled():
     mean = torch.stack([torch.zeros(n, 4, 2, 2), torch.ones(n, 4, 2, 2)], 1)
     batch = dict(mean=mean, std=torch.full_like(mean, 0.1), label=torch.zeros(n, dtype=torch.long))
 
-    def clean(step=0, **over):
-        return FlowMatching(Constant(None), config(**over), shift=0.5, scale=2.0).clean(
-            batch, Draws(0, step, range(n))
-        )
+    def clean(step=0, flip=True):
+        return draw_latents(batch, Draws(0, step, range(n)), flip=flip, shift=0.5, scale=2.0)
 
     x = clean()
     mirrored = x.mean((1, 2, 3)) > 0
@@ -157,7 +156,7 @@ def test_trains_from_a_cache_of_latents(tmp_path):
     task = Task(config(tmp_path / "run", data=str(data), batch_size=10))
     result = train(task)
     assert result.step == 4 and (tmp_path / "run" / "export" / "transformer" / "config.json").exists()
-    s = source(config(data=str(data)))
+    s = task.latents
     assert (
         (s.channels, s.side, s.shift, s.scale) == (4, 8, 0.1, 0.5)
         and len(task.dataset("train")) == 24
@@ -190,11 +189,12 @@ def test_a_set_without_classes_is_trained_as_one_class(tmp_path):
             batch_size=10,
         )
     )
-    assert source(task.config).classes == ("picture",) and train(task).step == 4
+    assert task.classes == ("picture",) and train(task).step == 4
     module = task.build()
     seen = []
     module.dit.register_forward_pre_hook(lambda m, a: seen.append(a[2]))
-    module(task.dataset("train").__getitems__(range(24)), Draws(0, 0, range(24)))
+    draws = Draws(0, 0, range(24))
+    module(task.encode(task.dataset("train").__getitems__(range(24)), draws), draws)
     assert set(seen[0].tolist()) == {0, 1}  # the class, and no class where it was dropped
 
 

@@ -12,7 +12,7 @@ from sdcourse.cache.latents import CachedLatents, OnlineLatents, draw_latents, l
 from sdcourse.cache.store import Cache
 from sdcourse.config import resolve
 from sdcourse.core import UserError
-from sdcourse.dataset import Transform
+from sdcourse.dataset import DataSet, Transform
 from sdcourse.engine.loop import Run, step, train
 from sdcourse.engine.order import Draws
 from sdcourse.engine.trackers import read_metrics
@@ -141,22 +141,19 @@ def test_online_flips_are_those_of_the_cache(world):
     found = {}
     for name, source in (
         ("cached", CachedLatents(world / "one")),
-        ("online", OnlineLatents(world / "data", world / "vae", transform=Transform(16), encode_batch=1)),
+        (
+            "online",
+            OnlineLatents(DataSet(world / "data"), world / "vae", transform=Transform(16), encode_batch=1),
+        ),
     ):
         data, draws = source.dataset("train"), Draws(3, 7, range(24))
-        found[name] = draw_latents(
-            source.encode(data.__getitems__(range(24)), draws, True),
-            draws,
-            flip=True,
-            shift=source.shift,
-            scale=source.scale,
-        )
+        found[name] = source.encode(data.__getitems__(range(24)), draws, True)["x0"]
     assert torch.equal(found["cached"], found["online"])
 
 
 def test_random_crops_differ_between_epochs_and_never_in_validation(world, tmp_path):
     wide = pictures(tmp_path / "wide", width=40)
-    source = OnlineLatents(wide, world / "vae", transform=Transform(8, "random"), seed=1)
+    source = OnlineLatents(DataSet(wide), world / "vae", transform=Transform(8, "random"), seed=1)
     data, held_out = source.dataset("train"), source.dataset("validate")
     assert data.by_position and not held_out.by_position and source.side == 2
     crops = [data.__getitems__([(3, p)])["image"] for p in (3, 27, 51, 75)]  # the same picture in four epochs

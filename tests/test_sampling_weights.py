@@ -153,7 +153,10 @@ def test_captioned_pictures(folder):
 
 @pytest.mark.parametrize(
     "over, words",
-    [(dict(buckets=True), "buckets have turns by the number"), (dict(data="scenes"), "drawn in each step")],
+    [
+        (dict(buckets=True), "buckets have turns by the number"),
+        (dict(data="scenes", flip=False), "is it the file of another data set"),
+    ],
 )
 def test_what_weights_do_not_go_with(folder, over, words):
     with pytest.raises(UserError, match=words):

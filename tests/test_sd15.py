@@ -266,18 +266,15 @@ def denoiser(**over):
         cfg,
         abar=abar,
         prediction=over.get("prediction", "eps"),
-        shift=0.1,
-        scale=2.0,
         empty=torch.full((5, 3), 7.0),
     ), abar
 
 
-def batch_of(n):
+def batch_of(n, side=4, words=(5, 3)):
     g = torch.Generator().manual_seed(1)
     return {
-        "mean": torch.randn(n, 1, 4, 4, 4, generator=g),
-        "std": torch.full((n, 1, 4, 4, 4), 0.1),
-        "text_encoder.hidden": torch.randn(n, 5, 3, generator=g),
+        "x0": torch.randn(n, 4, side, side, generator=g),
+        "text_encoder.hidden": torch.randn(n, *words, generator=g),
     }
 
 
@@ -289,7 +286,7 @@ def test_loss_is_that_of_diffusers(prediction):
     batch, draws = batch_of(16), Draws(0, 3, range(16))
     loss, at = module(batch, draws)
     x, t, context = module.unet.seen
-    z = (batch["mean"][:, 0] + 0.1 * draws.normal("posterior", (4, 4, 4)) - 0.1) * 2.0
+    z = batch["x0"]
     eps = draws.normal("noise", (4, 4, 4))
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
     torch.testing.assert_close(x, scheduler.add_noise(z, eps, t), atol=2e-5, rtol=1e-5)
@@ -334,8 +331,7 @@ def losses(batch=16, **over):
     module, abar = denoiser(cond_drop=0.0, **over)
     b, draws = batch_of(batch), Draws(0, 3, range(batch))
     loss, _ = module(b, draws)
-    z = (b["mean"][:, 0] + 0.1 * draws.normal("posterior", (4, 4, 4)) - 0.1) * 2.0
-    return loss.detach(), module.unet.seen[0], module.unet.seen[1], draws, z, abar
+    return loss.detach(), module.unet.seen[0], module.unet.seen[1], draws, b["x0"], abar
 
 
 def test_dream_is_that_of_diffusers():
@@ -395,11 +391,8 @@ def test_zero_terminal_snr_stays_finite_and_reaches_the_sampler(model):
     task = sd15.Task(config("", model=str(model), zero_terminal_snr=True, prediction="v"))
     assert task.noise[0][-1] == 0
     module = task.build().eval()
-    b = {k: v for k, v in batch_of(64).items() if k != "text_encoder.hidden"} | {
-        "text_encoder.hidden": torch.randn(64, 32, 128)
-    }
-    b |= {k: torch.nn.functional.pad(b[k], (0, 4, 0, 4), value=0.1) for k in ("mean", "std")}
-    module.often = torch.nn.functional.one_hot(torch.tensor(999), 1000).double()
+    b = batch_of(64, side=8, words=(32, 128))
+    module.objective.probabilities = torch.nn.functional.one_hot(torch.tensor(999), 1000).double()
     loss, t = module(b, Draws(0, 0, range(64)))
     assert loss.isfinite().all() and (t == 0.999).all()
     pipe = task.pipeline(module)
@@ -419,7 +412,7 @@ def test_lr_grows_with_the_batch():
 def test_complete_captions_say_everything(model):
     from sdcourse.data.sets.scenes import captions, facts
 
-    data = sd15.Task(config("", model=str(model), scene_captions="complete")).dataset("train")
+    data = sd15.Task(config("", model=str(model), caption_column="complete")).dataset("train")
     found = data.__getitems__([(i, 7 * i) for i in range(20)])
     known = facts(data.ids[:20])
     assert found["text"] == [captions(known, i)[3] for i in range(20)]
@@ -565,7 +558,7 @@ def test_export_draws_in_plain_diffusers_what_the_task_draws(tmp_path, scenes, r
     pipe.set_progress_bar_config(disable=True)
     module = task.build()
     assert (
-        module.prediction == prediction
+        module.objective.prediction == prediction
         and pipe.scheduler.config.prediction_type == {"eps": "epsilon", "v": "v_prediction"}[prediction]
     )
     from sdcourse.engine.checkpoint import latest_checkpoint, load_checkpoint

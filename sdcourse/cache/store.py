@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from ..core import UserError, atomic_path, differences, nearest, read_json, write_json, write_text
+from ..engine.order import key
 
 # %% ../../nbs/cache/05_store.ipynb #cb7f6de7
 FORMAT = 1 # of the files; a reader refuses any other
@@ -180,13 +181,20 @@ class Joined:
         first, # a `Cache`, or any data set with ids and `__getitems__`
         *others, # `Cache`s with the same ids
         prompts=None, # a `Cache` of prompts
-        texts=None, # id -> list of captions; needed with prompts, and enough alone for the text of each item
+        texts=None, # id -> list of captions; needed with prompts, or where the items carry none
         seed: int = 0, # of the run
     ):
-        self.first, self.others, self.prompts, self.texts, self.seed, self.ids = first, others, prompts, texts, seed, first.ids
+        self.first, self.ids = first, first.ids
+        self.others, self.prompts, self.texts, self.seed = others, prompts, texts, seed
         self.groups = getattr(first, "groups", None) # aspect buckets
         self._at = [_matched(c, self.ids, f"the first data set has {len(first)} items") for c in others]
-        if prompts is not None: _matched(prompts, [t for k in np.asarray(self.ids).tolist() for t in texts[k]], "these captions are asked for")
+        lost = [k for k in np.asarray(self.ids).tolist() if texts is not None and k not in texts]
+        if lost:
+            what = f"{len(lost)} of {len(first)} items have no row with captions, e.g. {lost[0]}"
+            raise UserError(f"{what}: they are of another data set, or of a larger part of it (--max-samples)")
+        if prompts is not None:
+            wanted = [t for k in np.asarray(self.ids).tolist() for t in texts[k]]
+            _matched(prompts, wanted, "these captions are asked for")
 
     def __len__(self): return len(self.first)
     def __getitem__(self, i): return {k: v[0] for k, v in self.__getitems__([i]).items()}
@@ -194,28 +202,34 @@ class Joined:
     def __getitems__(self, places): # numbers, or (number, position in the endless stream)
         places = [p if isinstance(p, tuple) else (p, 0) for p in places]
         rows = np.array([i for i, _ in places])
-        batch = {k: v for k, v in self.first.__getitems__(places if getattr(self.first, "by_position", False) else rows).items() if k != "texts"}
+        batch = dict(self.first.__getitems__(places if getattr(self.first, "by_position", False) else rows))
+        texts = batch.pop("texts", None) # which the items carry
+        if self.texts is not None: texts = [self.texts[k] for k in np.asarray(batch["id"]).tolist()]
         for other, at in zip(self.others, self._at): _same(batch, other.__getitems__(at[rows]))
-        if self.texts is not None: batch["text"] = self._texts(batch["id"], [p for _, p in places])
+        if texts is not None: batch["text"] = [self._caption(t, p) for t, (_, p) in zip(texts, places)]
         if self.prompts is not None: batch |= self._prompts(batch["text"])
         return batch
 
-    def _texts(self, ids, positions):
-        from sdcourse.engine.order import key
-        return [(t := self.texts[k])[key(self.seed, "caption", p) % len(t)] for k, p in zip(np.asarray(ids).tolist(), positions)]
+    def _caption(self, texts, position):
+        return texts[key(self.seed, "caption", position) % len(texts)]
 
     def _prompts(self, text):
         found = self.prompts.__getitems__(self.prompts.numbers(text))
-        if found["id"].tolist() != text: raise RuntimeError(f"{self.prompts.folder}: gave other texts than were asked for")
+        if found["id"].tolist() != text:
+            raise RuntimeError(f"{self.prompts.folder}: gave other texts than were asked for")
         return {k: v for k, v in found.items() if k != "id"}
 
 def _matched(cache, ids, why):
     at = cache.numbers(ids)
-    if (at < 0).any():
-        lost = np.flatnonzero(at < 0)
-        raise UserError(f"{cache.folder}: has no row for {str(ids[lost[0]])[:60]!r}" + (f" and {len(lost) - 1} more" if lost[1:].size else "") + f" ({why}); run sdcourse cache again, only what is new is computed")
+    lost = np.flatnonzero(at < 0)
+    if lost.size:
+        first = f"{str(ids[lost[0]])[:60]!r}"
+        more = f" and {lost.size - 1} more" if lost.size > 1 else ""
+        remedy = "run sdcourse cache again, only what is new is computed"
+        raise UserError(f"{cache.folder}: has no row for {first}{more} ({why}); {remedy}")
     return at
 
 def _same(batch, more):
-    if np.asarray(more["id"]).tolist() != np.asarray(batch["id"]).tolist(): raise RuntimeError(f"rows of other items: {list(more['id'])[:3]}… instead of {list(batch['id'])[:3]}…")
+    theirs, ours = (np.asarray(b["id"]).tolist() for b in (more, batch))
+    if theirs != ours: raise RuntimeError(f"rows of other items: {theirs[:3]}… instead of {ours[:3]}…")
     batch |= {k: v for k, v in more.items() if k not in ("id", "label")}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BLOCK', 'key', 'Draws', 'permutation', 'weighted_epoch', 'Order', 'rank_rows', 'micro_rows', 'BucketOrder',
-           'order_of', 'Plan']
+           'order_of', 'Plan', 'image_generators', 'drawn']
 
 # %% ../../nbs/engine/00_order.ipynb #a681df01
 import hashlib
@@ -194,3 +194,24 @@ class Plan:
                 yield list(zip(mine, range(first + rows.start, first + rows.stop))) if self.positions else mine
 
     def __len__(self): return len(self.micros) * (self.stop - self.start)
+
+# %% ../../nbs/engine/00_order.ipynb #51fddc1b
+def image_generators(
+    seeds, # one integer per image
+    device: str = "cpu", # where the noise is drawn; cpu gives the same images everywhere
+) -> list: # one `torch.Generator` per image
+    "One generator per image, so that an image depends on its own seed only."
+    return [torch.Generator(device).manual_seed(int(s)) for s in seeds]
+
+def drawn(
+    draw, # (conditions, generators) -> pictures [b,c,h,w] in [0,1]
+    conditions: list, # captions or classes, one per picture
+    seeds, # one per picture
+    *, together: int = 50, # pictures in one call
+): # [n,c,h,w] in [-1,1], on the CPU
+    "Pictures of all conditions, in pieces; picture i depends on seeds[i] and conditions[i] only."
+    seeds, parts = list(seeds), []
+    for i in range(0, len(conditions), together):
+        mine = slice(i, i + together)
+        parts.append(draw(list(conditions[mine]), image_generators(seeds[mine])).cpu())
+    return torch.cat(parts).float() * 2 - 1

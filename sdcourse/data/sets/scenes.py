@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHAPES', 'COLOURS', 'BACKGROUNDS', 'OBJECT_SIZES', 'PLACES', 'GRID', 'TWO', 'SDF', 'MIN_AREA', 'JUDGED', 'held_out',
            'scene_numbers', 'uniforms', 'facts', 'coverage', 'paint', 'a', 'captions', 'read_scenes', 'agreement',
-           'Scenes', 'CaptionedScenes', 'ScenesOptions', 'draw_scene', 'prepare_scenes']
+           'Scenes', 'ScenesOptions', 'draw_scene', 'prepare_scenes']
 
 # %% ../../../nbs/data/sets/01_scenes.ipynb #130c5b1b
 import hashlib
@@ -397,27 +397,6 @@ class Scenes:
         h = hashlib.sha256(f"{self.seed} {self.size}".encode() + self.ids.tobytes())
         h.update(paint(facts(self.ids[:16], self.seed), self.size).tobytes())
         return h.hexdigest()
-
-# %% ../../../nbs/data/sets/01_scenes.ipynb #8346ab9b
-class CaptionedScenes(Scenes):
-    "Scenes as uint8 pictures with one of their captions."
-    by_position = True
-    def __init__(self,
-        split: str, # train, val or test
-        n: int, # scenes
-        *, size: int = 32, # pixels
-        kinds: tuple = (0, 1, 2, 3, 4), # of captions
-        order: int = 0, # seed of the choice of captions
-    ):
-        super().__init__(split, n, size=size)
-        self.kinds, self.order = kinds, order
-
-    def __getitems__(self, places): # (number, position in the endless stream) -> id, image [n,3,h,w], text
-        import torch
-        from sdcourse.engine.order import key
-        known = facts(self.ids[[i for i, _ in places]])
-        text = [captions(known, k)[self.kinds[key(self.order, "caption", p) % len(self.kinds)]] for k, (_, p) in enumerate(places)]
-        return {"id": known["id"], "image": torch.from_numpy(paint(known, self.size)).permute(0, 3, 1, 2).contiguous(), "text": text}
 
 # %% ../../../nbs/data/sets/01_scenes.ipynb #40b5fb61
 @dataclass
