@@ -668,7 +668,7 @@ PLANTED = {
         ('shards: class names stay behind', 'if classes.is_file(): write_json', 'if False: write_json', 'test_a_folder_and_its_tars_give_the_same_items_bitwise'),
     ],
     ('sdcourse/cache/latents.py', 'tests/test_flow_dit.py'): [
-        ('latents with the sign of the shift wrong', '- shift) * scale', '+ shift) * scale', 'test_latents_are_sampled_mirrored_and_scaled'),
+        ('latents with the sign of the shift wrong', 'draws.normal("posterior", mean.shape[1:]) - shift) * scale', 'draws.normal("posterior", mean.shape[1:]) + shift) * scale', 'test_latents_are_sampled_mirrored_and_scaled'),
         ('flips are frozen', 'draws.bernoulli("flip", 0.5 if flip else 0.)', 'draws.bernoulli("flip", 0.)', 'test_latents_are_sampled_mirrored_and_scaled'),
         ('the posterior is not sampled', 'mean + std * draws.normal("posterior", mean.shape[1:])', 'mean', 'test_latents_are_sampled_mirrored_and_scaled'),
     ],
