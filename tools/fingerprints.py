@@ -26,8 +26,17 @@ COMMANDS = {  # result: (command, folder that it leaves)
         "generate full sd15 --data data --max-samples 8 --guidance-scale 2 --batch 4",
         "sd15",
     ),
-    "8 pictures of flow_dit": ("generate dit digits --data digits --max-samples 8 --batch 4", "digits"),
+    "8 pictures of flow_dit": ("generate dit digits --prompts digits.jsonl --batch 4", "digits"),
 }
+
+
+def eight_digits():
+    "Every 45th held-out digit: its id and its class, a line each."
+    from sdcourse.data.sets.digits import digits
+
+    table = digits("test").tensors
+    rows = [{"id": str(table["id"][i].item()), "label": table["label"][i].item()} for i in range(0, 360, 45)]
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
 def tensors(folder):
@@ -68,6 +77,7 @@ def main(argv=None):
         },
     )
     with tempfile.TemporaryDirectory() as scratch:
+        Path(scratch, "digits.jsonl").write_text(eight_digits(), encoding="utf-8")
         for what, (command, left) in COMMANDS.items():
             start = time.perf_counter()
             done = subprocess.run(

@@ -201,11 +201,10 @@ class FolderSet:
         label: str = "", # column with the class; empty: label
     ): # a `Source`
         "The rows of a split; `UserError` when they and the pictures do not belong together."
-        self.classes, self.facts # what is wrong with these comes first
-        home = self.homes[split]
+        home, classes, _ = self.homes[split], self.classes, self.facts # what is wrong with these comes first
         near = [f"{h}{name}" for h in dict.fromkeys((home, "")) for name in ("metadata.jsonl", "metadata.csv")]
         table = next((t for t in near if t in self.found), None)
-        if table: return FolderSource(self, home, self._rows(table, home, column), self.classes, label)
+        if table: return FolderSource(self, home, self._rows(table, home, column), classes, label)
         if column:
             what = f"has no metadata.jsonl, hence no column {column}"
             raise UserError(f"{self.folder}: {what}; leave --image-column out")
