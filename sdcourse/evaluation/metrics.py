@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'extractor_of', 'Digits', 'open_set', 'set_id', 'features_over', 'Case', 'fd', 'kernel', 'clip_mmd',
-           'shares', 'pixels_of', 'per_picture', 'paired_truth', 'variety', 'asked', 'clip_cosines', 'clip_score',
-           'memorised', 'measure', 'measure_digits']
+           'shares', 'pixels_of', 'per_picture', 'paired_truth', 'prompt_diversity', 'asked_share', 'clip_cosines',
+           'clip_score', 'memorised', 'measure', 'measure_digits']
 
 # %% ../../nbs/evaluation/07_metrics.ipynb #929fda91
 import hashlib
@@ -29,11 +29,11 @@ def extractor_of(
 ): # called with pictures, it gives features
     "A feature network by its name."
     from sdcourse.evaluation.features import Inception, Vision
-    from sdcourse.evaluation.judges import NAMES, Tiny
+    from sdcourse.evaluation.judges import TINY_NETWORKS, Tiny
     kind, _, where = name.partition(":")
-    if kind in NAMES: return Tiny(kind, device=device)
+    if kind in TINY_NETWORKS: return Tiny(kind, device=device)
     if kind == "inception": return Inception(where, device=device)
-    if kind not in ("dinov2", "clip", "siglip"): raise UserError(f"--extractor {name}: {nearest(kind, (*NAMES, 'inception', 'dinov2', 'clip', 'siglip'))}")
+    if kind not in ("dinov2", "clip", "siglip"): raise UserError(f"--extractor {name}: {nearest(kind, (*TINY_NETWORKS, 'inception', 'dinov2', 'clip', 'siglip'))}")
     if not where: raise UserError(f"--extractor {kind}: give the folder of its weights, {kind}:FOLDER")
     found = Vision(where, device=device)
     if not found.name.startswith(kind): raise UserError(f"--extractor {name}: {where} holds a {found.name}")
@@ -202,20 +202,20 @@ def paired_truth(c: Case):
         out.append(Number.around(name, each.mean().item(), half, len(each), how=dict(c.how, seed=c.seed)))
     return out
 
-def variety(c: Case):
+def prompt_diversity(c: Case):
     "Mean perceptual distance between pictures of the same prompt."
-    from sdcourse.evaluation.pairwise import variety as between
+    from sdcourse.evaluation.pairwise import diversity
     groups = {}
     for i in range(len(c.data)):
         if (of := c.data.row(i).get("of")) is not None: groups.setdefault(str(of), []).append(i)
     groups = [g for g in groups.values() if len(g) > 1]
     c.need("variety needs several pictures of each prompt: sdcourse generate --images-per-prompt 4", bool(groups))
-    each = torch.stack([between(c.distance, pixels_of(c.data, g), seed=c.seed).mean() for g in groups])
+    each = torch.stack([diversity(c.distance, pixels_of(c.data, g), seed=c.seed).mean() for g in groups])
     half = 1.959964 * each.std().item() / len(each) ** 0.5 if len(each) > 1 else None
     name, n = f"variety, {c.distance.name}", sum(map(len, groups))
     return [Number.around(name, each.mean().item(), half, n, how=dict(c.how), note=f"{len(groups)} prompts")]
 
-def asked(c: Case):
+def asked_share(c: Case):
     "Share of pictures that show what was asked for."
     from sdcourse.evaluation.judges import Tiny, asked_accuracy
     c.need(f"the share that shows what was asked needs a tiny network, and the extractor is {c.extractor.name}", isinstance(c.extractor, Tiny))
@@ -267,7 +267,7 @@ def memorised(c: Case):
     few = dict(floor=0.05, floor_high=0.05, note="as close as the closest 5 % of real pictures")
     return [closer, Number(f"copies{c.label('')}", found["copies"], len(c.a), how=dict(c.how), **few)]
 
-METRICS = {"fd": fd, "kid": kernel, "cmmd": clip_mmd, "prdc": shares, "memorisation": memorised, "asked": asked, "pairs": paired_truth, "variety": variety, "clip-score": clip_score} # name -> function of a `Case`
+METRICS = {"fd": fd, "kid": kernel, "cmmd": clip_mmd, "prdc": shares, "memorisation": memorised, "asked": asked_share, "pairs": paired_truth, "variety": prompt_diversity, "clip-score": clip_score} # name -> function of a `Case`
 
 def measure(
     case: Case, # what is judged, and against what
