@@ -13,16 +13,19 @@ def adherence(
     draw, # (captions, seeds) -> pictures [n,3,h,w] in [-1,1]
     n: int, # of each kind of captions
 ) -> dict: # name -> value, n, low, high
-    "Shares of guided samples that show what was asked: new scenes of known pairs of shape and colour, and of pairs that were never trained; read by a rule on pixels."
+    "Shares of guided samples that show what was asked for, read by a rule on pixels."
     from sdcourse.data.sets.scenes import captions, facts, read_scenes, scene_numbers
     from sdcourse.evaluation.stats import wilson
     out = {}
-    for split in ("val", "test"):
+    for split in ("val", "test"): # new scenes of known pairs of shape and colour, and of pairs never trained
         known = facts(scene_numbers(split, n, start=10_000))
         found = read_scenes(draw([captions(known, i)[3] for i in range(n)], range(n)))
         there = known["shape"] >= 0
-        for k in ("shape", "colour", "size", "place"): out[f"{k}_{split}"] = wilson((known[k] == found[k])[there].sum().item(), there.sum().item())
-        for k in ("count", "background"): out[f"{k}_{split}"] = wilson((known[k] == found[k]).sum().item(), n)
+        for k in ("shape", "colour", "size", "place"):
+            hits = (known[k] == found[k])[there].sum().item()
+            out[f"{k}_{split}"] = wilson(hits, there.sum().item())
+        for k in ("count", "background"):
+            out[f"{k}_{split}"] = wilson((known[k] == found[k]).sum().item(), n)
     return out
 
 def adherence_quality(
@@ -34,5 +37,11 @@ def adherence_quality(
     from sdcourse.models.files import load_shipped
     pipe = load_shipped(name, root=root)
     pipe.set_progress_bar_config(disable=True)
-    def draw(texts, seeds): return torch.cat([pipe(list(texts[i:i + 50]), generator=image_generators(list(seeds)[i:i + 50]), guidance_scale=2., num_inference_steps=20, output_type="pt").images * 2 - 1 for i in range(0, len(texts), 50)])
+    options = dict(guidance_scale=2., num_inference_steps=20, output_type="pt")
+    def draw(texts, seeds):
+        parts = []
+        for i in range(0, len(texts), 50):
+            g = image_generators(list(seeds)[i : i + 50])
+            parts.append(pipe(list(texts[i : i + 50]), generator=g, **options).images * 2 - 1)
+        return torch.cat(parts)
     return adherence(draw, 200)

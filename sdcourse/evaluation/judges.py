@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from ..core import UserError
 from .distances import Number
-from .features import tensors_id
+from .features import tensors_id, uint8_batch
 from .stats import wilson
 
 # %% ../../nbs/evaluation/03_judges.ipynb #7b8027e6
@@ -24,10 +24,14 @@ class Tiny:
         *, device="cpu", # where to compute
     ):
         from sdcourse.models.files import load_shipped
-        self.name, self.device = name, torch.device(device)
+        self.name = name
+        self.device = torch.device(device)
         net = load_shipped(name)
-        self.how = {"extractor": name, "weights": tensors_id(net.state_dict()), "resize": f"bicubic, antialiased, to {net.config.image_size}", "dtype": "float32"}
-        self.net, self.side, self.width = net.to(self.device), net.config.image_size, net.config.hidden_sizes[-1]
+        self.side = net.config.image_size
+        self.width = net.config.hidden_sizes[-1]
+        self.how = {"extractor": name, "weights": tensors_id(net.state_dict()),
+                    "resize": f"bicubic, antialiased, to {self.side}", "dtype": "float32"}
+        self.net = net.to(self.device)
         self.attributes = {}
         for i in range(len(net.config.id2label)):
             question, answer = net.config.id2label[i].split(": ", 1)
@@ -37,27 +41,33 @@ class Tiny:
         images, # [b,1 or 3,h,w] uint8
     ): # [b,3,side,side] float32 in [-1,1]
         "What the network sees."
-        if not (isinstance(images, torch.Tensor) and images.ndim == 4 and images.shape[1] in (1, 3) and images.dtype == torch.uint8): raise UserError(f"expected uint8 [b,3,h,w], got {getattr(images, 'dtype', type(images).__name__)} {list(getattr(images, 'shape', []))}")
+        images = uint8_batch(images, "[b,3,h,w]", (1, 3))
         x = images.expand(-1, 3, -1, -1).to(self.device).float()
-        if x.shape[2:] != (self.side, self.side): x = F.interpolate(x, (self.side, self.side), mode="bicubic", antialias=True).round().clamp(0, 255)
+        if x.shape[2:] != (self.side, self.side):
+            x = F.interpolate(x, (self.side, self.side), mode="bicubic", antialias=True).round().clamp(0, 255)
         return x / 127.5 - 1
 
     @torch.no_grad()
-    def _each(self, fn, images): return torch.cat([fn(self.pixels(x)).float().cpu() for x in images.split(250)])
+    def _each(self, fn, images):
+        return torch.cat([fn(self.pixels(x)).float().cpu() for x in images.split(250)])
 
-    def __call__(self, images): return self._each(lambda x: self.net.convnext(x).pooler_output, images) # [b,d] float32, on the CPU
+    def __call__(self, images): # [b,d] float32, on the CPU
+        return self._each(lambda x: self.net.convnext(x).pooler_output, images)
 
     def stages(self,
         images, # [b,1 or 3,h,w] uint8
     ) -> list: # [b,c,h,w] of each stage
         "The features at every depth."
-        with torch.no_grad(): return list(self.net.convnext(self.pixels(images), output_hidden_states=True).hidden_states[1:])
+        with torch.no_grad():
+            found = self.net.convnext(self.pixels(images), output_hidden_states=True)
+        return list(found.hidden_states[1:])
 
     def classify(self,
         images, # [b,1 or 3,h,w] uint8
     ) -> dict: # question -> [b] long, numbers into `attributes`
         "The most likely answer to each question."
-        parts = self._each(lambda x: self.net(x).logits, images).split([len(v) for v in self.attributes.values()], 1)
+        logits = self._each(lambda x: self.net(x).logits, images)
+        parts = logits.split([len(v) for v in self.attributes.values()], 1)
         return dict(zip(self.attributes, (p.argmax(1) for p in parts)))
 
 # %% ../../nbs/evaluation/03_judges.ipynb #68850f8a
@@ -67,17 +77,30 @@ def asked_accuracy(
     asked: dict, # question -> [n] numbers into `net.attributes`, -1 where nothing was asked; or answers as words
 ) -> list: # a `Number` per question
     "Share of pictures that show what was asked for."
-    found, out = net.classify(images), []
-    for question, want in asked.items():
-        if question not in found: raise UserError(f"{net.name} is not asked about {question!r}; it knows {', '.join(found)}")
-        answers = net.attributes[question]
-        want = torch.tensor([answers.index(w) if w in answers else -1 if isinstance(w, str) or w is None or w < 0 else int(w) for w in (want.tolist() if hasattr(want, "tolist") else want)])
-        if len(want) != len(images): raise UserError(f"{len(want)} answers to {question!r} for {len(images)} images: give one per image")
+    found = net.classify(images)
+    out = []
+    for question, answers in asked.items():
+        if question not in found:
+            raise UserError(f"{net.name} is not asked about {question!r}; it knows {', '.join(found)}")
+        want = _numbers_of(answers, net.attributes[question])
+        if len(want) != len(images):
+            raise UserError(f"{len(want)} answers to {question!r} for {len(images)} images: "
+                            "give one per image")
         there = want >= 0
         if not there.any(): continue
-        share = wilson((found[question] == want)[there].sum().item(), there.sum().item())
-        out.append(Number(f"{question}[{net.name}]", share["value"], share["n"], share["low"], share["high"], how=dict(net.how)))
+        hits = (found[question] == want)[there].sum().item()
+        share = wilson(hits, there.sum().item())
+        out.append(Number(f"{question}[{net.name}]", **share, how=dict(net.how)))
     return out
+
+def _numbers_of(answers, known): # words or numbers -> [n] long
+    "Which of the known answers each one is; -1 where nothing was asked."
+    def number(answer):
+        if answer in known: return known.index(answer)
+        if isinstance(answer, str) or answer is None or answer < 0: return -1
+        return int(answer)
+    if hasattr(answers, "tolist"): answers = answers.tolist()
+    return torch.tensor([number(x) for x in answers])
 
 # %% ../../nbs/evaluation/03_judges.ipynb #efa95952
 @torch.no_grad()
@@ -87,10 +110,14 @@ def read(
     asked: dict, # question -> answers, as `questions` gives
 ) -> dict: # question -> [n] long
     "The most likely answer to each question."
-    device, was = next(net.parameters()).device, net.training
-    logits = torch.cat([net.eval()(x.to(device).float() / 127.5 - 1).logits.float().cpu() for x in pixels.split(256)])
+    device = next(net.parameters()).device
+    was = net.training
+    net.eval()
+    batches = (x.to(device).float() / 127.5 - 1 for x in pixels.split(256))
+    logits = torch.cat([net(x).logits.float().cpu() for x in batches])
     net.train(was)
-    return dict(zip(asked, (p.argmax(1) for p in logits.split([len(v) for v in asked.values()], 1))))
+    parts = logits.split([len(v) for v in asked.values()], 1)
+    return dict(zip(asked, (p.argmax(1) for p in parts)))
 
 def right(
     found: dict, # question -> [n], from `read`
@@ -98,8 +125,14 @@ def right(
     asked: dict, # question -> answers
 ) -> dict: # question -> value, n, low, high
     "Shares of right answers."
-    there = {k: labels[:, i] >= 0 for i, k in enumerate(asked)}
-    return {k: wilson((found[k] == labels[:, i])[there[k]].sum().item(), there[k].sum().item()) for i, k in enumerate(asked) if there[k].any()}
+    out = {}
+    for i, k in enumerate(asked):
+        label = labels[:, i]
+        known = label >= 0
+        if not known.any(): continue
+        hits = (found[k] == label)[known].sum().item()
+        out[k] = wilson(hits, known.sum().item())
+    return out
 
 # %% ../../nbs/evaluation/03_judges.ipynb #deba7ab0
 def judge_quality(
@@ -110,8 +143,10 @@ def judge_quality(
     from sdcourse.data.sets.labelled import labelled, questions
     from sdcourse.models.files import load_shipped
     world = name.removeprefix("tiny-")
-    test, asked = labelled(world, "test").tensors, questions(world)
-    return right(read(load_shipped(name, root=root), test["pixels"], asked), test["labels"], asked)
+    test = labelled(world, "test").tensors
+    asked = questions(world)
+    found = read(load_shipped(name, root=root), test["pixels"], asked)
+    return right(found, test["labels"], asked)
 
 # %% ../../nbs/evaluation/03_judges.ipynb #d0064391
 class TinyLpips:
@@ -129,7 +164,14 @@ class TinyLpips:
         b, # likewise
     ): # [n] float64, on the CPU; 0 for equal pictures
         "The distance of each pair."
-        if a.shape != b.shape: raise UserError(f"{list(a.shape)} and {list(b.shape)} are no pairs: give as many pictures of the same size on both sides")
-        unit = lambda x: x.double() / (x.double().square().sum(1, keepdim=True).sqrt() + 1e-10)
-        parts = [sum((unit(x) - unit(y)).square().sum(1).mean((1, 2)) for x, y in zip(self.net.stages(p), self.net.stages(q))) for p, q in zip(a.split(100), b.split(100))]
-        return torch.cat(parts).cpu()
+        if a.shape != b.shape:
+            raise UserError(f"{list(a.shape)} and {list(b.shape)} are no pairs: "
+                            "give as many pictures of the same size on both sides")
+        return torch.cat([self._part(x, y) for x, y in zip(a.split(100), b.split(100))]).cpu()
+
+    def _part(self, a, b): # of so many pairs as go through the network together
+        stages = zip(self.net.stages(a), self.net.stages(b))
+        return sum((_unit(x) - _unit(y)).square().sum(1).mean((1, 2)) for x, y in stages)
+
+def _unit(x): # features [b,c,h,w], those of each position scaled to length 1
+    return x.double() / (x.double().square().sum(1, keepdim=True).sqrt() + 1e-10)

@@ -10,15 +10,16 @@ import torch
 import torch.nn.functional as F
 
 from ..core import UserError
-from .features import hub_weights
+from .features import hub_weights, uint8_batch
 from ..models.files import exact
 
 # %% ../../nbs/evaluation/05_pairwise.ipynb #526a1938
 def _pairs(a, b):
     "`UserError` when they are no pairs."
-    for x in (a, b):
-        if not (isinstance(x, torch.Tensor) and x.ndim == 4 and x.dtype == torch.uint8): raise UserError(f"expected uint8 [n,c,h,w], got {getattr(x, 'dtype', type(x).__name__)} {list(getattr(x, 'shape', []))}")
-    if a.shape != b.shape: raise UserError(f"{list(a.shape)} and {list(b.shape)} are no pairs: give as many pictures of the same size on both sides")
+    for x in (a, b): uint8_batch(x, "[n,c,h,w]")
+    if a.shape != b.shape:
+        raise UserError(f"{list(a.shape)} and {list(b.shape)} are no pairs: "
+                        "give as many pictures of the same size on both sides")
     return a, b
 
 def psnr(
@@ -33,20 +34,33 @@ def ssim(
     a, # [n,c,h,w] uint8, at least 11 pixels high and wide
     b, # likewise
 ): # [n] float64, 1 for equal pictures
-    "Structural similarity with a Gaussian window of 11 pixels, sigma 1.5 (Wang et al. 2004), the mean over pixels and channels."
+    "Structural similarity (Wang et al. 2004) with a Gaussian window, the mean over pixels and channels."
     a, b = (x.double() / 255 for x in _pairs(a, b))
-    if min(a.shape[2:]) < 11: raise UserError(f"{a.shape[3]} x {a.shape[2]} pixels: SSIM needs 11 in each direction")
-    x = torch.arange(11, dtype=torch.float64) - 5
-    line = (-x.square() / (2 * 1.5**2)).exp()
-    line = line / line.sum()
-    mean = lambda y: F.conv2d(F.conv2d(y.flatten(0, 1)[:, None], line.view(1, 1, 11, 1)), line.view(1, 1, 1, 11)).unflatten(0, y.shape[:2])[:, :, 0]
-    ma, mb = mean(a), mean(b)
-    va, vb, cov = mean(a * a) - ma**2, mean(b * b) - mb**2, mean(a * b) - ma * mb
+    if min(a.shape[2:]) < 11:
+        raise UserError(f"{a.shape[3]} x {a.shape[2]} pixels: SSIM needs 11 in each direction")
+    ma, mb = _windowed(a), _windowed(b)
+    va = _windowed(a * a) - ma**2
+    vb = _windowed(b * b) - mb**2
+    cov = _windowed(a * b) - ma * mb
     c1, c2 = 0.01**2, 0.03**2
-    return ((2 * ma * mb + c1) * (2 * cov + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))).mean((1, 2, 3))
+    alike = (2 * ma * mb + c1) * (2 * cov + c2)
+    most = (ma**2 + mb**2 + c1) * (va + vb + c2)
+    return (alike / most).mean((1, 2, 3))
+
+def _windowed(x): # [n,c,h,w] -> [n,c,h-10,w-10]
+    "The mean around each pixel, in a Gaussian window of 11 pixels with sigma 1.5."
+    t = torch.arange(11, dtype=torch.float64) - 5
+    line = (-t.square() / (2 * 1.5**2)).exp()
+    line = line / line.sum()
+    down = F.conv2d(x.flatten(0, 1)[:, None], line.view(1, 1, 11, 1))
+    return F.conv2d(down, line.view(1, 1, 1, 11)).unflatten(0, x.shape[:2])[:, :, 0]
 
 # %% ../../nbs/evaluation/05_pairwise.ipynb #1faf196f
-TRUNKS = {"alex": "alexnet-owt-7be5be79.pth", "vgg": "vgg16-397923af.pth", "squeeze": "squeezenet1_1-b8a52dc0.pth"} # torchvision's files
+TRUNKS = { # torchvision's files
+    "alex": "alexnet-owt-7be5be79.pth",
+    "vgg": "vgg16-397923af.pth",
+    "squeeze": "squeezenet1_1-b8a52dc0.pth",
+}
 
 class Lpips:
     "Distance as a network sees it, by the library of its authors: pairs of uint8 [n,3,h,w] -> [n]."
@@ -59,13 +73,11 @@ class Lpips:
         import lpips
         if trunk not in TRUNKS: raise UserError(f"trunk {trunk!r}: give {', '.join(TRUNKS)}")
         state = weights if isinstance(weights, dict) else hub_weights(TRUNKS[trunk], weights, "torchvision")
-        self.name, self.device = name or f"LPIPS[{trunk}]", torch.device(device)
+        self.name = name or f"LPIPS[{trunk}]"
+        self.device = torch.device(device)
         self.net = lpips.LPIPS(net=trunk, pnet_rand=True, verbose=False).eval().requires_grad_(False)
-        layers = [m for part in self.net.net.children() if isinstance(part, torch.nn.Sequential) for m in part.named_children()]
-        own = {f"features.{i}.{k}": p for i, m in layers for k, p in m.state_dict(keep_vars=True).items()}
-        wrong = [k for k, p in own.items() if k not in state or state[k].shape != p.shape]
-        if wrong: raise UserError(f"{TRUNKS[trunk] if isinstance(weights, dict) else weights or TRUNKS[trunk]}: does not fit torchvision's {trunk}, e.g. {wrong[0]}")
-        for k, p in own.items(): p.data.copy_(state[k])
+        file = TRUNKS[trunk] if isinstance(weights, dict) else weights or TRUNKS[trunk]
+        _fill(self.net.net, state, f"{file}: does not fit torchvision's {trunk}")
         self.net.to(self.device)
 
     def __call__(self,
@@ -73,8 +85,29 @@ class Lpips:
         b, # likewise
     ): # [n] float64, on the CPU; 0 for equal pictures
         "The distance of each pair."
+        a, b = _pairs(a, b)
+        with exact(self.device):
+            return torch.cat([self._part(x, y) for x, y in zip(a.split(16), b.split(16))])
+
+    def _part(self, a, b): # of so many pairs as go through the network together
         place = dict(device=self.device, dtype=torch.float32, memory_format=torch.channels_last)
-        with exact(self.device): return torch.cat([self.net(*(x.to(**place) / 127.5 - 1 for x in part)).flatten().double().cpu() for part in zip(*(x.split(16) for x in _pairs(a, b)))])
+        x, y = (images.to(**place) / 127.5 - 1 for images in (a, b))
+        return self.net(x, y).flatten().double().cpu()
+
+def _fill(trunk, state, error):
+    "Torchvision's weights go into the library's network."
+    own = _trunk_weights(trunk)
+    wrong = [k for k, p in own.items() if k not in state or state[k].shape != p.shape]
+    if wrong: raise UserError(f"{error}, e.g. {wrong[0]}")
+    for k, p in own.items(): p.data.copy_(state[k])
+
+def _trunk_weights(trunk): # of the library: slices of torchvision's network
+    "Its parameters by the names of torchvision."
+    slices = [part for part in trunk.children() if isinstance(part, torch.nn.Sequential)]
+    out = {}
+    for i, layer in (named for part in slices for named in part.named_children()):
+        for k, p in layer.state_dict(keep_vars=True).items(): out[f"features.{i}.{k}"] = p
+    return out
 
 # %% ../../nbs/evaluation/05_pairwise.ipynb #de0f2d55
 def diversity(

@@ -16,7 +16,8 @@ import torch
 from ..config import Free, NonNegative, Options, Positive, load_config
 from ..core import UserError, progress, read_json, use_cpu, write_json, write_text
 from .distances import Number, paired, spread
-from .metrics import METRICS, Case, extractor_of, features_over, measure, open_set, pixels_of, set_id
+from .metrics import METRICS, Case, extractor_of, features_over, measure
+from .metrics import open_set, pixels_of, set_id
 from .stats import Moments, Stats, frechet, save_stats
 
 # %% ../../nbs/evaluation/08_report.ipynb #d94346b9
@@ -32,7 +33,7 @@ class EvaluateOptions(Options):
     lpips: str = "" # alex, vgg or squeeze, or alex:FILE with the trunk's weights; empty: LPIPS[tiny] for a tiny extractor
     block_column: str = "" # column of groups that belong together; empty: of, identity or photograph where there is one
     curve: str = "" # option that differs between the models, such as guidance_scale; or step, of checkpoints
-    table: tuple[str, ...] = () # two options that differ between the models, such as density_mean,data: rows and columns of a table for each measure
+    table: tuple[str, ...] = () # two options that differ between models, as density_mean,data: rows and columns of a table per measure
     save_stats: str = "" # .npz for the statistics of the reference, as pytorch-fid reads them
     draws: NonNegative[int] = 200 # bootstrap samples
     seed: int = 0 # of bootstrap, floors and random choices
@@ -46,10 +47,12 @@ class EvaluateOptions(Options):
     def check(self):
         "`UserError` for impossible values."
         super().check()
-        for name in ("out", "reference"):
-            if not getattr(self, name): raise UserError(f"--{name} is missing: {'give a folder to make' if name == 'out' else 'give what real pictures are'}")
-        if Path(self.out).exists() and any(Path(self.out).iterdir()): raise UserError(f"--out {self.out}: is not empty; choose another folder")
-        if len(self.table) not in (0, 2): raise UserError(f"--table {','.join(self.table)}: give two options, for rows and for columns")
+        for name, hint in (("out", "give a folder to make"), ("reference", "give what real pictures are")):
+            if not getattr(self, name): raise UserError(f"--{name} is missing: {hint}")
+        if Path(self.out).exists() and any(Path(self.out).iterdir()):
+            raise UserError(f"--out {self.out}: is not empty; choose another folder")
+        if len(self.table) not in (0, 2):
+            raise UserError(f"--table {','.join(self.table)}: give two options, for rows and for columns")
 
 # %% ../../nbs/evaluation/08_report.ipynb #4d7db4ca
 def names_of(
@@ -68,7 +71,10 @@ def same_ids(
     "`UserError` unless all models hold pictures of the same ids."
     (first, a), *rest = sets.items()
     for name, b in rest:
-        if odd := sorted(set(map(str, a.ids)) ^ set(map(str, b.ids))): raise UserError(f"{first} and {name} do not pair: {len(odd)} ids are in one of them only, e.g. {odd[0]}; generate both from the same --data")
+        odd = sorted(set(map(str, a.ids)) ^ set(map(str, b.ids)))
+        if odd:
+            raise UserError(f"{first} and {name} do not pair: {len(odd)} ids are in one of them only, "
+                            f"e.g. {odd[0]}; generate both from the same --data")
 
 def blocks_of(
     data, # a judged set
@@ -77,13 +83,24 @@ def blocks_of(
 ): # list of groups, or None
     "Which pictures belong together."
     rows = [data.row(i) for i in range(len(data))]
-    if not isinstance(reference, Moments):
-        at = {str(k): i for i, k in enumerate(reference.ids)}
-        rows = [(reference.row(at[k]) if (k := str(r.get("of", r["id"]))) in at else {}) | {q: v for q, v in r.items() if q != "texts"} for r in rows]
-    found = next((c for c in ([column] if column else ("of", "identity", "photograph")) if all(c in r for r in rows)), None)
-    if column and not found: raise UserError(f"--block-column {column}: neither the pictures nor the reference have this column in every row")
+    if not isinstance(reference, Moments): rows = _over_truth(rows, reference)
+    columns = [column] if column else ["of", "identity", "photograph"]
+    found = next((c for c in columns if all(c in r for r in rows)), None)
+    if column and not found:
+        raise UserError(f"--block-column {column}: "
+                        "neither the pictures nor the reference have this column in every row")
     groups = [str(r[found]) for r in rows] if found else None
     return groups if groups and 1 < len(set(groups)) < len(groups) else None
+
+def _over_truth(rows, reference): # a dict for each row
+    "What the reference says of the truth, and over it what the row says itself."
+    at = {str(k): i for i, k in enumerate(reference.ids)}
+    out = []
+    for r in rows:
+        k = str(r.get("of", r["id"]))
+        truth = reference.row(at[k]) if k in at else {}
+        out.append(truth | {q: v for q, v in r.items() if q != "texts"})
+    return out
 
 def paired_differences(
     name: str, # "B - A"
@@ -94,22 +111,48 @@ def paired_differences(
     "Paired differences: per picture where there is a number per picture, else over the same resampled ids."
     at = {str(k): i for i, k in enumerate(theirs.data.ids)}
     rows = torch.tensor([at[str(k)] for k in ours.data.ids])
-    b, out = theirs.a[rows], []
-    if "fd" in kinds and ours.b is not None:
-        fn = lambda r: frechet(ours.a[r], ours.b) - frechet(b[r], ours.b)
-        draws = max(2, min(ours.draws, 100 if b.shape[1] <= 256 else 10)) # the root of a large matrix takes seconds
-        half = 1.959964 * spread(fn, len(b), blocks=ours.blocks, draws=draws, seed=ours.seed)
-        how = dict(ours.how, seed=ours.seed)
-        out.append(Number.around(f"{ours.label('FD')}: {name}", fn(torch.arange(len(b))), half, len(b), how=how))
+    out = []
+    if "fd" in kinds and ours.b is not None: out.append(_fd_difference(name, ours, theirs.a[rows]))
     if "pairs" in kinds:
         mine, other = ours.each, theirs.each
-        out += [paired(f"{k}: {name}", v, other[k][rows], blocks=ours.blocks, how=dict(ours.how), seed=ours.seed) for k, v in mine.items()]
+        for k, v in mine.items():
+            out.append(paired(f"{k}: {name}", v, other[k][rows], blocks=ours.blocks, how=dict(ours.how),
+                              seed=ours.seed))
     return out
+
+def _fd_difference(name, ours, theirs): # theirs: features in the order of ours
+    "Both distances of the same pictures, drawn again together."
+    def fn(rows): return frechet(ours.a[rows], ours.b) - frechet(theirs[rows], ours.b)
+    n, d = theirs.shape
+    draws = max(2, min(ours.draws, 100 if d <= 256 else 10)) # the root of a large matrix takes seconds
+    half = 1.959964 * spread(fn, n, blocks=ours.blocks, draws=draws, seed=ours.seed)
+    how = dict(ours.how, seed=ours.seed)
+    return Number.around(f"{ours.label('FD')}: {name}", fn(torch.arange(n)), half, n, how=how)
 
 # %% ../../nbs/evaluation/08_report.ipynb #b60dd307
 def interval_cell(n: Number) -> str: # for a table
     "A value with its interval."
     return f"{n.value:.3g}" + (f" [{n.low:.3g}, {n.high:.3g}]" if n.low is not None else "")
+
+def _floor_cell(n):
+    "What real pictures get: the mean, and the largest where it is another."
+    if n.floor is None: return "not known"
+    most = f" (up to {n.floor_high:.3g})" if n.floor_high not in (None, n.floor) else ""
+    return f"{n.floor:.3g}{most}"
+
+def _table(head, rows): # lines of Markdown
+    def line(cells): return "| " + " | ".join(map(str, cells)) + " |"
+    return [line(head), line(["---"] * len(head)), *map(line, rows)]
+
+def _names(found): # of all numbers of all models, each once
+    return list(dict.fromkeys(n.name for ns in found.values() for n in ns))
+
+def _named(numbers, name): # None where it was not measured
+    return next((n for n in numbers if n.name == name), None)
+
+def _cell(numbers, name): # empty where it was not measured
+    n = _named(numbers, name)
+    return "" if n is None else interval_cell(n)
 
 def markdown(
     found: dict, # model -> list of `Number`
@@ -118,41 +161,62 @@ def markdown(
     about: dict, # what made the numbers
 ) -> str:
     "The report as text."
-    names = list(dict.fromkeys(n.name for ns in found.values() for n in ns))
-    by = {m: {n.name: n for n in ns} for m, ns in found.items()}
-    rows = []
-    for k in names:
-        some = next(by[m][k] for m in by if k in by[m])
-        floor = f"{some.floor:.3g}" + (f" (up to {some.floor_high:.3g})" if some.floor_high not in (None, some.floor) else "") if some.floor is not None else "not known"
-        rows.append([k, *(interval_cell(by[m][k]) if k in by[m] else "" for m in by), floor, some.n, some.note])
-    line = lambda r: "| " + " | ".join(map(str, r)) + " |"
+    net = about["extractor"]
+    how = f"weights {net['weights']}, resize {net['resize']}, {net['dtype']}"
+    made = (f"Reference: {about['reference']}, split {about['split']}, id {about['reference_id']}. "
+            f"Features: {net['extractor']} ({how}). "
+            f"Brackets: 95 % intervals{', by group' if about['blocks'] else ''}.")
     head = ["measure", *found, "real pictures", "N", ""]
-    text = ["# Evaluation", "", f"Reference: {about['reference']}, split {about['split']}, id {about['reference_id']}. Features: {about['extractor']['extractor']} (weights {about['extractor']['weights']}, resize {about['extractor']['resize']}, {about['extractor']['dtype']}). Brackets: 95 % intervals{', by group' if about['blocks'] else ''}.",
-            "", line(head), line(["---"] * len(head)), *map(line, rows)]
-    if others: text += ["", "## Differences, paired", "", line(["measure", "difference", "N", "decided"]), line(["---"] * 4), *(line([n.name, interval_cell(n), n.n, "yes" if n.low > 0 or n.high < 0 else "no"]) for n in others)]
+    text = ["# Evaluation", "", made, "", *_table(head, _rows(found))]
+    if others:
+        rows = [[n.name, interval_cell(n), n.n, "yes" if n.low > 0 or n.high < 0 else "no"] for n in others]
+        text += ["", "## Differences, paired", "", *_table(["measure", "difference", "N", "decided"], rows)]
     if left: text += ["", "## Left out", "", *(f"* {k}: {why}" for k, why in left.items())]
     return "\n".join(text) + "\n"
 
+def _rows(found): # of the main table: measure, a cell for each model, floor, N, note
+    rows = []
+    for k in _names(found):
+        some = next(n for ns in found.values() for n in ns if n.name == k)
+        cells = [_cell(ns, k) for ns in found.values()]
+        rows.append([k, *cells, _floor_cell(some), some.n, some.note])
+    return rows
+
+# %% ../../nbs/evaluation/08_report.ipynb #74e557e0
 def plot(
     found: dict, # model -> list of `Number`
     path, # .png
 ):
     "Each measure in a panel: models with their intervals, real pictures as a band."
-    from sdcourse.plot import COLORS, CYCLE, pyplot
-    plt, names = pyplot(), list(dict.fromkeys(n.name for ns in found.values() for n in ns))
-    fig, axes = plt.subplots(-(-len(names) // 3), min(3, len(names)), figsize=(9, 0.7 + (0.7 + 0.28 * len(found)) * -(-len(names) // 3)), squeeze=False, layout="constrained")
+    from sdcourse.plot import pyplot
+    plt = pyplot()
+    names = _names(found)
+    nrows = -(-len(names) // 3)
+    size = (9, 0.7 + (0.7 + 0.28 * len(found)) * nrows)
+    fig, axes = plt.subplots(nrows, min(3, len(names)), figsize=size, squeeze=False, layout="constrained")
     for ax in axes.ravel()[len(names):]: ax.axis("off")
-    for ax, k in zip(axes.ravel(), names):
-        for y, (model, ns) in enumerate(found.items()):
-            n = next((n for n in ns if n.name == k), None)
-            if n is None: continue
-            ax.errorbar(n.value, y, xerr=[[max(0, n.value - n.low)], [max(0, n.high - n.value)]] if n.low is not None else None, fmt="o", color=CYCLE[y % len(CYCLE)], capsize=3)
-            if n.floor is not None and y == 0: ax.axvspan(min(n.floor, n.floor_high), max(n.floor, n.floor_high), color=COLORS["truth"], alpha=0.2, lw=1)
-        ax.set_yticks(range(len(found)), list(found)); ax.set_ylim(len(found) - 0.5, -0.5)
-        ax.set_title(k, fontsize=9); ax.tick_params(labelsize=8); ax.spines[["top", "right"]].set_visible(False)
+    for ax, k in zip(axes.ravel(), names): _panel(ax, found, k)
     fig.savefig(path, dpi=110, facecolor="white")
     plt.close(fig)
 
+def _panel(ax, found, name):
+    "One measure of all models."
+    from sdcourse.plot import COLORS, CYCLE
+    for y, ns in enumerate(found.values()):
+        n = _named(ns, name)
+        if n is None: continue
+        bar = None if n.low is None else [[max(0, n.value - n.low)], [max(0, n.high - n.value)]]
+        ax.errorbar(n.value, y, xerr=bar, fmt="o", color=CYCLE[y % len(CYCLE)], capsize=3)
+        if n.floor is not None and y == 0:
+            low, high = sorted((n.floor, n.floor_high))
+            ax.axvspan(low, high, color=COLORS["truth"], alpha=0.2, lw=1)
+    ax.set_yticks(range(len(found)), list(found))
+    ax.set_ylim(len(found) - 0.5, -0.5)
+    ax.set_title(name, fontsize=9)
+    ax.tick_params(labelsize=8)
+    ax.spines[["top", "right"]].set_visible(False)
+
+# %% ../../nbs/evaluation/08_report.ipynb #bb7fcea7
 def table_of_pictures(
     cases: dict, # model -> `Case`
     n: int, # rows
@@ -160,23 +224,49 @@ def table_of_pictures(
 ) -> str: # Markdown, or "" where pictures do not pair with a truth
     "The worst and the best of the last model: truth and all models side by side, with their numbers."
     from sdcourse.plot import image_grid
-    last = list(cases.values())[-1]
-    try: each = {m: c.each for m, c in cases.items()}
+    try: values = {m: _by_id(c) for m, c in cases.items()}
     except UserError: return ""
-    measure = next(iter(each[list(cases)[-1]]))
-    ids = {m: {str(k): i for i, k in enumerate(c.data.ids)} for m, c in cases.items()}
-    worst = (each[list(cases)[-1]][measure].argsort(descending=measure != "PSNR"))
-    chosen = worst[torch.linspace(0, len(worst) - 1, min(n, len(worst))).round().long()].tolist()
-    keys, images = [str(last.data.ids[i]) for i in chosen], []
-    truth = pixels_of(last.reference, [last.rows()[i] for i in chosen])
-    for r, k in enumerate(keys): images += [truth[r], *(pixels_of(c.data, [ids[m][k]])[0] for m, c in cases.items())]
-    image_grid(torch.stack(images), ncols=1 + len(cases), min_size=64).save(out/"pictures.png")
-    rows = [[k, *(f"{each[m][measure][ids[m][k]]:.3f}" for m in cases)] for k in keys]
-    line = lambda r: "| " + " | ".join(r) + " |"
-    with open(out/"pictures.csv", "w", encoding="utf-8") as f:
-        f.write("id," + ",".join(f"{m} {q}" for m in cases for q in each[m]) + "\n")
-        for k in map(str, last.data.ids): f.write(json.dumps(k) + "," + ",".join(f"{each[m][q][ids[m][k]]:.6g}" for m in cases for q in each[m]) + "\n")
-    return "\n".join(["", "## Pictures", "", f"Rows from the worst to the best by {measure} of {list(cases)[-1]}; columns: truth, {', '.join(cases)}. All {len(worst)} in [pictures.csv](pictures.csv).", "", "![pictures](pictures.png)", "", line(["id", *cases]), line(["---"] * (1 + len(cases))), *map(line, rows)]) + "\n"
+    last = list(cases)[-1]
+    by = next(iter(values[last])) # the measure that orders them
+    chosen = _worst_to_best(cases[last].each[by], n, by)
+    image_grid(_side_by_side(cases, chosen), ncols=1 + len(cases), min_size=64).save(out/"pictures.png")
+    ids = list(map(str, cases[last].data.ids))
+    _write_values(out/"pictures.csv", values, ids)
+    said = (f"Rows from the worst to the best by {by} of {last}; columns: truth, {', '.join(cases)}. "
+            f"All {len(ids)} in [pictures.csv](pictures.csv).")
+    rows = _rows_of_pictures(values, by, [ids[i] for i in chosen])
+    text = ["", "## Pictures", "", said, "", "![pictures](pictures.png)", "", *_table(["id", *cases], rows)]
+    return "\n".join(text) + "\n"
+
+def _by_id(c): # measure -> id -> value
+    return {k: dict(zip(map(str, c.data.ids), v.tolist())) for k, v in c.each.items()}
+
+def _worst_to_best(values, n, by): # numbers of at most n pictures, evenly over all
+    order = values.argsort(descending=by != "PSNR")
+    return order[torch.linspace(0, len(order) - 1, min(n, len(order))).round().long()].tolist()
+
+def _rows_of_pictures(values, by, ids): # id, value of each model
+    return [[i, *(f"{own[by][i]:.3f}" for own in values.values())] for i in ids]
+
+def _side_by_side(cases, chosen): # [rows * (1 + models),3,h,w] uint8
+    "The truth of each chosen picture of the last model, and what every model made of it."
+    *_, last = cases.values()
+    at = {m: {str(k): i for i, k in enumerate(c.data.ids)} for m, c in cases.items()}
+    of = last.rows()
+    images = []
+    for i, truth in zip(chosen, pixels_of(last.reference, [of[i] for i in chosen])):
+        k = str(last.data.ids[i])
+        images += [truth, *(pixels_of(c.data, [at[m][k]])[0] for m, c in cases.items())]
+    return torch.stack(images)
+
+def _write_values(path, values, ids):
+    "A row for each picture, a column for each measure of each model."
+    columns = [(m, k) for m in values for k in values[m]]
+    with open(path, "w", encoding="utf-8") as f:
+        f.write("id," + ",".join(f"{m} {k}" for m, k in columns) + "\n")
+        for i in ids:
+            cells = [f"{values[m][k][i]:.6g}" for m, k in columns]
+            f.write(",".join([json.dumps(i), *cells]) + "\n")
 
 # %% ../../nbs/evaluation/08_report.ipynb #24cc509c
 def option_of(
@@ -191,11 +281,20 @@ def option_of(
         if step := re.search(r"step-(\d+)", known["source"]): return float(step[1])
         raise UserError(f"step: {source} was not drawn from a checkpoint ({known['source']})")
     if option in known["made_by"]: return known["made_by"][option]
-    run = next((p for p in (Path(known["source"]), *Path(known["source"]).parents[:2]) if (p/"config.yaml").is_file()), None)
-    trained = load_config(run/"config.yaml").get("config", {}) if run else {}
-    if option not in trained: raise UserError(f"{option}: is no option of sdcourse generate, nor of the run behind {source} ({known['source']}); it knows {', '.join([*known['made_by'], *trained][:8])} …")
+    trained = _trained_with(Path(known["source"]))
+    if option not in trained:
+        names = ", ".join([*known["made_by"], *trained][:8])
+        raise UserError(f"{option}: is no option of sdcourse generate, nor of the run behind {source} "
+                        f"({known['source']}); it knows {names} …")
     return trained[option]
 
+def _trained_with(model): # options, or {} where no run is known
+    "What a model was trained with: the run is its folder, or up to two above."
+    for folder in (model, *model.parents[:2]):
+        if (folder/"config.yaml").is_file(): return load_config(folder/"config.yaml").get("config", {})
+    return {}
+
+# %% ../../nbs/evaluation/08_report.ipynb #a54730bb
 def crossed(
     found: dict, # model -> list of `Number`
     at: dict, # model -> (value for the row, value for the column)
@@ -203,13 +302,16 @@ def crossed(
 ) -> str: # Markdown
     "A table for each measure."
     rows, cols = ([*dict.fromkeys(v[k] for v in at.values())] for k in (0, 1))
-    line, where = (lambda r: "| " + " | ".join(map(str, r)) + " |"), {v: m for m, v in at.items()}
+    where = {v: m for m, v in at.items()}
     text = ["", f"## By {options[0]} and {options[1]}"]
-    for k in dict.fromkeys(n.name for ns in found.values() for n in ns):
-        value = {m: next((interval_cell(n) for n in ns if n.name == k), "") for m, ns in found.items()}
-        text += ["", line([k, *(f"{options[1]} {c}" for c in cols)]), line(["---"] * (1 + len(cols))), *(line([f"{options[0]} {r}", *(value.get(where.get((r, c)), "") for c in cols)]) for r in rows)]
+    for k in _names(found):
+        value = {m: _cell(ns, k) for m, ns in found.items()}
+        head = [k, *(f"{options[1]} {c}" for c in cols)]
+        lines = [[f"{options[0]} {r}", *(value.get(where.get((r, c)), "") for c in cols)] for r in rows]
+        text += ["", *_table(head, lines)]
     return "\n".join(text) + "\n"
 
+# %% ../../nbs/evaluation/08_report.ipynb #bd501e53
 def curves(
     found: dict, # model -> list of `Number`
     at: dict, # model -> value of the option, a number
@@ -217,20 +319,32 @@ def curves(
     folder: Path, # for curve-….png
 ) -> str: # Markdown
     "One picture for each measure."
-    from sdcourse.plot import COLORS, pyplot, plot_curves
-    order, files = sorted(found, key=at.get), []
-    for k in dict.fromkeys(n.name for ns in found.values() for n in ns):
-        ns = [next((n for n in found[m] if n.name == k), None) for m in order]
+    from sdcourse.plot import pyplot
+    order = sorted(found, key=at.get)
+    files = []
+    for k in _names(found):
+        ns = [_named(found[m], k) for m in order]
         if None in ns: continue
-        band = [[n.low for n in ns], [n.high for n in ns]] if all(n.low is not None for n in ns) else []
-        best = min if not re.match(r"precision|recall|density|coverage|PSNR|SSIM|CLIP score|digit", k) else max
-        i = best(range(len(ns)), key=lambda i: ns[i].value)
-        ax = plot_curves({k: ([at[m] for m in order], [n.value for n in ns], *band)}, option, f"{k}, N = {ns[0].n}", f"best at {option} = {at[order[i]]:g}: {ns[i].value:.3g}", marker="o")
-        if ns[0].floor is not None: ax.axhspan(ns[0].floor, ns[0].floor_high, color=COLORS["truth"], alpha=0.3, lw=1)
-        files.append(f"curve-{re.sub(r'[^a-z0-9]+', '-', k.lower()).strip('-')}.png")
+        ax = _curve(ns, [at[m] for m in order], option)
+        name = re.sub(r"[^a-z0-9]+", "-", k.lower()).strip("-")
+        files.append(f"curve-{name}.png")
         ax.figure.savefig(folder/files[-1], dpi=110, facecolor="white")
         pyplot().close(ax.figure)
     return "\n".join(["", f"## Over {option}", "", *(f"![{f}]({f})" for f in files)]) + "\n"
+
+def _curve(ns, x, option): # axes
+    "One measure over the option, with its interval, the floor as a band, and the best point in the title."
+    from sdcourse.plot import COLORS, plot_curves
+    name = ns[0].name
+    floor = ns[0].floor
+    band = [[n.low for n in ns], [n.high for n in ns]] if all(n.low is not None for n in ns) else []
+    more_is_better = re.match(r"precision|recall|density|coverage|PSNR|SSIM|CLIP score|digit", name)
+    best = max if more_is_better else min
+    i = best(range(len(ns)), key=lambda i: ns[i].value)
+    ax = plot_curves({name: (x, [n.value for n in ns], *band)}, option, f"{name}, N = {ns[0].n}",
+                     f"best at {option} = {x[i]:g}: {ns[i].value:.3g}", marker="o")
+    if floor is not None: ax.axhspan(floor, ns[0].floor_high, color=COLORS["truth"], alpha=0.3, lw=1)
+    return ax
 
 # %% ../../nbs/evaluation/08_report.ipynb #07e7f7c1
 def lpips_of(cfg, extractor, device): # perceptual distance, or None
@@ -245,17 +359,80 @@ def lpips_of(cfg, extractor, device): # perceptual distance, or None
 def _models(sources, split):
     "Name -> judged set, all with pictures of the same ids."
     sets = {m: open_set(s, split) for m, s in zip(names_of(sources), sources)}
-    if stored := next((m for m, s in sets.items() if isinstance(s, Moments)), None): raise UserError(f"{stored}: statistics can be a --reference; of models the pictures are needed")
+    for m, s in sets.items():
+        if isinstance(s, Moments):
+            raise UserError(f"{m}: statistics can be a --reference; of models the pictures are needed")
     same_ids(sets)
     return sets
 
 def _options(sources, cfg):
     "Option -> model -> value; `UserError` when a curve or a table cannot be made of them."
-    at = {o: {m: option_of(s, o) for m, s in sources.items()} for o in (*filter(None, [cfg.curve]), *cfg.table)}
-    if odd := next((v for v in at.get(cfg.curve, {}).values() if isinstance(v, bool) or not isinstance(v, (int, float))), None): raise UserError(f"--curve {cfg.curve}: {odd!r} is no number; give --table for options that are words")
-    if cfg.table and len(set(zip(*(at[o].values() for o in cfg.table)))) < len(sources): raise UserError(f"--table {','.join(cfg.table)}: two models have the same values; give an option that differs")
+    names = (cfg.curve, *cfg.table) if cfg.curve else cfg.table
+    at = {o: {m: option_of(s, o) for m, s in sources.items()} for o in names}
+    odd = next((v for v in at.get(cfg.curve, {}).values() if not _is_number(v)), None)
+    if odd:
+        raise UserError(f"--curve {cfg.curve}: {odd!r} is no number; give --table for options that are words")
+    if cfg.table and len(set(zip(*(at[o].values() for o in cfg.table)))) < len(sources):
+        raise UserError(f"--table {','.join(cfg.table)}: two models have the same values; "
+                        "give an option that differs")
     return at
 
+def _is_number(v): return isinstance(v, (int, float)) and not isinstance(v, bool)
+
+# %% ../../nbs/evaluation/08_report.ipynb #bd3f3a26
+@dataclass
+class _Opened:
+    "What an evaluation reads."
+    sets: dict # model -> judged set
+    at: dict # option of a curve or a table -> model -> value
+    reference: object # set, or `Moments`
+    train: object # set, or None
+    extractor: object # the network
+    blocks: dict # model -> groups of its pictures, or None
+
+def _open(sources, cfg, device):
+    "Models, reference, training set and network; `UserError` when they do not go together."
+    sets = _models(sources, cfg.split)
+    at = _options(dict(zip(sets, sources)), cfg)
+    reference = open_set(cfg.reference, cfg.split)
+    train = open_set(cfg.train, "train") if cfg.train else None
+    extractor = extractor_of(cfg.extractor, device)
+    blocks = {m: blocks_of(s, reference, cfg.block_column) for m, s in sets.items()}
+    return _Opened(sets, at, reference, train, extractor, blocks)
+
+def _features(opened, ranks, batch):
+    "Features of models, reference and training set, computed by all ranks; None where there are no pictures."
+    def look(data): return features_over(opened.extractor, data, ranks=ranks, batch=batch)
+    with ranks.together():
+        b = None if isinstance(opened.reference, Moments) else look(opened.reference)
+        t = look(opened.train) if opened.train is not None else None
+        a = {m: look(s) for m, s in opened.sets.items()}
+    return a, b, t
+
+def _about(opened, sources, cfg):
+    "What made the numbers, for the record."
+    return dict(
+        reference=str(cfg.reference),
+        split=cfg.split,
+        reference_id=set_id(opened.reference),
+        train=cfg.train,
+        extractor=opened.extractor.how,
+        blocks=any(opened.blocks.values()),
+        sources=dict(zip(opened.sets, map(str, sources))),
+        ids={m: set_id(s) for m, s in opened.sets.items()},
+    )
+
+def _cases(opened, features, about, cfg, device): # model -> `Case`
+    a, b, t = features
+    how = opened.extractor.how | {"reference": about["reference_id"]}
+    out = {}
+    for m, s in opened.sets.items():
+        distance = lpips_of(cfg, opened.extractor, device)
+        out[m] = Case(s, opened.reference, opened.extractor, a[m], b, train=t, blocks=opened.blocks[m],
+                      distance=distance, how=how, draws=cfg.draws, force=cfg.force, seed=cfg.seed)
+    return out
+
+# %% ../../nbs/evaluation/08_report.ipynb #f4c2ee5d
 def evaluate(
     sources: list, # folders of models
     cfg: EvaluateOptions,
@@ -265,41 +442,55 @@ def evaluate(
     cfg.check()
     with begin(None, device=cfg.device, hang_seconds=cfg.hang_seconds) as j:
         use_cpu(cfg.threads, j.ranks.device.type)
-        with j.ranks.together():
-            sets = _models(sources, cfg.split)
-            names, at = list(sets), _options(dict(zip(sets, sources)), cfg)
-            reference, train = open_set(cfg.reference, cfg.split), open_set(cfg.train, "train") if cfg.train else None
-            extractor = extractor_of(cfg.extractor, j.ranks.device)
-            blocks = {m: blocks_of(s, reference, cfg.block_column) for m, s in sets.items()}
-        look = lambda data: features_over(extractor, data, ranks=j.ranks, batch=cfg.batch)
-        with j.ranks.together():
-            b = None if isinstance(reference, Moments) else look(reference)
-            t = look(train) if train is not None else None
-            a = {m: look(s) for m, s in sets.items()}
-        about = dict(reference=str(cfg.reference), split=cfg.split, reference_id=set_id(reference), train=cfg.train, extractor=extractor.how, blocks=any(blocks.values()), sources=dict(zip(names, map(str, sources))), ids={m: set_id(s) for m, s in sets.items()})
-        how = extractor.how | {"reference": about["reference_id"]}
-        cases = {m: Case(s, reference, extractor, a[m], b, train=t, blocks=blocks[m], distance=lpips_of(cfg, extractor, j.ranks.device), how=how, draws=cfg.draws, force=cfg.force, seed=cfg.seed) for m, s in sets.items()}
-        found, left = {}, {}
+        with j.ranks.together(): opened = _open(sources, cfg, j.ranks.device)
+        features = _features(opened, j.ranks, cfg.batch)
+        about = _about(opened, sources, cfg)
+        cases = _cases(opened, features, about, cfg, j.ranks.device)
+        found = {}
+        left = {}
         with j.ranks.together():
             if j.ranks.main:
-                for m in progress(list(cases), desc="measure", unit="model"): found[m], left = measure(cases[m], cfg.metrics)
-                _write(Path(cfg.out), cases, (found, left), (cfg, about, at))
+                for m in progress(list(cases), desc="measure", unit="model"):
+                    found[m], left = measure(cases[m], cfg.metrics)
+                _write(Path(cfg.out), cases, (found, left), (cfg, about, opened.at))
     return found
 
 def _write(out, cases, results, settings):
     "All files of a report."
     (found, left), (cfg, about, at) = results, settings
-    first, *rest = cases
-    kinds = set(cfg.metrics or METRICS) - left.keys()
-    others = [n for m in rest for n in paired_differences(f"{m} - {first}", cases[m], cases[first], kinds)]
+    others = _from_the_first(cases, set(cfg.metrics or METRICS) - left.keys())
     out.mkdir(parents=True, exist_ok=True)
-    text = markdown(found, others, left, about) + (curves(found, at[cfg.curve], cfg.curve, out) if cfg.curve else "") + (crossed(found, {m: tuple(at[o][m] for o in cfg.table) for m in found}, cfg.table) if cfg.table else "") + "\n![intervals](intervals.png)\n"
+    text = markdown(found, others, left, about) + _over_options(found, at, cfg, out)
+    text += "\n![intervals](intervals.png)\n"
     plot(found, out/"intervals.png")
     if cfg.pictures: text += table_of_pictures(cases, cfg.pictures, out)
-    if cfg.save_stats and (b := next(iter(cases.values())).b) is not None: save_stats(Stats(about["extractor"]).add(b), cfg.save_stats)
-    write_json(out/"evaluation.json", dict(about=about, options=asdict(cfg), numbers={m: [n.row() for n in ns] for m, ns in found.items()}, differences=[n.row() for n in others], left_out=left))
+    b = next(iter(cases.values())).b
+    if cfg.save_stats and b is not None: save_stats(Stats(about["extractor"]).add(b), cfg.save_stats)
+    write_json(out/"evaluation.json", _record(found, others, left, about, cfg))
     write_text(out/"README.md", text)
-    print(f"{out}: {', '.join(str(n) for n in next(iter(found.values()))[:2])} …" if len(found) == 1 else f"{out}: {len(found)} models, {sum(map(len, found.values()))} numbers")
+    print(f"{out}: {_summary(found)}")
+
+def _from_the_first(cases, kinds): # differences of all other models
+    first, *rest = cases
+    return [n for m in rest for n in paired_differences(f"{m} - {first}", cases[m], cases[first], kinds)]
+
+def _over_options(found, at, cfg, out): # Markdown, or ""
+    "The curve and the table that were asked for."
+    text = ""
+    if cfg.curve: text += curves(found, at[cfg.curve], cfg.curve, out)
+    if cfg.table: text += crossed(found, {m: tuple(at[o][m] for o in cfg.table) for m in found}, cfg.table)
+    return text
+
+def _record(found, others, left, about, cfg): # JSON-able
+    numbers = {m: [n.row() for n in ns] for m, ns in found.items()}
+    differences = [n.row() for n in others]
+    return dict(about=about, options=asdict(cfg), numbers=numbers, differences=differences, left_out=left)
+
+def _summary(found):
+    "The last line of the command."
+    if len(found) != 1: return f"{len(found)} models, {sum(map(len, found.values()))} numbers"
+    (numbers,) = found.values()
+    return f"{', '.join(map(str, numbers[:2]))} …"
 
 def evaluate_models(
     sources: list, # folders of models

@@ -21,7 +21,10 @@ class Stats:
     def __init__(self,
         how: dict | None = None, # what made the features: extractor, hash, resize, dtype; statistics of other origin are refused
     ):
-        self.n, self.mean, self.scatter, self.how = 0, None, None, dict(how or {})
+        self.n = 0
+        self.mean = None
+        self.scatter = None
+        self.how = dict(how or {})
 
     def add(self,
         features, # [b,d]
@@ -29,8 +32,13 @@ class Stats:
         "Take in a batch."
         x = torch.as_tensor(features).detach().cpu().double()
         if x.ndim != 2: raise UserError(f"features are [n,d], got {list(x.shape)}")
-        if not x.isfinite().all(): raise UserError(f"{int((~x.isfinite()).any(1).sum())} of {len(x)} features are not finite; look at the images, or at the extractor's precision")
-        if len(x): self._take(len(x), m := x.mean(0), (x - m).T @ (x - m))
+        if not x.isfinite().all():
+            bad = int((~x.isfinite()).any(1).sum())
+            raise UserError(f"{bad} of {len(x)} features are not finite; "
+                            "look at the images, or at the extractor's precision")
+        if len(x):
+            mean = x.mean(0)
+            self._take(len(x), mean, (x - mean).T @ (x - mean))
         return self
 
     def merge(self,
@@ -42,9 +50,15 @@ class Stats:
         return self
 
     def _take(self, n, mean, scatter):
-        if not self.n: self.n, self.mean, self.scatter = n, mean.clone(), scatter.clone(); return
-        if len(mean) != len(self.mean): raise UserError(f"features of {len(mean)} numbers do not go with features of {len(self.mean)}")
-        total, d = self.n + n, mean - self.mean
+        if not self.n:
+            self.n = n
+            self.mean = mean.clone()
+            self.scatter = scatter.clone()
+            return
+        if len(mean) != len(self.mean):
+            raise UserError(f"features of {len(mean)} numbers do not go with features of {len(self.mean)}")
+        total = self.n + n
+        d = mean - self.mean
         self.mean = self.mean + d * (n / total)
         self.scatter = self.scatter + scatter + torch.outer(d, d) * (self.n * n / total)
         self.n = total
@@ -71,7 +85,9 @@ def same_features(
 ):
     "`UserError` unless both come from the same extractor, resize and dtype, as far as both say."
     for k in (k for k in a.how if k in b.how):
-        if a.how[k] != b.how[k]: raise UserError(f"statistics of another {k} ({a.how[k]} and {b.how[k]}): numbers from different features cannot be compared; compute both in the same way")
+        if a.how[k] != b.how[k]:
+            raise UserError(f"statistics of another {k} ({a.how[k]} and {b.how[k]}): numbers from different "
+                            "features cannot be compared; compute both in the same way")
 
 # %% ../../nbs/evaluation/00_stats.ipynb #57212c50
 def save_stats(
@@ -81,8 +97,9 @@ def save_stats(
     "Write statistics, whole or not at all, so that pytorch-fid reads them too."
     path = Path(path)
     if path.suffix != ".npz": raise UserError(f"{path}: statistics end in .npz")
+    how = np.array(json.dumps(stats.how))
     with atomic_path(path) as tmp, open(tmp, "wb") as f:
-        np.savez(f, mu=stats.mean.numpy(), sigma=stats.cov.numpy(), n=np.int64(stats.n), how=np.array(json.dumps(stats.how)))
+        np.savez(f, mu=stats.mean.numpy(), sigma=stats.cov.numpy(), n=np.int64(stats.n), how=how)
 
 @dataclass(frozen=True)
 class Moments:
@@ -98,11 +115,19 @@ def load_stats(
     "Read statistics; `UserError` when they are none."
     try:
         with np.load(path, allow_pickle=False) as f:
-            mean, cov = torch.from_numpy(f["mu"].astype(np.float64)), torch.from_numpy(f["sigma"].astype(np.float64))
-            n, how = int(f["n"]) if "n" in f else 0, json.loads(str(f["how"])) if "how" in f else {}
+            mean = torch.from_numpy(f["mu"].astype(np.float64))
+            cov = torch.from_numpy(f["sigma"].astype(np.float64))
+            n = int(f["n"]) if "n" in f else 0
+            how = json.loads(str(f["how"])) if "how" in f else {}
     except FileNotFoundError: raise UserError(f"{path}: no such file") from None
-    except Exception as e: raise UserError(f"{path}: holds no statistics ({' '.join(str(e).split())[:80]}); expected arrays mu and sigma, as pytorch-fid writes them") from None
-    if mean.ndim != 1 or cov.shape != (len(mean), len(mean)) or not (mean.isfinite().all() and cov.isfinite().all()): raise UserError(f"{path}: mu {list(mean.shape)} and sigma {list(cov.shape)} do not go together, or are not finite")
+    except Exception as e:
+        why = " ".join(str(e).split())[:80]
+        raise UserError(f"{path}: holds no statistics ({why}); "
+                        "expected arrays mu and sigma, as pytorch-fid writes them") from None
+    fit = mean.ndim == 1 and cov.shape == (len(mean), len(mean))
+    if not fit or not (mean.isfinite().all() and cov.isfinite().all()):
+        raise UserError(f"{path}: mu {list(mean.shape)} and sigma {list(cov.shape)} "
+                        "do not go together, or are not finite")
     return Moments(n, mean, cov, how)
 
 # %% ../../nbs/evaluation/00_stats.ipynb #5b0c4fa8
@@ -129,15 +154,16 @@ def frechet(
     "Fréchet distance of two sets, with covariances divided by n - 1."
     a, b = (x if hasattr(x, "how") else Stats().add(x) for x in (a, b))
     same_features(a, b)
-    if len(a.mean) != len(b.mean): raise UserError(f"features of {len(a.mean)} and of {len(b.mean)} numbers cannot be compared")
+    if len(a.mean) != len(b.mean):
+        raise UserError(f"features of {len(a.mean)} and of {len(b.mean)} numbers cannot be compared")
     return frechet_gaussian(a.mean, a.cov, b.mean, b.cov)
 
 def bias(
     d: int, # numbers per feature
     n: int, # images on each side
 ) -> float: # expected distance of equal white Gaussians
-    "What the distance of identical sets is on average, although it should be 0: d^2/(2n) + 2d/n for white features and n > d. It falls with n, so only distances at the same n compare."
-    return d * d / (2 * n) + 2 * d / n
+    "Mean distance of identical sets, which should be 0: d^2/(2n) + 2d/n for white features and n > d."
+    return d * d / (2 * n) + 2 * d / n # falls with n, so only distances at the same n compare
 
 # %% ../../nbs/evaluation/00_stats.ipynb #9c6fa727
 def wilson(
@@ -145,8 +171,9 @@ def wilson(
     n: int, # of how many
     z: float = 1.959964, # two-sided 95 %
 ) -> dict: # value, n, low, high: all shares in [0,1]
-    "A share with its Wilson score interval (E. B. Wilson, 1927); `UserError` for more hits than pictures, or none."
-    if not 0 <= hits <= n or n < 1: raise UserError(f"{hits} hits of {n}: a share needs 0 <= hits <= n and n >= 1")
+    "A share with its Wilson score interval (1927); `UserError` for more hits than pictures, or none."
+    if not 0 <= hits <= n or n < 1:
+        raise UserError(f"{hits} hits of {n}: a share needs 0 <= hits <= n and n >= 1")
     p = hits / n
     d = 1 + z * z / n
     mid = (p + z * z / (2 * n)) / d
