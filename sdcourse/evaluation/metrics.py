@@ -146,6 +146,7 @@ class Case:
                             f"e.g. {lacking[0]}; generate them with --data of the reference")
         return [at[k] for k in of]
 
+# %% ../../nbs/evaluation/07_metrics.ipynb #b98b55d7
 def fd(c: Case):
     "Fréchet distance."
     draws = min(c.draws, 200 if c.a.shape[1] <= 256 else 10) # the root of a large matrix takes seconds
@@ -218,6 +219,7 @@ def _share(c, name, value, floor, n, note): # `Number`
     how = dict(c.how, seed=c.seed)
     return Number(c.label(name), value, n, low, high, floor, floor_high=floor, how=how, note=note)
 
+# %% ../../nbs/evaluation/07_metrics.ipynb #23540b73
 def pixels_of(data, rows): # [n,3,h,w] uint8 of some pictures; `UserError` unless they have one size
     "Pictures as bytes."
     images = [np.asarray(data.image(i).convert("RGB")) for i in rows]
@@ -273,6 +275,7 @@ def prompt_diversity(c: Case):
     n = sum(map(len, groups))
     return [Number.around(name, each.mean().item(), half, n, how=dict(c.how), note=f"{len(groups)} prompts")]
 
+# %% ../../nbs/evaluation/07_metrics.ipynb #3b8b5782
 def asked_share(c: Case):
     "Share of pictures that show what was asked for."
     from sdcourse.evaluation.judges import Tiny, asked_accuracy
@@ -333,6 +336,7 @@ def clip_score(c: Case):
     how = dict(c.how, seed=c.seed)
     return [Number.around("CLIP score", each.mean().item(), _half_of_mean(c, each), len(each), how=how)]
 
+# %% ../../nbs/evaluation/07_metrics.ipynb #c6a8fc20
 def memorised(c: Case):
     "Do samples lie closer to the training set than real pictures do? In features, at equal N."
     c.need("memorisation needs --train, the set that the model was trained on", c.train)
