@@ -10,7 +10,7 @@ import torch
 
 import sdcourse  # noqa: F401  (before lpips, which imports torchvision)
 from sdcourse.core import UserError
-from sdcourse.evaluation.pairwise import TRUNKS, Lpips, psnr, ssim, variety
+from sdcourse.evaluation.pairwise import TRUNKS, Lpips, diversity, psnr, ssim
 
 
 def smooth(n=4, size=64, seed=0):
@@ -133,9 +133,9 @@ def test_variety_compares_each_pair_once():
         return torch.zeros(len(a)).double()
 
     images = torch.arange(6, dtype=torch.uint8)[:, None, None, None].expand(6, 3, 4, 4)
-    variety(distance, images)
+    diversity(distance, images)
     assert sorted(seen) == [(i, j) for i in range(6) for j in range(i + 1, 6)]
-    assert len(variety(distance, images, pairs=4)) == 4
+    assert len(diversity(distance, images, pairs=4)) == 4
 
 
 def test_what_cannot_be_compared_is_one_line(alex, tmp_path, monkeypatch):
@@ -148,7 +148,7 @@ def test_what_cannot_be_compared_is_one_line(alex, tmp_path, monkeypatch):
     refused("are no pairs", lambda: alex(a, a[:2]))
     refused("expected uint8", lambda: psnr(a.float(), a))
     refused("10 x 64 pixels: SSIM needs 11", lambda: ssim(a[..., :10], a[..., :10]))
-    refused("1 image has no variety", lambda: variety(alex, a[:1]))
+    refused("1 image has no variety", lambda: diversity(alex, a[:1]))
     refused("give alex, vgg, squeeze", lambda: Lpips("resnet"))
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     refused(f"checkpoints/{TRUNKS['alex']}: no such file; put torchvision's", lambda: Lpips("alex"))

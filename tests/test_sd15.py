@@ -215,7 +215,7 @@ def test_the_shipped_model_draws_what_is_asked():
     """
     from diffusers import StableDiffusionPipeline
     from sdcourse.core import read_json
-    from sdcourse.evaluation.adherence import asked
+    from sdcourse.evaluation.adherence import adherence
     from sdcourse.models.dit import image_generators
 
     pipe = StableDiffusionPipeline.from_pretrained(shipped_folder("tiny-sd15"))
@@ -237,7 +237,7 @@ def test_the_shipped_model_draws_what_is_asked():
             - 1
         )
 
-    found = asked(draw, 30)
+    found = adherence(draw, 30)
     assert len(found) == 12 and all(n["value"] >= 0.9 for n in found.values()), found
     assert all(
         n["low"] >= 0.9 and n["n"] >= 200

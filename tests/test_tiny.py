@@ -290,7 +290,7 @@ def test_a_model_of_two_presets_goes_on_from_the_first(root, tmp_path, monkeypat
     "Through the command; the second training begins with what the first one exported."
     lies_in(root, monkeypatch)
     drawn = lambda draw, n: {"finite": dict(value=float(draw(["a red ring"], [0]).isfinite().all()), n=1)}
-    monkeypatch.setattr("sdcourse.evaluation.adherence.asked", drawn)
+    monkeypatch.setattr("sdcourse.evaluation.adherence.adherence", drawn)
     words = "--max-steps 2 --batch-size 4 --validate-every 0 --num-samples 0 --num-inference-steps 2 --threads 1 --device cpu --lr 1e-30".split()
     assert tiny.build(["tiny-sd15", *words, "--out", str(tmp_path / "run")]) == 0
     first, last = (

@@ -25,7 +25,7 @@ from sdcourse.engine.checkpoint import load_checkpoint
 from sdcourse.engine.loop import train
 from sdcourse.engine.order import key
 from sdcourse.engine.trackers import read_metrics
-from sdcourse.evaluation.adherence import asked
+from sdcourse.evaluation.adherence import adherence
 from sdcourse.evaluation.judges import Tiny
 from sdcourse.evaluation.memorise import memorisation
 from sdcourse.evaluation.stats import frechet
@@ -116,7 +116,7 @@ class Judge:
         }
         if not scenes:
             return row
-        left = asked(
+        left = adherence(
             lambda texts, seeds: task.images(
                 module, texts, list(seeds), guidance_scale=2.0, num_inference_steps=20
             ),

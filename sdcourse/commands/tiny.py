@@ -27,8 +27,8 @@ def halve(
     path.chmod(0o644)
 
 QUALITY = { # task: module:function of (name, root) -> what a model of it reaches on held-out data
-    "nets": "sdcourse.evaluation.judges:quality",
-    "sd15": "sdcourse.evaluation.adherence:quality",
+    "nets": "sdcourse.evaluation.judges:judge_quality",
+    "sd15": "sdcourse.evaluation.adherence:adherence_quality",
     "vae": "sdcourse.train.vae:quality",
 }
 

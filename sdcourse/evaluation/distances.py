@@ -17,9 +17,13 @@ from ..core import UserError
 def _pair(a, b, least=2):
     "Both sets in float64; `UserError` when they cannot be compared."
     a, b = (torch.as_tensor(x).detach().cpu().double() for x in (a, b))
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]: raise UserError(f"features are [n,d] and [m,d], got {list(a.shape)} and {list(b.shape)}")
-    if min(len(a), len(b)) < least: raise UserError(f"{min(len(a), len(b))} images are too few; this number needs at least {least} on each side")
-    if not (a.isfinite().all() and b.isfinite().all()): raise UserError("features are not finite; look at the images, or at the extractor's precision")
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise UserError(f"features are [n,d] and [m,d], got {list(a.shape)} and {list(b.shape)}")
+    n = min(len(a), len(b))
+    if n < least:
+        raise UserError(f"{n} images are too few; this number needs at least {least} on each side")
+    if not (a.isfinite().all() and b.isfinite().all()):
+        raise UserError("features are not finite; look at the images, or at the extractor's precision")
     return a, b
 
 # %% ../../nbs/evaluation/02_distances.ipynb #065447e7
@@ -37,7 +41,9 @@ def mmd2(
 ) -> float: # may be negative
     "Unbiased squared maximum mean discrepancy (Gretton et al. 2012, equation 3)."
     n, m = kab.shape
-    return ((kaa.sum() - kaa.trace()) / (n * (n - 1)) + (kbb.sum() - kbb.trace()) / (m * (m - 1)) - 2 * kab.mean()).item()
+    within_a = (kaa.sum() - kaa.trace()) / (n * (n - 1))
+    within_b = (kbb.sum() - kbb.trace()) / (m * (m - 1))
+    return (within_a + within_b - 2 * kab.mean()).item()
 
 def kid(
     a, # features of the judged pictures, [n,d]
@@ -46,14 +52,22 @@ def kid(
 ) -> dict: # value, se: in the unit of the kernel (papers often print 1000 times that)
     "Kernel distance with the cubic kernel (Binkowski et al. 2018) and its standard error."
     a, b = _pair(a, b, 4)
-    kaa, kbb, kab, whole = cubic(a, a), cubic(b, b), cubic(a, b), 0.
-    whole, parts = mmd2(kaa, kbb, kab), min(blocks, len(a) // 2, len(b) // 2)
-    part_a, part_b = (torch.randperm(len(x), generator=torch.Generator().manual_seed(0)) % parts for x in (a, b))
+    kaa, kbb, kab = cubic(a, a), cubic(b, b), cubic(a, b)
+    parts = min(blocks, len(a) // 2, len(b) // 2)
+    part_a, part_b = _random_parts(len(a), parts), _random_parts(len(b), parts)
     def without(p): # the p-th part of both sets left out
         i, j = part_a != p, part_b != p
         return mmd2(kaa[i][:, i], kbb[j][:, j], kab[i][:, j])
     left = torch.tensor([without(p) for p in range(parts)], dtype=torch.float64)
-    return dict(value=whole, se=((left - left.mean()).square().sum() * (parts - 1) / parts).sqrt().item())
+    return dict(value=mmd2(kaa, kbb, kab), se=_jackknife_error(left))
+
+def _random_parts(n, parts): # the part of each picture, [n]
+    return torch.randperm(n, generator=torch.Generator().manual_seed(0)) % parts
+
+def _jackknife_error(left): # values with each part left out in turn, [parts]
+    "Standard error of the value of all parts together."
+    parts = len(left)
+    return ((left - left.mean()).square().sum() * (parts - 1) / parts).sqrt().item()
 
 # %% ../../nbs/evaluation/02_distances.ipynb #b2db0566
 def cmmd(
@@ -63,7 +77,7 @@ def cmmd(
 ) -> float: # >= 0, times 1000
     "CLIP maximum mean discrepancy (Jayasumana et al. 2024, as their code has it)."
     a, b = (x / x.norm(dim=1, keepdim=True) for x in _pair(a, b))
-    mean = lambda x, y: _squares(x, y).div(-2 * sigma**2).exp().mean()
+    def mean(x, y): return _squares(x, y).div(-2 * sigma**2).exp().mean()
     return 1000 * (mean(a, a) + mean(b, b) - 2 * mean(a, b)).item()
 
 def _squares(x, y): return (x.square().sum(1)[:, None] + y.square().sum(1) - 2 * x @ y.T).clamp(min=0)
@@ -77,19 +91,32 @@ def prdc(
 ) -> dict: # precision, recall, density, coverage; n
     "Precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020)."
     a, b = _pair(a, b, k + 1)
-    if len(a) != len(b): raise UserError(f"{len(a)} images against {len(b)}: precision and recall depend on N; give equally many")
+    if len(a) != len(b):
+        raise UserError(f"{len(a)} images against {len(b)}: "
+                        "precision and recall depend on N; give equally many")
+    inside, recalled, covered = _in_balls(a, b, k, rows)
+    return dict(precision=_mean(inside > 0), recall=_mean(recalled), density=_mean(inside) / k,
+                coverage=_mean(covered), n=len(a))
+
+def _in_balls(a, b, k, rows):
+    "Real balls around each of a; which of b lie in a ball of a; which balls of b hold one of a: all [n]."
     ra, rb = _radii(a, k, rows), _radii(b, k, rows)
-    inside, recalled, covered = torch.zeros(len(a)), torch.zeros(len(b), dtype=torch.bool), torch.zeros(len(b), dtype=torch.bool)
+    inside = torch.zeros(len(a))
+    recalled = torch.zeros(len(b), dtype=torch.bool)
+    covered = torch.zeros(len(b), dtype=torch.bool)
     for i in range(0, len(a), rows):
         d = _distances(a[i : i + rows], b)
         inside[i : i + rows] = (d < rb).sum(1).float()
         covered |= (d < rb).any(0)
         recalled |= (d < ra[i : i + rows, None]).any(0)
-    share = lambda x: x.double().mean().item()
-    return dict(precision=share(inside > 0), recall=share(recalled), density=inside.double().mean().item() / k, coverage=share(covered), n=len(a))
+    return inside, recalled, covered
+
+def _radii(x, k, rows): # to the k-th neighbour of each, [n]
+    parts = [_distances(x[i : i + rows], x) for i in range(0, len(x), rows)]
+    return torch.cat([d.kthvalue(k + 1, dim=1).values for d in parts])
 
 def _distances(x, y): return torch.cdist(x, y, compute_mode="donot_use_mm_for_euclid_dist")
-def _radii(x, k, rows): return torch.cat([_distances(x[i : i + rows], x).kthvalue(k + 1, dim=1).values for i in range(0, len(x), rows)])
+def _mean(x): return x.double().mean().item()
 
 # %% ../../nbs/evaluation/02_distances.ipynb #66d8b3dd
 def spread(
@@ -101,15 +128,22 @@ def spread(
     seed: int = 0, # of the draws
 ) -> float: # standard deviation
     "How much a value varies from sample to sample (Efron 1979; by block: Kunsch 1989)."
+    members = None if blocks is None else _members(blocks, n)
     g = torch.Generator().manual_seed(seed)
-    groups = torch.arange(n) if blocks is None else torch.unique(torch.as_tensor([hash_of(x) for x in blocks]), return_inverse=True)[1]
-    if len(groups) != n: raise UserError(f"{len(groups)} blocks for {n} images: give one per image")
-    members = [(groups == k).nonzero().flatten() for k in range(int(groups.max()) + 1)] if blocks is not None else None
-    if members is not None and len(members) < 2: raise UserError("all images are of one block: nothing is known about how others would vary")
     def rows():
         if members is None: return torch.randint(n, (n,), generator=g)
-        return torch.cat([members[k] for k in torch.randint(len(members), (len(members),), generator=g).tolist()])
+        drawn = torch.randint(len(members), (len(members),), generator=g)
+        return torch.cat([members[k] for k in drawn.tolist()])
     return torch.tensor([fn(rows()) for _ in range(draws)], dtype=torch.float64).std().item()
+
+def _members(blocks, n): # a list for each block
+    "Rows of the pictures of each block; `UserError` when there is only one block."
+    groups = torch.unique(torch.as_tensor([hash_of(x) for x in blocks]), return_inverse=True)[1]
+    if len(groups) != n: raise UserError(f"{len(groups)} blocks for {n} images: give one per image")
+    members = [(groups == k).nonzero().flatten() for k in range(int(groups.max()) + 1)]
+    if len(members) < 2:
+        raise UserError("all images are of one block: nothing is known about how others would vary")
+    return members
 
 def hash_of(
     x, # a name or a number
@@ -149,8 +183,11 @@ class Number:
         return {k: v for k, v in asdict(self).items() if v not in (None, "", {})}
 
     def __str__(self):
-        said = f"{self.name} {self.value:.3g}" + (f" [{self.low:.3g}, {self.high:.3g}]" if self.low is not None else "") + f" at N={self.n}"
-        if self.floor is not None: said += f"; real against real {self.floor:.3g} (up to {self.floor_high:.3g})"
+        said = f"{self.name} {self.value:.3g}"
+        if self.low is not None: said += f" [{self.low:.3g}, {self.high:.3g}]"
+        said += f" at N={self.n}"
+        if self.floor is not None:
+            said += f"; real against real {self.floor:.3g} (up to {self.floor_high:.3g})"
         return said + (f" ({self.note})" if self.note else "")
 
 FID_LEAST = 2048 # below it the covariance of Inception's features is singular
@@ -170,16 +207,25 @@ def measured(
     seed: int = 0, # of bootstrap and floor
 ) -> Number:
     "A value with its interval and its floor; `UserError` for a FID of too few pictures, unless forced."
-    n, note = len(a), ""
-    if name.startswith("FID") and min(n, len(b)) < FID_LEAST:
-        if not force: raise UserError(f"{name} of {min(n, len(b))} images says nothing: below {FID_LEAST:,} it is mostly bias (about {bias_of(a, n):.3g} between equal sets); use KID, or force it")
-        note = f"biased: N={min(n, len(b))} is below {FID_LEAST:,}"
-    value, half = fn(a, b), None
+    n = len(a)
+    note = _bias_note(name, a, b, force)
+    value = fn(a, b)
+    half = None
     if draws: half = 1.959964 * spread(lambda rows: fn(a[rows], b), n, blocks=blocks, draws=draws, seed=seed)
     floors = real_floors(fn, real, b, n, seed, classes=classes) if real is not None else []
     floor = sum(floors) / len(floors) if floors else None
+    highest = max(floors, default=None)
     how = dict(how or {}) | {"seed": seed}
-    return Number.around(name, value, half, n, floor=floor, floor_high=max(floors, default=None), how=how, note=note)
+    return Number.around(name, value, half, n, floor=floor, floor_high=highest, how=how, note=note)
+
+def _bias_note(name, a, b, force): # empty where nothing must be said
+    "What must be said with a FID of too few pictures; `UserError` unless it is forced."
+    n = min(len(a), len(b))
+    if not name.startswith("FID") or n >= FID_LEAST: return ""
+    if not force:
+        raise UserError(f"{name} of {n} images says nothing: below {FID_LEAST:,} it is mostly bias "
+                        f"(about {bias_of(a, len(a)):.3g} between equal sets); use KID, or force it")
+    return f"biased: N={n} is below {FID_LEAST:,}"
 
 def bias_of(a, n): # features, their number
     "The law of the bias for features of this width."
@@ -217,7 +263,8 @@ def paired(
 ) -> Number: # mean of ours - theirs
     "The mean difference of pairs with its interval."
     a, b = (torch.as_tensor(x, dtype=torch.float64) for x in (ours, theirs))
-    if a.ndim != 1 or a.shape != b.shape or len(a) < 2: raise UserError(f"pairs are [n] and [n] with n >= 2, got {list(a.shape)} and {list(b.shape)}")
+    if a.ndim != 1 or a.shape != b.shape or len(a) < 2:
+        raise UserError(f"pairs are [n] and [n] with n >= 2, got {list(a.shape)} and {list(b.shape)}")
     d = a - b
     half = 1.959964 * spread(lambda rows: d[rows].mean().item(), len(d), blocks=blocks, draws=1000, seed=seed)
     return Number.around(name, d.mean().item(), half, len(d), how=dict(how or {}) | {"seed": seed})

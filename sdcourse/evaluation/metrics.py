@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'extractor_of', 'Digits', 'open_set', 'set_id', 'features_over', 'Case', 'fd', 'kernel', 'clip_mmd',
-           'shares', 'pixels_of', 'per_picture', 'paired_truth', 'variety', 'asked', 'clip_cosines', 'clip_score',
-           'memorised', 'measure', 'measure_digits']
+           'shares', 'pixels_of', 'per_picture', 'paired_truth', 'prompt_diversity', 'asked_share', 'clip_cosines',
+           'clip_score', 'memorised', 'measure', 'measure_digits']
 
 # %% ../../nbs/evaluation/07_metrics.ipynb #929fda91
 import hashlib
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from ..core import UserError, nearest
 from ..data.sets.digits import digits
-from .distances import Number, real_floors, cmmd, cubic, kid, measured, mmd2, prdc, spread
+from .distances import Number, cmmd, cubic, kid, measured, mmd2, prdc, real_floors, spread
 from .memorise import closeness, neighbours
 from .stats import Moments, frechet, load_stats, wilson
 
@@ -29,11 +29,13 @@ def extractor_of(
 ): # called with pictures, it gives features
     "A feature network by its name."
     from sdcourse.evaluation.features import Inception, Vision
-    from sdcourse.evaluation.judges import NAMES, Tiny
+    from sdcourse.evaluation.judges import TINY_NETWORKS, Tiny
     kind, _, where = name.partition(":")
-    if kind in NAMES: return Tiny(kind, device=device)
+    if kind in TINY_NETWORKS: return Tiny(kind, device=device)
     if kind == "inception": return Inception(where, device=device)
-    if kind not in ("dinov2", "clip", "siglip"): raise UserError(f"--extractor {name}: {nearest(kind, (*NAMES, 'inception', 'dinov2', 'clip', 'siglip'))}")
+    if kind not in ("dinov2", "clip", "siglip"):
+        known = (*TINY_NETWORKS, "inception", "dinov2", "clip", "siglip")
+        raise UserError(f"--extractor {name}: {nearest(kind, known)}")
     if not where: raise UserError(f"--extractor {kind}: give the folder of its weights, {kind}:FOLDER")
     found = Vision(where, device=device)
     if not found.name.startswith(kind): raise UserError(f"--extractor {name}: {where} holds a {found.name}")
@@ -43,7 +45,8 @@ def extractor_of(
 # %% ../../nbs/evaluation/07_metrics.ipynb #a3853193
 class Digits:
     "The built-in digits as a set: ids, rows and pictures."
-    classes, licence = tuple("0123456789"), "CC BY 4.0 (UCI)"
+    classes = tuple("0123456789")
+    licence = "CC BY 4.0 (UCI)"
     def __init__(self, split):
         self.tensors = digits("train" if split == "train" else "test").tensors
         self.ids = [str(i) for i in self.tensors["id"].tolist()]
@@ -64,15 +67,17 @@ def open_set(
     from sdcourse.dataset import pictures
     if str(source).endswith(".npz"): return load_stats(source)
     found = Digits(split) if str(source) == "digits" else pictures(source, split)
-    if len(found) < 2: raise UserError(f"{source}: holds {len(found)} picture; a number about a set needs at least two")
+    if len(found) < 2:
+        raise UserError(f"{source}: holds {len(found)} picture; a number about a set needs at least two")
     return found
 
 def set_id(
     data, # of `open_set`
 ) -> str: # 16 hexadecimal digits
     "A name for a set, from its pictures."
-    if isinstance(data, Moments): return hashlib.sha256(data.mean.numpy().tobytes() + data.cov.numpy().tobytes()).hexdigest()[:16]
-    return hashlib.sha256("\n".join(f"{k} {data.digest(i)}" for i, k in enumerate(data.ids)).encode()).hexdigest()[:16]
+    if isinstance(data, Moments): said = data.mean.numpy().tobytes() + data.cov.numpy().tobytes()
+    else: said = "\n".join(f"{k} {data.digest(i)}" for i, k in enumerate(data.ids)).encode()
+    return hashlib.sha256(said).hexdigest()[:16]
 
 def features_over(
     extractor, # of `extractor_of`
@@ -88,7 +93,8 @@ def features_over(
     own = torch.cat(parts).float().numpy() if parts else None
     if ranks is None or ranks.world == 1: return torch.from_numpy(own)
     found = ranks.gather(own)
-    whole = np.empty((len(data), next(f for f in found if f is not None).shape[1]), np.float32)
+    width = next(f.shape[1] for f in found if f is not None)
+    whole = np.empty((len(data), width), np.float32)
     for r, part in enumerate(found):
         if part is not None: whole[r :: ranks.world] = part
     return torch.from_numpy(whole)
@@ -111,7 +117,10 @@ class Case:
     force: bool = False # a FID of too few pictures too
     seed: int = 0 # of bootstrap and floors
 
-    def label(self, name): return ("FID" if name == "FD" else name) if self.extractor.name == "inception" and name in ("FD",) else f"{name}[{self.extractor.name}]"
+    def label(self, name):
+        if name == "FD" and self.extractor.name == "inception": return "FID"
+        return f"{name}[{self.extractor.name}]"
+
     def real(self): # [m,d], or None where there are fewer than judged ones, in all or of a class
         if self.train is None or len(self.train) < len(self.a): return None
         if self.classes is None: return self.train
@@ -127,24 +136,34 @@ class Case:
 
     def rows(self) -> list: # number in the reference of each judged picture
         "Judged pictures by the id of the truth; `UserError` when they do not pair."
-        if isinstance(self.reference, Moments): raise UserError("statistics hold no pictures: give a data set as --reference")
+        if isinstance(self.reference, Moments):
+            raise UserError("statistics hold no pictures: give a data set as --reference")
         at = {str(k): i for i, k in enumerate(self.reference.ids)}
         of = [str(self.data.row(i).get("of", k)) for i, k in enumerate(self.data.ids)]
-        if lacking := [k for k in of if k not in at]: raise UserError(f"{len(lacking)} of {len(of)} pictures have no truth with their id, e.g. {lacking[0]}; generate them with --data of the reference")
+        lacking = [k for k in of if k not in at]
+        if lacking:
+            raise UserError(f"{len(lacking)} of {len(of)} pictures have no truth with their id, "
+                            f"e.g. {lacking[0]}; generate them with --data of the reference")
         return [at[k] for k in of]
 
+# %% ../../nbs/evaluation/07_metrics.ipynb #b98b55d7
 def fd(c: Case):
     "Fréchet distance."
-    b = c.reference if c.b is None else c.b
-    fn = (lambda x, y: frechet(x, y)) if c.b is not None else (lambda x, y: frechet(_with(x, c.how), y))
     draws = min(c.draws, 200 if c.a.shape[1] <= 256 else 10) # the root of a large matrix takes seconds
-    if c.b is None:
-        if c.label("FD") == "FID" and len(c.a) < 2048 and not c.force: return [measured("FID", fn, c.a, c.a)] # refuses
-        half = None
-        if draws: half = 1.959964 * spread(lambda r: fn(c.a[r], b), len(c.a), blocks=c.blocks, draws=draws, seed=c.seed)
-        return [Number.around(c.label("FD"), fn(c.a, b), half, len(c.a), how=dict(c.how, seed=c.seed))]
-    return [measured(c.label("FD"), fn, c.a, b, real=c.real(), classes=c.classes, blocks=c.blocks, draws=draws,
-                     how=c.how, force=c.force, seed=c.seed)]
+    if c.b is None: return [_fd_to_statistics(c, draws)]
+    return [measured(c.label("FD"), frechet, c.a, c.b, real=c.real(), classes=c.classes, blocks=c.blocks,
+                     draws=draws, how=c.how, force=c.force, seed=c.seed)]
+
+def _fd_to_statistics(c, draws):
+    "To a reference without pictures: nothing is known about its N, and there is no floor."
+    def fn(x, y): return frechet(_with(x, c.how), y)
+    name = c.label("FD")
+    if name == "FID" and len(c.a) < 2048 and not c.force: return measured(name, fn, c.a, c.a) # refuses
+    half = None
+    if draws:
+        half = 1.959964 * spread(lambda rows: fn(c.a[rows], c.reference), len(c.a), blocks=c.blocks,
+                                 draws=draws, seed=c.seed)
+    return Number.around(name, fn(c.a, c.reference), half, len(c.a), how=dict(c.how, seed=c.seed))
 
 def _with(x, how):
     from sdcourse.evaluation.stats import Stats
@@ -154,76 +173,122 @@ def kernel(c: Case):
     "Kernel distance."
     c.need("KID needs the pictures of the reference, and statistics hold none", c.b)
     found = kid(c.a, c.b)
-    only = lambda x, y: mmd2(*(cubic(p.double(), q.double()) for p, q in ((x, x), (y, y), (x, y))))
+    def value(x, y): # without its error
+        x, y = x.double(), y.double()
+        return mmd2(cubic(x, x), cubic(y, y), cubic(x, y))
     real = c.real()
-    floors = real_floors(only, real, c.b, len(c.a), c.seed, classes=c.classes) if real is not None else []
+    floors = real_floors(value, real, c.b, len(c.a), c.seed, classes=c.classes) if real is not None else []
     half = 1.959964 * found["se"]
     floor = sum(floors) / len(floors) if floors else None
+    highest = max(floors, default=None)
     how = dict(c.how, seed=c.seed)
-    return [Number.around(c.label("KID"), found["value"], half, len(c.a), floor=floor, floor_high=max(floors, default=None), how=how)]
+    return [Number.around(c.label("KID"), found["value"], half, len(c.a),
+                          floor=floor, floor_high=highest, how=how)]
 
 def clip_mmd(c: Case):
     "Distance of CLIP's features."
-    c.need(f"CMMD is defined for CLIP, and the extractor is {c.extractor.name}", c.extractor.name.startswith("clip"))
+    net = c.extractor.name
+    c.need(f"CMMD is defined for CLIP, and the extractor is {net}", net.startswith("clip"))
     c.need("CMMD needs the pictures of the reference, and statistics hold none", c.b)
-    return [measured("CMMD", cmmd, c.a, c.b, real=c.real(), blocks=c.blocks, draws=min(c.draws, 50), how=c.how, seed=c.seed)]
+    return [measured("CMMD", cmmd, c.a, c.b, real=c.real(), blocks=c.blocks, draws=min(c.draws, 50),
+                     how=c.how, seed=c.seed)]
 
 def shares(c: Case):
     "Precision, recall, density, coverage, at equal N."
     c.need("precision and recall need the pictures of the reference, and statistics hold none", c.b)
     n = min(len(c.a), len(c.b))
-    pick = lambda x: x[torch.randperm(len(x), generator=torch.Generator().manual_seed(c.seed))[:n].sort().values]
-    found, floor = prdc(pick(c.a), pick(c.b)), prdc(pick(c.train), pick(c.b)) if c.train is not None and len(c.train) >= n else {}
+    b = _drawn(c.b, n, c.seed)
+    found = prdc(_drawn(c.a, n, c.seed), b)
+    floor = {}
+    if c.train is not None and len(c.train) >= n: floor = prdc(_drawn(c.train, n, c.seed), b)
     note = "" if n == len(c.a) == len(c.b) else f"{n} of {len(c.a)} and {len(c.b)} pictures, drawn at random"
-    sure = lambda k: {} if k == "density" else {q: wilson(round(found[k] * n), n)[q] for q in ("low", "high")} # shares of n pictures
-    return [Number(c.label(k), found[k], n, **sure(k), floor=floor.get(k), floor_high=floor.get(k), how=dict(c.how, seed=c.seed), note=note) for k in ("precision", "recall", "density", "coverage")]
+    names = ("precision", "recall", "density", "coverage")
+    return [_share(c, k, found[k], floor.get(k), n, note) for k in names]
 
+def _drawn(x, n, seed): # [n,d], in their order
+    "So many features, chosen at random."
+    g = torch.Generator().manual_seed(seed)
+    return x[torch.randperm(len(x), generator=g)[:n].sort().values]
+
+def _share(c, name, value, floor, n, note): # `Number`
+    "One of the four, with its interval; density is no share of n pictures and has none."
+    low, high = None, None
+    if name != "density":
+        interval = wilson(round(value * n), n)
+        low, high = interval["low"], interval["high"]
+    how = dict(c.how, seed=c.seed)
+    return Number(c.label(name), value, n, low, high, floor, floor_high=floor, how=how, note=note)
+
+# %% ../../nbs/evaluation/07_metrics.ipynb #23540b73
 def pixels_of(data, rows): # [n,3,h,w] uint8 of some pictures; `UserError` unless they have one size
     "Pictures as bytes."
     images = [np.asarray(data.image(i).convert("RGB")) for i in rows]
-    odd = next((i for i, im in zip(rows, images) if im.shape != images[0].shape), None)
-    if odd is not None: raise UserError(f"{data.ids[odd]}: is {images[rows.index(odd)].shape[1]} x {images[rows.index(odd)].shape[0]} pixels and others are {images[0].shape[1]} x {images[0].shape[0]}; make them one size first")
+    for i, image in zip(rows, images):
+        if image.shape != images[0].shape:
+            one, others = (f"{w} x {h}" for h, w, _ in (image.shape, images[0].shape))
+            raise UserError(f"{data.ids[i]}: is {one} pixels and others are {others}; "
+                            "make them one size first")
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()
 
 def per_picture(c: Case) -> dict: # measure -> [n] float64
     "Each judged picture against its truth: LPIPS, PSNR, SSIM."
     from sdcourse.evaluation.pairwise import psnr, ssim
     rows = c.rows()
-    ours, truth = pixels_of(c.data, list(range(len(c.data)))), pixels_of(c.reference, rows)
-    if ours.shape != truth.shape: raise UserError(f"pictures are {ours.shape[3]} x {ours.shape[2]} and the reference {truth.shape[3]} x {truth.shape[2]} pixels; sdcourse copy-images DATA OUT --size brings the truth to the same size")
-    found = {c.distance.name: c.distance(ours, truth)} if c.distance else {}
-    return found | {"PSNR": psnr(ours, truth)} | ({"SSIM": ssim(ours, truth)} if min(ours.shape[2:]) >= 11 else {})
+    ours = pixels_of(c.data, list(range(len(c.data))))
+    truth = pixels_of(c.reference, rows)
+    if ours.shape != truth.shape:
+        size, other = (f"{x.shape[3]} x {x.shape[2]}" for x in (ours, truth))
+        raise UserError(f"pictures are {size} and the reference {other} pixels; "
+                        "sdcourse copy-images DATA OUT --size brings the truth to the same size")
+    found = {}
+    if c.distance: found[c.distance.name] = c.distance(ours, truth)
+    found["PSNR"] = psnr(ours, truth)
+    if min(ours.shape[2:]) >= 11: found["SSIM"] = ssim(ours, truth)
+    return found
 
 def paired_truth(c: Case):
     "Mean LPIPS, PSNR and SSIM to the truth of the same id."
     out = []
     for name, each in c.each.items():
-        half = 1.959964 * spread(lambda r: each[r].mean().item(), len(each), blocks=c.blocks, draws=1000, seed=c.seed)
-        out.append(Number.around(name, each.mean().item(), half, len(each), how=dict(c.how, seed=c.seed)))
+        how = dict(c.how, seed=c.seed)
+        out.append(Number.around(name, each.mean().item(), _half_of_mean(c, each), len(each), how=how))
     return out
 
-def variety(c: Case):
+def _half_of_mean(c, each): # each: [n], a value of each judged picture
+    "Half of the interval of the mean."
+    def mean(rows): return each[rows].mean().item()
+    return 1.959964 * spread(mean, len(each), blocks=c.blocks, draws=1000, seed=c.seed)
+
+def prompt_diversity(c: Case):
     "Mean perceptual distance between pictures of the same prompt."
-    from sdcourse.evaluation.pairwise import variety as between
-    groups = {}
+    from sdcourse.evaluation.pairwise import diversity
+    by_prompt = {}
     for i in range(len(c.data)):
-        if (of := c.data.row(i).get("of")) is not None: groups.setdefault(str(of), []).append(i)
-    groups = [g for g in groups.values() if len(g) > 1]
-    c.need("variety needs several pictures of each prompt: sdcourse generate --images-per-prompt 4", bool(groups))
-    each = torch.stack([between(c.distance, pixels_of(c.data, g), seed=c.seed).mean() for g in groups])
+        of = c.data.row(i).get("of")
+        if of is not None: by_prompt.setdefault(str(of), []).append(i)
+    groups = [g for g in by_prompt.values() if len(g) > 1]
+    c.need("variety needs several pictures of each prompt: sdcourse generate --images-per-prompt 4",
+           bool(groups))
+    each = torch.stack([diversity(c.distance, pixels_of(c.data, g), seed=c.seed).mean() for g in groups])
     half = 1.959964 * each.std().item() / len(each) ** 0.5 if len(each) > 1 else None
-    name, n = f"variety, {c.distance.name}", sum(map(len, groups))
+    name = f"variety, {c.distance.name}"
+    n = sum(map(len, groups))
     return [Number.around(name, each.mean().item(), half, n, how=dict(c.how), note=f"{len(groups)} prompts")]
 
-def asked(c: Case):
+# %% ../../nbs/evaluation/07_metrics.ipynb #3b8b5782
+def asked_share(c: Case):
     "Share of pictures that show what was asked for."
     from sdcourse.evaluation.judges import Tiny, asked_accuracy
-    c.need(f"the share that shows what was asked needs a tiny network, and the extractor is {c.extractor.name}", isinstance(c.extractor, Tiny))
-    rows, known = [c.data.row(i) for i in range(len(c.data))], c.extractor.attributes
+    net = c.extractor
+    c.need(f"the share that shows what was asked needs a tiny network, and the extractor is {net.name}",
+           isinstance(net, Tiny))
+    known = net.attributes
+    rows = [c.data.row(i) for i in range(len(c.data))]
     want = {q: [r.get(q, -1) for r in rows] for q in known if any(q in r for r in rows)}
     if "digit" in known and "label" in rows[0]: want["digit"] = [r["label"] for r in rows]
-    c.need(f"nothing was asked that {c.extractor.name} is asked about: {', '.join(list(known)[:6])} …", bool(want))
-    return [Number(n.name, n.value, n.n, n.low, n.high, how=c.how) for n in asked_accuracy(c.extractor, pixels_of(c.data, list(range(len(rows)))), want)]
+    c.need(f"nothing was asked that {net.name} is asked about: {', '.join(list(known)[:6])} …", bool(want))
+    found = asked_accuracy(net, pixels_of(c.data, list(range(len(rows)))), want)
+    return [replace(n, how=c.how) for n in found]
 
 @torch.no_grad()
 def clip_cosines(
@@ -234,40 +299,70 @@ def clip_cosines(
     device="cpu", # where to compute
 ): # [n] float64
     "Cosine of picture and caption."
-    from sdcourse.models.files import local_folder, quiet
-    from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
-    where, out = local_folder(folder), []
-    try:
-        with quiet(): model, words, look = CLIPModel.from_pretrained(where, use_safetensors=True).to(device).eval(), AutoTokenizer.from_pretrained(where), AutoImageProcessor.from_pretrained(where, backend="pil")
-    except Exception as e: raise UserError(f"{where}: is no whole CLIP with tokenizer and image processor ({' '.join(str(e).split())[:120]})") from None
+    model, words, look = _open_clip(folder, device)
+    longest = model.config.text_config.max_position_embeddings
+    cut = dict(padding=True, truncation=True, max_length=longest)
+    out = []
     for i in range(0, len(images), batch):
-        text = words(texts[i : i + batch], padding=True, truncation=True, max_length=model.config.text_config.max_position_embeddings, return_tensors="pt").to(device)
-        found = model(**text, **look(images=images[i : i + batch], return_tensors="pt").to(device))
+        text = words(texts[i : i + batch], **cut, return_tensors="pt").to(device)
+        pixels = look(images=images[i : i + batch], return_tensors="pt").to(device)
+        found = model(**text, **pixels)
         out.append(F.cosine_similarity(found.image_embeds.double(), found.text_embeds.double()).cpu())
     return torch.cat(out)
 
+def _open_clip(folder, device): # model, tokenizer, image processor
+    "A whole CLIP; `UserError` when a part is missing."
+    from sdcourse.models.files import local_folder, quiet
+    from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel
+    where = local_folder(folder)
+    try:
+        with quiet():
+            model = CLIPModel.from_pretrained(where, use_safetensors=True).to(device).eval()
+            words = AutoTokenizer.from_pretrained(where)
+            look = AutoImageProcessor.from_pretrained(where, backend="pil")
+    except Exception as e:
+        why = " ".join(str(e).split())[:120]
+        raise UserError(f"{where}: is no whole CLIP with tokenizer and image processor ({why})") from None
+    return model, words, look
+
 def clip_score(c: Case):
-    "100 max(0, cosine) of picture and caption, the mean (Hessel et al. 2021; their 2.5 is 100 here, as most tools have it)."
-    c.need(f"CLIP score needs --extractor clip:FOLDER, and the extractor is {c.extractor.name}", c.extractor.name.startswith("clip"))
+    "The mean of max(0, cosine) of picture and caption (Hessel et al. 2021), times 100 instead of their 2.5."
+    net = c.extractor.name
+    c.need(f"CLIP score needs --extractor clip:FOLDER, and the extractor is {net}", net.startswith("clip"))
     texts = [(c.data.row(i).get("texts") or [None])[0] for i in range(len(c.data))]
     c.need("CLIP score needs captions, and the judged pictures have none", None not in texts)
-    each = 100 * clip_cosines(c.extractor.folder, [c.data.image(i) for i in range(len(c.data))], texts).clamp(min=0)
-    half = 1.959964 * spread(lambda r: each[r].mean().item(), len(each), blocks=c.blocks, draws=1000, seed=c.seed)
-    return [Number.around("CLIP score", each.mean().item(), half, len(each), how=dict(c.how, seed=c.seed))]
+    images = [c.data.image(i) for i in range(len(c.data))]
+    each = 100 * clip_cosines(c.extractor.folder, images, texts).clamp(min=0) # 100, as most tools have it
+    how = dict(c.how, seed=c.seed)
+    return [Number.around("CLIP score", each.mean().item(), _half_of_mean(c, each), len(each), how=how)]
 
+# %% ../../nbs/evaluation/07_metrics.ipynb #c6a8fc20
 def memorised(c: Case):
     "Do samples lie closer to the training set than real pictures do? In features, at equal N."
     c.need("memorisation needs --train, the set that the model was trained on", c.train)
     c.need("memorisation needs the pictures of the reference, and statistics hold none", c.b)
     ours, real = (neighbours(x, c.train)[1] for x in (c.a, c.b))
-    found, below = closeness(ours, real), (ours[:, None] < real).double().mean(1)
-    half = 1.959964 * spread(lambda r: below[r].mean().item(), len(ours), blocks=c.blocks, draws=1000, seed=c.seed)
-    new = dict(floor=0.5, floor_high=0.5, note="0.5 for new real pictures, 1 for copies")
-    closer = Number.around(f"closer to training{c.label('')}", found["closer"], half, len(c.a), how=dict(c.how, seed=c.seed), **new)
-    few = dict(floor=0.05, floor_high=0.05, note="as close as the closest 5 % of real pictures")
-    return [closer, Number(f"copies{c.label('')}", found["copies"], len(c.a), how=dict(c.how), **few)]
+    found = closeness(ours, real)
+    half = _half_of_mean(c, (ours[:, None] < real).double().mean(1))
+    closer = Number.around(f"closer to training{c.label('')}", found["closer"], half, len(c.a),
+                           floor=0.5, floor_high=0.5, how=dict(c.how, seed=c.seed),
+                           note="0.5 for new real pictures, 1 for copies")
+    copies = Number(f"copies{c.label('')}", found["copies"], len(c.a),
+                    floor=0.05, floor_high=0.05, how=dict(c.how),
+                    note="as close as the closest 5 % of real pictures")
+    return [closer, copies]
 
-METRICS = {"fd": fd, "kid": kernel, "cmmd": clip_mmd, "prdc": shares, "memorisation": memorised, "asked": asked, "pairs": paired_truth, "variety": variety, "clip-score": clip_score} # name -> function of a `Case`
+METRICS = { # name -> function of a `Case`
+    "fd": fd,
+    "kid": kernel,
+    "cmmd": clip_mmd,
+    "prdc": shares,
+    "memorisation": memorised,
+    "asked": asked_share,
+    "pairs": paired_truth,
+    "variety": prompt_diversity,
+    "clip-score": clip_score,
+}
 
 def measure(
     case: Case, # what is judged, and against what
@@ -276,7 +371,8 @@ def measure(
     "Numbers of a judged set; `UserError` when a measure that was asked for by name cannot be had."
     for name in names:
         if name not in METRICS: raise UserError(f"--metrics {name}: {nearest(name, METRICS)}")
-    out, left = [], {}
+    out = []
+    left = {}
     for name in names or METRICS:
         try: out += METRICS[name](case)
         except UserError as e:
@@ -287,7 +383,7 @@ def measure(
 # %% ../../nbs/evaluation/07_metrics.ipynb #fcd8e7e2
 @cache
 def _real_digits():
-    "tiny-digits, its features of held-out digits, features and classes of training digits, and its share on held-out ones."
+    "tiny-digits, its features of held-out and training digits, classes of these, its share on held-out ones."
     from sdcourse.evaluation.judges import asked_accuracy
     from sdcourse.plot import to_uint8
     net = extractor_of("tiny-digits")
@@ -295,7 +391,8 @@ def _real_digits():
     pixels = to_uint8(held_out["pixels"])
     share = asked_accuracy(net, pixels, {"digit": held_out["label"]})[0]
     own = replace(share, name=f"{share.name}, real digits")
-    return net, net(pixels), (net(to_uint8(train["pixels"])), train["label"]), own
+    seen = net(to_uint8(train["pixels"])), train["label"]
+    return net, net(pixels), seen, own
 
 def measure_digits(
     images, # drawn digits, [n,1,8,8] in [-1,1]
@@ -309,6 +406,7 @@ def measure_digits(
     pixels = to_uint8(images)
     asked = torch.as_tensor(asked)
     share = asked_accuracy(net, pixels, {"digit": asked})[0]
-    case = Case(None, None, net, net(pixels), held_out, train=train, classes=(asked, label), how=dict(net.how), draws=0)
+    case = Case(None, None, net, net(pixels), held_out, train=train, classes=(asked, label),
+                how=dict(net.how), draws=0)
     found = measure(case, names)[0] if names else []
     return {n.name: n for n in (share, own, *found)}

@@ -10,7 +10,7 @@ from ..core import named
 
 # %% ../../nbs/evaluation/09_worlds.ipynb #e04e0330
 MEASURES = {
-    "scenes": "sdcourse.evaluation.adherence:asked",
+    "scenes": "sdcourse.evaluation.adherence:adherence",
     "digits": "sdcourse.evaluation.worlds:measure_drawn_digits",
 } # built-in world -> (draw, n) -> numbers
 
