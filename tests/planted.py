@@ -805,7 +805,7 @@ PLANTED = {
         ('prompts: what just fits is counted as cut', 'sum(len(ids) > how["length"]', 'sum(len(ids) >= how["length"]', 'test_long_captions_are_cut_and_counted'),
         ('prompts: the tokenizer is not in the key', 'tokenizer=files_id(', 'tokenizer=bool(', 'test_the_key_knows_what_decides'),
         ('prompts: lengths and layers are not in the key', 'dict(how, weights=', 'dict({"class": cls}, weights=', 'test_the_key_knows_what_decides'),
-        ('prompts: a tokenizer without words is made up', '            _check_tokenizer(tokens, TEXT[cls])\n', '', 'test_a_broken_pipeline_is_refused'),
+        ('prompts: a tokenizer without words is made up', '            _check_tokenizer(tokens, TEXT_ENCODERS[cls])\n', '', 'test_a_broken_pipeline_is_refused'),
         ('prompts: words that the encoder does not know', 'if max(tokenizer.get_vocab().values()) >= c.vocab_size:', 'if False:', 'test_a_broken_pipeline_is_refused'),
         ('prompts: the vector before the projection', 'found.get("text_embeds", found.get("pooler_output"))', 'found.get("pooler_output")', 'test_sdxl'),
         ('prompts: SDXL takes the pooled vector of the first CLIP', '_column(columns, "text_encoder_2.pooled")', '_column(columns, "text_encoder.pooled")', 'test_sdxl'),
