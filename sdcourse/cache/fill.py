@@ -47,17 +47,21 @@ class CacheOptions(JobOptions):
         super().check()
         if not self.model: raise UserError("--model is missing: give the folder of the model that encodes")
 
+# %% ../../nbs/cache/06_fill.ipynb #a6acfda0
 @dataclass
 class LatentOptions(CacheOptions):
     "Options of `sdcourse cache latents DATA OUT`."
     size: Positive[int] = 256 # side of the squares, pixels
-    crop: Literal["center", "adm", "none", "random"] = "center" # center: shorter side to size, then the middle; adm: the crop of ImageNet numbers; none: squash; random cannot be cached
+    # center: shorter side to size, then the middle; adm: the crop of ImageNet numbers; none: squash;
+    # random cannot be cached
+    crop: Literal["center", "adm", "none", "random"] = "center"
     mirror: bool = True # keep the moments of the mirrored picture too
 
     def check(self):
         super().check()
         if self.crop == "random":
-            raise UserError("--crop random: a cache would hold one crop; use center, or train without a cache")
+            what = "a cache would hold one crop"
+            raise UserError(f"--crop random: {what}; use center, or train without a cache")
 
 @dataclass
 class PromptOptions(CacheOptions):
@@ -71,7 +75,9 @@ class PromptOptions(CacheOptions):
 class FeatureOptions(CacheOptions):
     "Options of `sdcourse cache features DATA OUT`."
     what: Literal["pooled", "tokens", "both"] = "pooled" # one vector per picture, one per patch, or both
-    layer: str = "last" # of the tokens: last, or the number of a hidden state, such as -1 (before the final norm: MetaMorph's SigLIP visualizer)
+    # of the tokens: last, or the number of a hidden state, such as -1 (before the final norm:
+    # MetaMorph's SigLIP visualizer)
+    layer: str = "last"
 
     def check(self):
         super().check()
@@ -84,7 +90,9 @@ class LatentJob:
     kind, code, options = "latents", 1, LatentOptions
     def __init__(self, data, cfg, device):
         from sdcourse.dataset import Transform
-        self.cfg, self.data, self.transform = cfg, _Data(data, cfg), Transform(cfg.size, cfg.crop)
+        self.cfg = cfg
+        self.data = _Data(data, cfg)
+        self.transform = Transform(cfg.size, cfg.crop)
         self.encoder = open_encoder("latents", cfg.model, device=device, precision=cfg.precision)
         self.key = self.encoder.key | self.transform.key | {"mirror": cfg.mirror}
         self.facts = self.encoder.facts | {"classes": list(self.data.classes), "licence": self.data.licence}
@@ -110,14 +118,17 @@ def moments(
     sides = [finite(encoder, x, names) for x in ((pixels, pixels.flip(-1)) if mirror else (pixels,))]
     return {k: torch.stack([s[k] for s in sides], 1) for k in ("mean", "std")}
 
+# %% ../../nbs/cache/06_fill.ipynb #b978eeb3
 class PromptJob:
     "Embeddings by text; the empty prompt is always there."
     kind, code, options = "prompts", 1, PromptOptions
     def __init__(self, data, cfg, device):
-        self.cfg, self.data = cfg, _Data(data, cfg)
+        self.cfg = cfg
+        self.data = _Data(data, cfg)
         how = dict(t5_length=cfg.t5_length, layer=cfg.layer, only=cfg.only)
         self.encoder = open_encoder("prompts", cfg.model, device=device, precision=cfg.precision, **how)
-        self.key, self.facts = self.encoder.key, self.encoder.facts
+        self.key = self.encoder.key
+        self.facts = self.encoder.facts
 
     def rows(self):
         texts = [t for d in self.data.splits.values() for i in range(len(d)) for t in d.row(i)["texts"]]
@@ -130,15 +141,18 @@ class PromptJob:
     def encode(self, inputs, rows):
         return finite(self.encoder, inputs, [repr(t[:60]) for t in inputs])
 
+# %% ../../nbs/cache/06_fill.ipynb #0fc198e1
 class FeatureJob:
     "What an image encoder sees: pooled [n,d], tokens [n,l,d]."
     kind, code, options = "features", 1, FeatureOptions
     def __init__(self, data, cfg, device):
-        self.cfg, self.data = cfg, _Data(data, cfg)
+        self.cfg = cfg
+        self.data = _Data(data, cfg)
         layer = cfg.layer if cfg.layer == "last" else int(cfg.layer)
         how = dict(what=cfg.what, layer=layer)
         self.encoder = open_encoder("features", cfg.model, device=device, precision=cfg.precision, **how)
-        self.key, self.facts = self.encoder.key, self.encoder.facts | {"licence": self.data.licence}
+        self.key = self.encoder.key
+        self.facts = self.encoder.facts | {"licence": self.data.licence}
 
     def rows(self):
         return {s: [[k, d.digest(i)] for i, k in enumerate(d.ids)] for s, d in self.data.splits.items()}
@@ -160,7 +174,8 @@ class _Data:
         options = {name: getattr(cfg, name) for name in chosen}
         self.splits = {split: pictures(source, split, **options) for split in splits(source)}
         first = next(iter(self.splits.values()))
-        self.classes, self.licence = first.classes, first.licence
+        self.classes = first.classes
+        self.licence = first.licence
         self._at = {}
 
     def image(self, split, row):
@@ -194,16 +209,19 @@ def prepare_plan(
         if index["kind"] != job.kind:
             raise UserError(f"{out}: is a cache of {index['kind']}; choose another OUT")
         check_key(out, index["key"], key | {k: None for k in index["key"] if k not in key})
-    else:
-        split, first = next(((s, r[0]) for s, r in rows.items() if r), (None, None))
-        if first is None: raise UserError(f"{job.data.source}: holds nothing to encode")
-        one = _stored(job.encode([job.read(split, first)], [first]), cfg.dtype, [first])
-        def column(t): return {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape[1:])}
-        index = {"format": FORMAT, "kind": job.kind, "key": key}
-        index |= {"columns": {k: column(t) for k, t in one.items()}, "shards": [], "dropped": {}}
+    else: index = _new_index(job, rows, key)
     per_batch = row_bytes(index["columns"]) * cfg.encode_batch
     index["facts"] = job.facts
     return index, extend_plan(out, index, rows, max(1, cfg.shard_bytes // per_batch) * cfg.encode_batch)
+
+def _new_index(job, rows, key):
+    "An index without shards; one row is encoded to see the columns."
+    split, first = next(((s, r[0]) for s, r in rows.items() if r), (None, None))
+    if first is None: raise UserError(f"{job.data.source}: holds nothing to encode")
+    one = _stored(job.encode([job.read(split, first)], [first]), job.cfg.dtype, [first])
+    def column(t): return {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape[1:])}
+    columns = {k: column(t) for k, t in one.items()}
+    return {"format": FORMAT, "kind": job.kind, "key": key, "columns": columns, "shards": [], "dropped": {}}
 
 def _stored(tensors, dtype, rows):
     "Floats in the dtype of the cache; `UserError` when they do not fit."
@@ -219,9 +237,10 @@ def fill(
     go_on, # called before each batch with its number of rows; False: stop
 ) -> bool: # whether the shard was written
     "Compute one shard."
-    rows, parts = shard_plan(out, shard), []
+    rows = shard_plan(out, shard)
     batches = [rows[i : i + batch] for i in range(0, len(rows), batch)]
     def read(row): return job.read(shard["split"], row)
+    parts = []
     for some, inputs in zip(batches, read_ahead(read, batches, job.cfg.workers)):
         if not go_on(len(some)): return False
         parts.append(_stored(job.encode(inputs, some), job.cfg.dtype, some))
@@ -236,7 +255,8 @@ class Filling(LongWork):
         out, # folder of the cache
         job, # `LatentJob`, `PromptJob` or `FeatureJob`
     ):
-        self.out, self.job = out, job
+        self.out = out
+        self.job = job
         self.name = job.kind
 
     def claim(self): self.index, self.added = prepare_plan(self.out, self.job)
@@ -251,7 +271,8 @@ class Filling(LongWork):
     def left(self): return len(missing(self.out, read_index(self.out)))
 
     def notes(self):
-        encoder, found = self.job.encoder, []
+        encoder = self.job.encoder
+        found = []
         if encoder.retried:
             what = f"{encoder.retried:,} results overflowed {encoder.precision}"
             found.append(f"{what} and were computed again in fp32")
@@ -268,6 +289,7 @@ class Filling(LongWork):
         new = f", {self.added:,} of them new in the plan" if self.added and self.added != rows else ""
         print(f"{self.out}: whole; {done}{new}")
 
+# %% ../../nbs/cache/06_fill.ipynb #42c13f69
 def cache(
     kind: str, # latents, prompts or features
     data, # folder of a data set, tars, or the name of a hub set

@@ -16,33 +16,96 @@ from ..core import UserError, log, nearest, read_json
 from ..models.files import files_id, first_line, local_folder, model_folder, weights_id
 
 # %% ../../nbs/cache/02_text.ipynb #b0409561
-TEXT_ENCODERS = {"CLIPTextModel": "CLIPTokenizer", "CLIPTextModelWithProjection": "CLIPTokenizer", "T5EncoderModel": "T5Tokenizer", "UMT5EncoderModel": "T5Tokenizer"} # class: its tokenizer
-ALIASES = {"CLIPModel": "CLIPTextModelWithProjection", "T5ForConditionalGeneration": "T5EncoderModel", "T5Model": "T5EncoderModel", "UMT5ForConditionalGeneration": "UMT5EncoderModel", "UMT5Model": "UMT5EncoderModel"}
-PIPELINES = (("StableDiffusionXL", "penultimate"), ("StableDiffusion3", "penultimate"), ("StableDiffusion", "last")) # first letters of the class: layer of its CLIPs
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "merges.txt", "spiece.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+TEXT_ENCODERS = { # class: its tokenizer
+    "CLIPTextModel": "CLIPTokenizer",
+    "CLIPTextModelWithProjection": "CLIPTokenizer",
+    "T5EncoderModel": "T5Tokenizer",
+    "UMT5EncoderModel": "T5Tokenizer",
+}
+ALIASES = { # class of a whole model: that of its text half
+    "CLIPModel": "CLIPTextModelWithProjection",
+    "T5ForConditionalGeneration": "T5EncoderModel",
+    "T5Model": "T5EncoderModel",
+    "UMT5ForConditionalGeneration": "UMT5EncoderModel",
+    "UMT5Model": "UMT5EncoderModel",
+}
+PIPELINES = ( # first letters of the class: layer of its CLIPs
+    ("StableDiffusionXL", "penultimate"),
+    ("StableDiffusion3", "penultimate"),
+    ("StableDiffusion", "last"),
+)
+TOKENIZER_FILES = (
+    "tokenizer.json", "vocab.json", "merges.txt", "spiece.model",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+)
 
+# %% ../../nbs/cache/02_text.ipynb #a74a41d3
 def _parts(where):
-    "[(name, tokenizer folder, encoder folder, class)] of a pipeline or of a list of folders, and the layer of its CLIPs."
-    if isinstance(where, (list, tuple)):
-        if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in where): raise UserError(f"prompts: expected pairs (tokenizer folder, text encoder folder), got {where}")
-        pairs = [(f"text_encoder{f'_{i}' if i > 1 else ''}", local_folder(t), model_folder(m)) for i, (t, m) in enumerate(where, 1)]
-        return [(*p, (read_json(p[2] / "config.json").get("architectures") or ["?"])[0]) for p in pairs], "last"
-    root = local_folder(where)
-    if not (root / "model_index.json").is_file(): raise UserError(f"{root}: no model_index.json; expected a pipeline with tokenizer/ and text_encoder/, or a list of (tokenizer, text encoder) folders")
-    index = read_json(root / "model_index.json")
-    layer = next((v for k, v in PIPELINES if index.get("_class_name", "").startswith(k)), None)
-    names = [n for n in sorted(index) if n.startswith("text_encoder") and isinstance(index[n], list) and index[n][1]]
-    return [(n, root / n.replace("text_encoder", "tokenizer"), root / n, index[n][1]) for n in names], layer
+    "[(name, tokenizer folder, encoder folder, class)] of a pipeline or a list, and the layer of its CLIPs."
+    if isinstance(where, (list, tuple)): return _parts_of_list(where), "last"
+    return _parts_of_pipeline(local_folder(where))
 
+def _parts_of_list(where):
+    if not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in where):
+        raise UserError(f"prompts: expected pairs (tokenizer folder, text encoder folder), got {where}")
+    parts = []
+    for i, (tokenizer, encoder) in enumerate(where, 1):
+        name = f"text_encoder_{i}" if i > 1 else "text_encoder"
+        tokens = local_folder(tokenizer)
+        folder = model_folder(encoder)
+        classes = read_json(folder / "config.json").get("architectures") or ["?"]
+        parts.append((name, tokens, folder, classes[0]))
+    return parts
+
+def _parts_of_pipeline(root):
+    if not (root / "model_index.json").is_file():
+        layout = "a pipeline with tokenizer/ and text_encoder/"
+        raise UserError(f"{root}: no model_index.json; expected {layout}, "
+            "or a list of (tokenizer, text encoder) folders")
+    index = read_json(root / "model_index.json")
+    pipeline = index.get("_class_name", "")
+    layer = next((layer for start, layer in PIPELINES if pipeline.startswith(start)), None)
+    parts = []
+    for name in sorted(index):
+        if not name.startswith("text_encoder"): continue
+        if isinstance(index[name], list) and index[name][1]:
+            tokens = root / name.replace("text_encoder", "tokenizer")
+            parts.append((name, tokens, root / name, index[name][1]))
+    return parts, layer
+
+# %% ../../nbs/cache/02_text.ipynb #7180a4b3
 def _check_tokenizer(folder, cls):
-    "`UserError` unless the words of the tokenizer are there; transformers would make up a tokenizer without words."
-    need = (("tokenizer.json",), ("vocab.json", "merges.txt")) if cls == "CLIPTokenizer" else (("tokenizer.json",), ("spiece.model",))
+    "`UserError` unless the tokenizer's words are there; transformers would make up one without words."
+    words = ("vocab.json", "merges.txt") if cls == "CLIPTokenizer" else ("spiece.model",)
+    need = (("tokenizer.json",), words)
     if any(all((folder / n).is_file() for n in names) for names in need): return
-    raise UserError(f"{folder}: no {' and no '.join(' + '.join(n) for n in need)}; expected the files of a {cls}")
+    lacking = " and no ".join(" + ".join(names) for names in need)
+    raise UserError(f"{folder}: no {lacking}; expected the files of a {cls}")
+
+def _words_id(folder):
+    "One hash over the files of a tokenizer."
+    return files_id(folder / n for n in TOKENIZER_FILES if (folder / n).is_file())
+
+def _how(cls, config, *, length, layer):
+    "What decides the numbers, beside weights and words."
+    masked = bool(getattr(config, "use_attention_mask", False))
+    return {"class": cls, "length": length, "layer": layer, "masked": masked}
+
+def _widths(config, cls):
+    "Numbers of a word's vector, and of the pooled one where there is one."
+    if not cls.startswith("CLIP"): return dict(width=config.d_model, pooled=None)
+    pooled = config.projection_dim if cls.endswith("Projection") else config.hidden_size
+    return dict(width=config.hidden_size, pooled=pooled)
+
+def _load_tokenizer(folder, cls):
+    import transformers
+    try: return getattr(transformers, cls).from_pretrained(str(folder), local_files_only=True)
+    except Exception as e:
+        raise UserError(f"{folder}: cannot be loaded as {cls} ({first_line(e)})") from None
 
 # %% ../../nbs/cache/02_text.ipynb #76ec308f
 class Prompts(Encoder):
-    "Text encoders: a list of b captions -> for each encoder NAME.hidden [b,L,d], NAME.mask [b,L] and, where it has one, NAME.pooled [b,d]."
+    "b captions -> of each encoder NAME.hidden [b,L,d], NAME.mask [b,L] and perhaps NAME.pooled [b,d]."
     kind = "prompts"
     def __init__(self,
         folder, # a pipeline (SD 1.x, 2.x, XL, 3) or a list of (tokenizer, text encoder) folders; or a hub name
@@ -54,17 +117,25 @@ class Prompts(Encoder):
         only: tuple = (), # names of the encoders to use, such as text_encoder_2; empty: all
     ):
         super().__init__(device, precision)
-        if layer not in ("auto", "last", "penultimate"): raise UserError(f"layer {layer!r}: give auto, last or penultimate")
+        if layer not in ("auto", "last", "penultimate"):
+            raise UserError(f"layer {layer!r}: give auto, last or penultimate")
         only = (only,) if isinstance(only, str) else only
         if t5_length < 2: raise UserError(f"t5_length {t5_length}: give 2 or more")
         parts, usual = _parts(folder)
-        parts, layer = self._chosen(folder, parts, only), usual if layer == "auto" else layer
-        if layer is None: raise UserError(f"{folder}: this pipeline is not known here; say layer=last or layer=penultimate")
-        for name, tokens, model, cls in parts:
-            if not model.is_dir(): raise UserError(f"{model}: no such folder; the pipeline names it: fetch it, or leave it out (only)")
+        parts = self._chosen(folder, parts, only)
+        layer = usual if layer == "auto" else layer
+        if layer is None:
+            raise UserError(f"{folder}: this pipeline is not known here; say layer=last or layer=penultimate")
+        for _, tokens, model, cls in parts:
+            if not model.is_dir():
+                remedy = "the pipeline names it: fetch it, or leave it out (only)"
+                raise UserError(f"{model}: no such folder; {remedy}")
             model_folder(model)
             _check_tokenizer(tokens, TEXT_ENCODERS[cls])
-        self.parts, self.cut, self.key["encoders"], self.facts["encoders"] = {}, {}, {}, {}
+        self.parts = {} # name: tokenizer, model, how it is used
+        self.cut = {} # name: captions that were too long
+        self.key["encoders"] = {}
+        self.facts["encoders"] = {}
         for part in parts: self._open(*part, t5_length=t5_length, layer=layer)
 
     @staticmethod
@@ -76,21 +147,25 @@ class Prompts(Encoder):
         parts = [(*p[:3], ALIASES.get(p[3], p[3])) for p in parts if not only or p[0] in only]
         if not parts: raise UserError(f"{folder}: no text encoders")
         for name, _, _, cls in parts:
-            if cls not in TEXT_ENCODERS: raise UserError(f"{folder}: {name} is a {cls}; known: {', '.join(TEXT_ENCODERS)}")
+            if cls not in TEXT_ENCODERS:
+                raise UserError(f"{folder}: {name} is a {cls}; known: {', '.join(TEXT_ENCODERS)}")
         return parts
 
     def _open(self, name, tokens, folder, cls, *, t5_length, layer):
         "Load one encoder."
         import transformers
-        try: tokenizer = getattr(transformers, TEXT_ENCODERS[cls]).from_pretrained(str(tokens), local_files_only=True)
-        except Exception as e: raise UserError(f"{tokens}: cannot be loaded as {TEXT_ENCODERS[cls]} ({first_line(e)})") from None
+        tokenizer = _load_tokenizer(tokens, TEXT_ENCODERS[cls])
         model = self.load(getattr(transformers, cls), folder)
         c, clip = model.config, cls.startswith("CLIP")
-        if max(tokenizer.get_vocab().values()) >= c.vocab_size: raise UserError(f"{tokens}: has more words than {folder} ({c.vocab_size}); they do not belong together")
-        how = {"class": cls, "length": min(tokenizer.model_max_length, c.max_position_embeddings) if clip else t5_length, "layer": layer if clip else "last", "masked": bool(getattr(c, "use_attention_mask", False))}
-        self.parts[name], self.cut[name] = (tokenizer, model, how), 0
-        self.key["encoders"][name] = dict(how, weights=weights_id(folder), tokenizer=files_id(tokens / n for n in TOKENIZER_FILES if (tokens / n).is_file()))
-        self.facts["encoders"][name] = dict(how, width=c.hidden_size if clip else c.d_model, pooled=(c.projection_dim if cls.endswith("Projection") else c.hidden_size) if clip else None)
+        if max(tokenizer.get_vocab().values()) >= c.vocab_size:
+            what = f"has more words than {folder} ({c.vocab_size})"
+            raise UserError(f"{tokens}: {what}; they do not belong together")
+        length = min(tokenizer.model_max_length, c.max_position_embeddings) if clip else t5_length
+        how = _how(cls, c, length=length, layer=layer if clip else "last")
+        self.parts[name] = (tokenizer, model, how)
+        self.cut[name] = 0
+        self.key["encoders"][name] = dict(how, weights=weights_id(folder), tokenizer=_words_id(tokens))
+        self.facts["encoders"][name] = how | _widths(c, cls)
         if not clip: self._watch(name, model)
 
     def _watch(self, name, model):
@@ -99,22 +174,29 @@ class Prompts(Encoder):
             h = out[0] if isinstance(out, tuple) else out
             self.clipped[name] = self.clipped[name] | h.isinf().flatten(1).any(1)
         for m in model.modules():
-            if type(m).__name__.endswith(("LayerSelfAttention", "LayerFF")): m.register_forward_hook(look)
+            if type(m).__name__.endswith(("LayerSelfAttention", "LayerFF")):
+                m.register_forward_hook(look)
 
     def run(self, batch):
         "Every encoder in turn."
-        if isinstance(batch, str) or not all(isinstance(t, str) for t in batch): raise UserError("prompts: expected a list of captions")
-        self.clipped = {name: torch.zeros(len(batch), dtype=torch.bool, device=self.device) for name in self.parts}
+        if isinstance(batch, str) or not all(isinstance(t, str) for t in batch):
+            raise UserError("prompts: expected a list of captions")
+        def none(): return torch.zeros(len(batch), dtype=torch.bool, device=self.device)
+        self.clipped = {name: none() for name in self.parts}
         return {f"{name}.{k}": v for name in self.parts for k, v in self._one(name, list(batch)).items()}
 
     def _one(self, name, batch):
         "One encoder."
         tokenizer, model, how = self.parts[name]
-        inputs = tokenizer(batch, padding="max_length", max_length=how["length"], truncation=True, return_tensors="pt").to(self.device)
+        padded = dict(padding="max_length", max_length=how["length"], truncation=True)
+        inputs = tokenizer(batch, return_tensors="pt", **padded).to(self.device)
         if not self.upcast: self._count(name, batch)
-        found = model(inputs.input_ids, attention_mask=inputs.attention_mask if how["masked"] else None, output_hidden_states=how["layer"] != "last")
-        hidden = found.last_hidden_state if how["layer"] == "last" else found.hidden_states[-2]
-        out = {"hidden": torch.where(self.clipped[name][:, None, None], torch.nan, hidden), "mask": inputs.attention_mask.bool()}
+        mask = inputs.attention_mask if how["masked"] else None
+        last = how["layer"] == "last"
+        found = model(inputs.input_ids, attention_mask=mask, output_hidden_states=not last)
+        hidden = found.last_hidden_state if last else found.hidden_states[-2]
+        clipped = self.clipped[name][:, None, None]
+        out = {"hidden": torch.where(clipped, torch.nan, hidden), "mask": inputs.attention_mask.bool()}
         pooled = found.get("text_embeds", found.get("pooler_output"))
         return out if pooled is None else out | {"pooled": pooled}
 
@@ -122,7 +204,9 @@ class Prompts(Encoder):
         "Captions that are too long; said once."
         tokenizer, _, how = self.parts[name]
         cut = sum(len(ids) > how["length"] for ids in tokenizer(batch, verbose=False).input_ids)
-        if cut and not self.cut[name]: log.warning("captions longer than %d tokens are cut for %s; Prompts.cut counts them", how["length"], name)
+        if cut and not self.cut[name]:
+            what = "captions longer than %d tokens are cut for %s; Prompts.cut counts them"
+            log.warning(what, how["length"], name)
         self.cut[name] += cut
 
 # %% ../../nbs/cache/02_text.ipynb #a1c606e2
@@ -135,8 +219,9 @@ def sdxl_prompt(
     columns: dict, # of Prompts, for text_encoder and text_encoder_2, or for the second alone
 ): # prompt embeddings [b,77,d1+d2], pooled [b,d2]
     "What the SDXL UNet takes: both CLIPs side by side, and the pooled vector of the second."
-    hidden = [columns[n] for n in ("text_encoder.hidden",) if n in columns] + [_column(columns, "text_encoder_2.hidden")]
-    return torch.cat(hidden, -1), _column(columns, "text_encoder_2.pooled")
+    first = [columns["text_encoder.hidden"]] if "text_encoder.hidden" in columns else []
+    hidden = torch.cat([*first, _column(columns, "text_encoder_2.hidden")], -1)
+    return hidden, _column(columns, "text_encoder_2.pooled")
 
 def sd3_prompt(
     columns: dict, # of Prompts, for text_encoder, text_encoder_2 and, unless it is left out, text_encoder_3
@@ -144,12 +229,14 @@ def sd3_prompt(
     t5_length: int = 256, # of the zeros that stand for a missing T5
     width: int = 4096, # their width: joint_attention_dim of the transformer
 ): # prompt embeddings [b,77+L,width], pooled [b,d1+d2]
-    "What the SD3 transformer takes: both CLIPs side by side, padded with zeros to the width of T5, then T5; and both pooled vectors."
-    clip = torch.cat([_column(columns, f"{n}.hidden") for n in ("text_encoder", "text_encoder_2")], -1)
+    "What SD3 takes: both CLIPs side by side, zeros up to the width of T5, then T5; and both pooled vectors."
+    clips = ("text_encoder", "text_encoder_2")
+    clip = torch.cat([_column(columns, f"{name}.hidden") for name in clips], -1)
     t5 = columns.get("text_encoder_3.hidden")
     if t5 is None: t5 = clip.new_zeros(len(clip), t5_length, width)
     clip = F.pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
-    return torch.cat([clip, t5], -2), torch.cat([_column(columns, f"{n}.pooled") for n in ("text_encoder", "text_encoder_2")], -1)
+    pooled = torch.cat([_column(columns, f"{name}.pooled") for name in clips], -1)
+    return torch.cat([clip, t5], -2), pooled
 
 # %% ../../nbs/cache/02_text.ipynb #f3298ade
 def same_text(
@@ -158,4 +245,6 @@ def same_text(
 ):
     "`UserError` unless the captions were embedded by the text encoder of this model."
     known = cache.key["encoders"].get("text_encoder", {})
-    if known.get("weights") != weights_id(home/"text_encoder"): raise UserError(f"--prompts {cache.folder}: was made by another text encoder than that of {home}; make it again with its --model")
+    if known.get("weights") != weights_id(home/"text_encoder"):
+        what = f"was made by another text encoder than that of {home}"
+        raise UserError(f"--prompts {cache.folder}: {what}; make it again with its --model")

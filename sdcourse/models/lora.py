@@ -25,16 +25,27 @@ def add_lora(
 ): # the model
     "Add zero-effect adapters; `UserError` when no layer has such a name."
     try: from peft import LoraConfig
-    except ImportError: raise UserError("--lora-rank: needs the package peft: pip install -c constraints.txt peft") from None
+    except ImportError:
+        raise UserError("--lora-rank: needs the package peft: pip install -c constraints.txt peft") from None
     names = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     for end in modules:
-        if not any(n == end or n.endswith("." + end) for n in names): raise UserError(f"--lora-modules {end}: no layer of {type(model).__name__} is called so; there are {', '.join(sorted({'.'.join(n.split('.')[-2:]) if n.split('.')[-1].isdigit() else n.split('.')[-1] for n in names}))}")
+        if not any(n == end or n.endswith("." + end) for n in names):
+            there = ", ".join(sorted({_ending(n) for n in names}))
+            what = f"no layer of {type(model).__name__} is called so"
+            raise UserError(f"--lora-modules {end}: {what}; there are {there}")
     model.requires_grad_(False)
-    model.add_adapter(LoraConfig(r=rank, lora_alpha=alpha or rank, init_lora_weights="gaussian", target_modules=list(modules)))
+    how = dict(lora_alpha=alpha or rank, init_lora_weights="gaussian", target_modules=list(modules))
+    model.add_adapter(LoraConfig(r=rank, **how))
     for p in model.parameters():
         if p.requires_grad: p.data = p.data.float()
     return model
 
+def _ending(name):
+    "The last word of a layer's name, with the word before it where the last is a number."
+    words = name.split(".")
+    return ".".join(words[-2:]) if words[-1].isdigit() else words[-1]
+
+# %% ../../nbs/models/03_lora.ipynb #56578085
 def lora_size(
     model: nn.Module, # with adapters
 ) -> int: # sum of r (inputs + outputs) over the adapted linear layers, and likewise for convolutions
@@ -42,7 +53,8 @@ def lora_size(
     total = 0
     for m in model.modules():
         if hasattr(m, "lora_A") and len(m.lora_A):
-            base, r = m.get_base_layer(), m.r["default"]
+            base = m.get_base_layer()
+            r = m.r["default"]
             k = base.weight[0, 0].numel() if base.weight.ndim == 4 else 1
             total += r * (base.weight.shape[1] * k + base.weight.shape[0])
     return total
@@ -66,27 +78,51 @@ def kohya(
     out = {}
     for name, t in tensors.items():
         layer, part = name.rsplit(".lora_", 1)
-        if prefix == "lora_te" and not layer.startswith("text_model."): layer = "text_model." + layer # transformers 5 has dropped this level
+        if prefix == "lora_te" and not layer.startswith("text_model."):
+            layer = "text_model." + layer # transformers 5 has dropped this level
         key = f"{prefix}_{layer.replace('.', '_')}"
-        out[f"{key}.{'lora_down' if part[0] == 'A' else 'lora_up'}.weight"] = t
+        side = "lora_down" if part[0] == "A" else "lora_up"
+        out[f"{key}.{side}.weight"] = t
         out[f"{key}.alpha"] = torch.tensor(float(alpha))
     return out
 
+# %% ../../nbs/models/03_lora.ipynb #1b3bbb6a
 def save_lora(
     folder, # to write into; is made
     *, unet: nn.Module, # with adapters
     text: nn.Module|None = None, # likewise
 ) -> list: # the two files
     "Write the adapters in both layouts."
-    from diffusers import StableDiffusionPipeline
-    from safetensors.torch import save_file
     Path(folder).mkdir(parents=True, exist_ok=True)
-    parts = {"unet": (unet, "lora_unet"), "text_encoder": (text, "lora_te")}
-    found = {k: (lora_tensors(m), m.peft_config["default"], prefix) for k, (m, prefix) in parts.items() if m is not None}
-    options = {f"{k}_lora_layers": t for k, (t, _, _) in found.items()} | {f"{k}_lora_adapter_metadata": c.to_dict() for k, (_, c, _) in found.items()}
-    StableDiffusionPipeline.save_lora_weights(str(folder), weight_name=LORA_FILES[0], **options)
+    networks = {"unet": unet, "text_encoder": text}
+    there = {name: network for name, network in networks.items() if network is not None}
+    adapters = {name: (lora_tensors(m), m.peft_config["default"]) for name, m in there.items()}
+    files = [Path(folder)/name for name in LORA_FILES]
+    _save_diffusers(files[0], adapters)
+    _save_kohya(files[1], adapters)
+    return files
+
+def _save_diffusers(file, adapters):
+    "The layout of diffusers, with the configuration in the header."
+    from diffusers import StableDiffusionPipeline
+    options = {}
+    for name, (tensors, config) in adapters.items():
+        options[f"{name}_lora_layers"] = tensors
+        options[f"{name}_lora_adapter_metadata"] = config.to_dict()
+    StableDiffusionPipeline.save_lora_weights(str(file.parent), weight_name=file.name, **options)
+
+def _save_kohya(file, adapters):
+    "The layout of kohya's scripts, with their names in the header."
+    from safetensors.torch import save_file
+    prefixes = {"unet": "lora_unet", "text_encoder": "lora_te"}
     merged = {}
-    for t, c, prefix in found.values(): merged |= kohya(t, c.lora_alpha, prefix=prefix)
-    first = next(iter(found.values()))[1]
-    save_file(merged, Path(folder)/LORA_FILES[1], {"ss_network_module": "networks.lora", "ss_network_dim": str(first.r), "ss_network_alpha": str(first.lora_alpha), "ss_base_model_version": "sd_v1"})
-    return [Path(folder)/f for f in LORA_FILES]
+    for name, (tensors, config) in adapters.items():
+        merged |= kohya(tensors, config.lora_alpha, prefix=prefixes[name])
+    _, first = next(iter(adapters.values()))
+    about = {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(first.r),
+        "ss_network_alpha": str(first.lora_alpha),
+        "ss_base_model_version": "sd_v1",
+    }
+    save_file(merged, file, about)
