@@ -282,7 +282,7 @@ PLANTED = {
         ('rope turns rows and columns by the same place', '    places = (rows, cols) if axes == 2 else (rows * w + cols,)', '    places = (cols, cols) if axes == 2 else (rows * w + cols,)', 'test_rope_by_hand'),
         ('1-D rope counts rows with the height', '(rows * w + cols,)', '(rows * h + cols,)', 'test_rope_by_hand'),
         ('rope turns backwards on one half', 'torch.stack([a * cos - b * sin, a * sin + b * cos], -1)', 'torch.stack([a * cos - b * sin, b * cos - a * sin], -1)', 'test_rope_sees_only_differences'),
-        ('null class index off by one', '        b, null = len(like), self.config.num_classes', '        b, null = len(like), self.config.num_classes - 1', 'test_null_class'),
+        ('null class index off by one', '        null = self.config.num_classes', '        null = self.config.num_classes - 1', 'test_null_class'),
         ('adaLN without the 1 +', 'eps=1e-6) * (1 + scale) + shift', 'eps=1e-6) * scale + shift', 'test_modulate'),
         ('modulations not zero at the start', '        for m in (*(b.ada for b in self.blocks), self.final_ada, self.final): nn.init.zeros_(m.weight)', '        for m in (self.final_ada, self.final): nn.init.zeros_(m.weight)', 'test_zero_at_init'),
         ('time code without the factor 1000', '    angles = 1000 * t[:, None] * freqs', '    angles = t[:, None] * freqs', 'test_time_code_is_smooth_and_precise'),

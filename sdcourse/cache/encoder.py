@@ -16,7 +16,8 @@ from ..models.files import DTYPES, exact, load_frozen
 # %% ../../nbs/cache/00_encoder.ipynb #40a3e3b9
 class Encoder:
     "Frozen; a batch to named tensors. `key`: all that decides the numbers; `facts`: what readers must know."
-    kind, models = "", ()
+    kind = ""
+    models = ()
     def __init__(self,
         device, # cpu, cuda, cuda:1 …
         precision: str, # fp32, bf16 or fp16: of weights and arithmetic

@@ -87,7 +87,10 @@ class FeatureOptions(CacheOptions):
 # %% ../../nbs/cache/06_fill.ipynb #f6403b50
 class LatentJob:
     "Moments of pictures and mirrors: mean, std [n,2,c,h,w], and label [n] where the data set has classes."
-    kind, code, options = "latents", 1, LatentOptions
+    kind = "latents"
+    code = 1
+    options = LatentOptions
+
     def __init__(self, data, cfg, device):
         from sdcourse.dataset import Transform
         self.cfg = cfg
@@ -121,7 +124,10 @@ def moments(
 # %% ../../nbs/cache/06_fill.ipynb #b978eeb3
 class PromptJob:
     "Embeddings by text; the empty prompt is always there."
-    kind, code, options = "prompts", 1, PromptOptions
+    kind = "prompts"
+    code = 1
+    options = PromptOptions
+
     def __init__(self, data, cfg, device):
         self.cfg = cfg
         self.data = _Data(data, cfg)
@@ -144,7 +150,10 @@ class PromptJob:
 # %% ../../nbs/cache/06_fill.ipynb #0fc198e1
 class FeatureJob:
     "What an image encoder sees: pooled [n,d], tokens [n,l,d]."
-    kind, code, options = "features", 1, FeatureOptions
+    kind = "features"
+    code = 1
+    options = FeatureOptions
+
     def __init__(self, data, cfg, device):
         self.cfg = cfg
         self.data = _Data(data, cfg)
@@ -201,7 +210,8 @@ def prepare_plan(
     job, # `LatentJob`, `PromptJob` or `FeatureJob`
 ) -> tuple: # (index, rows that were added to the plan)
     "Write or extend the plan; `UserError` when the folder holds something else."
-    cfg, rows = job.cfg, job.rows()
+    cfg = job.cfg
+    rows = job.rows()
     key = {"cache_code": job.code, "dtype": cfg.dtype, "encode_batch": cfg.encode_batch}
     key |= json.loads(json.dumps(job.key))
     index = read_index(out)

@@ -156,7 +156,8 @@ class Prompts(Encoder):
         import transformers
         tokenizer = _load_tokenizer(tokens, TEXT_ENCODERS[cls])
         model = self.load(getattr(transformers, cls), folder)
-        c, clip = model.config, cls.startswith("CLIP")
+        c = model.config
+        clip = cls.startswith("CLIP")
         if max(tokenizer.get_vocab().values()) >= c.vocab_size:
             what = f"has more words than {folder} ({c.vocab_size})"
             raise UserError(f"{tokens}: {what}; they do not belong together")

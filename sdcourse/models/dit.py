@@ -216,7 +216,8 @@ class DiT(ModelMixin, ConfigMixin):
         for m in (*(b.ada for b in self.blocks), self.final_ada, self.final): nn.init.zeros_(m.weight)
 
     def _condition(self, timestep, class_labels, like): # -> [b,d], the sum of the codes of time and class
-        b, null = len(like), self.config.num_classes
+        b = len(like)
+        null = self.config.num_classes
         t = torch.as_tensor(timestep, device=like.device).expand(b)
         y = torch.full((b,), null, device=like.device) if class_labels is None else class_labels
         return self.time_mlp(time_code(t).to(like.dtype)) + self.class_embed(y)

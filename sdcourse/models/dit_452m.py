@@ -128,7 +128,8 @@ class PublishedDiT(ModelMixin, ConfigMixin):
             raise UserError(f"input {h}x{w}: the position table of this model is for {side}x{side}")
 
     def _condition(self, x, timestep, class_labels): # [b,dim], the sum of the codes of time and class
-        b, null = len(x), self.config.num_classes
+        b = len(x)
+        null = self.config.num_classes
         t = torch.as_tensor(timestep, device=x.device).expand(b)
         y = torch.full((b,), null, device=x.device) if class_labels is None else class_labels
         code = published_time_code(t, self.time_bits.view(torch.float32))
