@@ -20,7 +20,7 @@ import tiny_models
 import warm
 from sdcourse import cli
 from sdcourse.cache import fill as module
-from sdcourse.cache.fill import KINDS, FeatureOptions, LatentOptions, PromptOptions, cache, fill, prepare
+from sdcourse.cache.fill import JOBS, FeatureOptions, LatentOptions, PromptOptions, cache, fill, prepare_plan
 from sdcourse.cache.store import Cache, read_index
 from sdcourse.core import UserError
 
@@ -201,7 +201,7 @@ def test_a_cache_of_other_settings_is_refused(world, whole, tmp_path, monkeypatc
     if over == "other":
         model, over = new_weights(world[1], tmp_path), {}
     if over == "code":
-        monkeypatch.setattr(module.Latents, "code", 2)
+        monkeypatch.setattr(module.LatentJob, "code", 2)
         over = {}
     with pytest.raises(UserError, match=words) as e:
         cache("latents", world[0], whole, options(model, **over))
@@ -357,9 +357,9 @@ def test_asked_to_stop_it_leaves_soon_and_goes_on_later(world, whole, tmp_path, 
 def test_a_shard_is_left_between_two_batches(world, tmp_path):
     "What was computed of it is forgotten: a shard is whole or absent."
     cfg = options(world[1], encode_batch=1)
-    job = KINDS["latents"](world[0], cfg, "cpu")
+    job = JOBS["latents"](world[0], cfg, "cpu")
     (tmp_path / "c").mkdir()
-    index, _ = prepare(tmp_path / "c", job)
+    index, _ = prepare_plan(tmp_path / "c", job)
     shard, answers = index["shards"][0], iter([True, False])
     assert shard["rows"] > 2
     assert fill(tmp_path / "c", shard, job, batch=1, go_on=lambda n: next(answers)) is False
@@ -466,7 +466,7 @@ def test_not_finite_names_the_picture(world, tmp_path, capsys):
     with torch.no_grad():
         vae.encoder.conv_in.weight.mul_(8e4)
     vae.save_pretrained(tmp_path / "hot")
-    work = module.Latents(world[0], options(tmp_path / "hot", precision="fp16"), "cpu")
+    work = module.LatentJob(world[0], options(tmp_path / "hot", precision="fp16"), "cpu")
     pixels = torch.stack([work.read("train", ["train-000", work.data.splits["train"].digest(0)])])
     assert not work.encoder.encode(pixels)["mean"].isfinite().all()
     assert cache("latents", world[0], tmp_path / "hot16", options(tmp_path / "hot", precision="fp16")) == 0
@@ -519,9 +519,9 @@ def test_wrong_input_is_refused_in_one_line_before_anything_is_written(world, wh
 
 def test_a_picture_that_changes_meanwhile_is_noticed(world, tmp_path):
     data = pictures(tmp_path / "data")
-    work = module.Latents(data, options(world[1]), "cpu")
-    index, _ = module.prepare((tmp_path / "c").mkdir() or tmp_path / "c", work)
-    later = module.Latents(data, options(world[1]), "cpu")
+    work = module.LatentJob(data, options(world[1]), "cpu")
+    index, _ = module.prepare_plan((tmp_path / "c").mkdir() or tmp_path / "c", work)
+    later = module.LatentJob(data, options(world[1]), "cpu")
     later.data.splits["train"].digest = lambda i: "other"
     with pytest.raises(UserError, match="picture train-000 changed while it was cached"):
         module.fill(tmp_path / "c", index["shards"][0], later, batch=4, go_on=lambda n: True)

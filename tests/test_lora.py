@@ -42,7 +42,7 @@ def trained(pipe, alpha=8.0, text=True):
     "Adapters of rank 2 that do something."
     lora.add_lora(pipe.unet, rank=2, alpha=alpha)
     if text:
-        lora.add_lora(pipe.text_encoder, rank=2, alpha=alpha, modules=lora.TEXT)
+        lora.add_lora(pipe.text_encoder, rank=2, alpha=alpha, modules=lora.TEXT_ATTENTION)
     g = torch.Generator().manual_seed(0)
     for model in (pipe.unet, pipe.text_encoder):
         for n, p in model.named_parameters():
@@ -64,7 +64,7 @@ def test_it_begins_as_the_model_and_only_adapters_learn(home):
     assert sum(p.numel() for n, p in names.items() if "lora_" in n) == lora.lora_size(pipe.unet)
 
 
-@pytest.mark.parametrize("file", lora.FILES)
+@pytest.mark.parametrize("file", lora.LORA_FILES)
 @pytest.mark.parametrize("alpha", [2.0, 8.0])
 @pytest.mark.parametrize("text", [False, True])
 def test_a_file_is_the_same_function(tmp_path, home, file, alpha, text):

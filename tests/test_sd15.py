@@ -610,7 +610,7 @@ def test_lora_of_both_networks_comes_out_as_it_was_trained(tmp_path, model):
     from safetensors.torch import load_file
     from sdcourse.commands.export import ExportOptions, export
     from sdcourse.models.dit import image_generators
-    from sdcourse.models.lora import FILES
+    from sdcourse.models.lora import LORA_FILES
 
     common = dict(model=str(model), lora_rank=2, lora_alpha=8.0, lora_text=True, lr=1e-2, checkpoint_every=2)
     train(sd15.Task(config(tmp_path / "run", **common)))
@@ -621,7 +621,7 @@ def test_lora_of_both_networks_comes_out_as_it_was_trained(tmp_path, model):
     with pytest.raises(UserError, match="adapters, which are files of their own"):
         export(tmp_path / "run", tmp_path / "unet", ExportOptions(part="unet"))
     assert export(tmp_path / "run", tmp_path / "again", ExportOptions()) == 0
-    for file in FILES:
+    for file in LORA_FILES:
         assert same(load_file(tmp_path / "again" / file), load_file(tmp_path / "run/export" / file))
     ours, _ = open_pipeline(tmp_path / "run", GenerateOptions(), "cpu")  # of the checkpoint
     draw = lambda pipe: (
@@ -633,7 +633,7 @@ def test_lora_of_both_networks_comes_out_as_it_was_trained(tmp_path, model):
             output_type="pt",
         ).images
     )
-    for file in FILES:
+    for file in LORA_FILES:
         plain = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
         before = draw(plain)
         plain.load_lora_weights(str(tmp_path / "run" / "export"), weight_name=file)

@@ -15,18 +15,27 @@ from ..models.files import DTYPES, exact, load_frozen
 
 # %% ../../nbs/cache/00_encoder.ipynb #40a3e3b9
 class Encoder:
-    "Something frozen that turns a batch into named tensors. `key`: everything that decides the numbers. `facts`: what readers must know."
-    kind, models = "", ()
+    "Frozen; a batch to named tensors. `key`: all that decides the numbers; `facts`: what readers must know."
+    kind = ""
+    models = ()
     def __init__(self,
         device, # cpu, cuda, cuda:1 …
         precision: str, # fp32, bf16 or fp16: of weights and arithmetic
     ):
         if precision not in DTYPES: raise UserError(f"precision {precision!r}: {nearest(precision, DTYPES)}")
-        try: self.device, self.precision, self.dtype = torch.device(device), precision, DTYPES[precision]
-        except RuntimeError: raise UserError(f"device {device}: no device; give cpu, cuda or cuda:1") from None
-        if self.device.type == "cuda" and (self.device.index or 0) >= torch.cuda.device_count(): raise UserError(f"device {device}: not here ({torch.cuda.device_count()} GPUs); use cpu, or another")
-        self.key, self.facts = dict(kind=self.kind, code=1, precision=precision), {} # code: raise it when this module computes other numbers
-        self.upcast, self.retried = False, 0 # in float32 just now? | rows that needed float32
+        try: self.device = torch.device(device)
+        except RuntimeError:
+            raise UserError(f"device {device}: no device; give cpu, cuda or cuda:1") from None
+        if self.device.type == "cuda" and (self.device.index or 0) >= torch.cuda.device_count():
+            here = f"not here ({torch.cuda.device_count()} GPUs)"
+            raise UserError(f"device {device}: {here}; use cpu, or another")
+        self.precision = precision
+        self.dtype = DTYPES[precision]
+        # code: raise it when this module computes other numbers
+        self.key = dict(kind=self.kind, code=1, precision=precision)
+        self.facts = {}
+        self.upcast = False # in float32 just now?
+        self.retried = 0 # rows that needed float32
 
     def load(self, cls, folder):
         "A frozen model that `in_float32` knows."
@@ -39,13 +48,15 @@ class Encoder:
     ) -> dict: # name -> [b, ...], float32 (masks: bool), on the CPU
         "The numbers."
         with exact(self.device): out = self.run(batch)
-        return {name: t.cpu() if t.dtype == torch.bool else t.cpu().float().contiguous() for name, t in out.items()}
+        def plain(t): return t.cpu() if t.dtype == torch.bool else t.cpu().float().contiguous()
+        return {name: plain(t) for name, t in out.items()}
 
     @contextmanager
     def in_float32(self):
-        "Weights and arithmetic in float32 for a while; each weight then gets its own format back, bit for bit."
+        "Weights and arithmetic in float32 for a while; then each weight is what it was, bit for bit."
         tensors = [t for m in self.models for t in (*m.parameters(), *m.buffers()) if t.is_floating_point()]
-        was, self.upcast = [t.dtype for t in tensors], True
+        was = [t.dtype for t in tensors]
+        self.upcast = True
         for t in tensors: t.data = t.data.float()
         try: yield self
         finally:
@@ -56,7 +67,8 @@ class Encoder:
 def _some(names, bad):
     "The first names where `bad` is true."
     named = [str(n) for n, b in zip(names, bad.tolist()) if b]
-    return ", ".join(named[:5]) + (f" and {len(named) - 5} more" if len(named) > 5 else "")
+    more = f" and {len(named) - 5} more" if len(named) > 5 else ""
+    return ", ".join(named[:5]) + more
 
 def bad_rows(
     tensors: dict, # name -> [b, ...]
@@ -69,18 +81,23 @@ def finite(
     batch, # what it takes
     names, # of the items, for the error; [b]
 ) -> dict: # name -> [b, ...]
-    "Encode; rows that overflow are done once more in float32, and items that still are not finite are named in a `UserError`."
-    names, out = list(names), encoder.encode(batch)
-    if len(names) != len(next(iter(out.values()))): raise ValueError(f"{len(names)} names for {len(next(iter(out.values())))} items")
+    "Encode, rows that overflow once more in float32; a `UserError` names items that still are not finite."
+    names = list(names)
+    out = encoder.encode(batch)
+    items = len(next(iter(out.values())))
+    if len(names) != items: raise ValueError(f"{len(names)} names for {items} items")
     bad = bad_rows(out)
     if bad.any() and encoder.precision != "fp32":
         with encoder.in_float32(): again = encoder.encode(batch)
         for name, t in out.items(): t[bad] = again[name][bad]
         encoder.retried += int(bad.sum())
         bad = bad_rows(out)
-    if bad.any(): raise UserError(f"{_some(names, bad)}: the {encoder.kind} are not finite, in float32 neither; leave the items out, or use other weights")
+    if bad.any():
+        what = f"the {encoder.kind} are not finite, in float32 neither"
+        raise UserError(f"{_some(names, bad)}: {what}; leave the items out, or use other weights")
     return out
 
+# %% ../../nbs/cache/00_encoder.ipynb #1c734ae8
 def fits(
     tensors: dict, # name -> [b, ...], finite
     dtype: torch.dtype, # to be stored in
@@ -89,5 +106,7 @@ def fits(
     "Round to the storage format; items that overflow it are named in a `UserError`."
     out = {name: t if t.dtype == torch.bool else t.to(dtype) for name, t in tensors.items()}
     bad = bad_rows(out) & ~bad_rows(tensors)
-    if bad.any(): raise UserError(f"{_some(list(names), bad)}: too large for {str(dtype).split('.')[1]}; store them as bf16 or fp32")
+    if bad.any():
+        what = f"too large for {str(dtype).split('.')[1]}"
+        raise UserError(f"{_some(list(names), bad)}: {what}; store them as bf16 or fp32")
     return out

@@ -23,7 +23,8 @@ class Latents(Encoder):
         precision: str = "fp32", # fp32, bf16 or fp16
     ):
         super().__init__(device, precision)
-        folder = model_folder(folder, "vae", "a VAE (config.json, diffusion_pytorch_model.safetensors), or a pipeline with vae/")
+        layout = "a VAE (config.json, diffusion_pytorch_model.safetensors), or a pipeline with vae/"
+        folder = model_folder(folder, "vae", layout)
         self.facts = vae_facts(folder)
         from diffusers import AutoencoderKL
         self.model = self.load(AutoencoderKL, folder)
@@ -32,9 +33,13 @@ class Latents(Encoder):
     def run(self, batch):
         "Moments of a batch of pixels."
         down = self.facts["down"]
-        if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[1] != 3: raise UserError(f"latents: expected uint8 [b,3,h,w], got {batch.dtype} {tuple(batch.shape)}")
-        if batch.shape[2] % down or batch.shape[3] % down: raise UserError(f"latents: {batch.shape[3]}x{batch.shape[2]} pixels are no multiple of {down}")
+        if batch.dtype != torch.uint8 or batch.ndim != 4 or batch.shape[1] != 3:
+            raise UserError(f"latents: expected uint8 [b,3,h,w], got {batch.dtype} {tuple(batch.shape)}")
+        height, width = batch.shape[2:]
+        if height % down or width % down:
+            raise UserError(f"latents: {width}x{height} pixels are no multiple of {down}")
         x = batch.to(self.device).float() / 127.5 - 1
         d = self.model.encode(x.to(self.model.dtype)).latent_dist
-        raw = d.parameters.chunk(2, 1)[1] # the logarithm of the variance before diffusers clamps it, which turns inf into a large number
+        # the logarithm of the variance before diffusers clamps it, which turns inf into a large number
+        raw = d.parameters.chunk(2, 1)[1]
         return {"mean": d.mean, "std": torch.where(raw.isfinite(), d.std, torch.nan)}

@@ -13,11 +13,35 @@ from ..core import UserError, read_json
 from ..models.files import first_line, model_folder, weights_id
 
 # %% ../../nbs/cache/03_vision.ipynb #35bdf0a7
-VISION = {"siglip": "SiglipVisionModel", "siglip_vision_model": "SiglipVisionModel", "siglip2": "Siglip2VisionModel", "siglip2_vision_model": "Siglip2VisionModel", "dinov2": "Dinov2Model",
-    "dinov2_with_registers": "Dinov2WithRegistersModel", "clip": "CLIPVisionModelWithProjection", "clip_vision_model": "CLIPVisionModelWithProjection"} # model_type: class
+VISION = { # model_type: class
+    "siglip": "SiglipVisionModel",
+    "siglip_vision_model": "SiglipVisionModel",
+    "siglip2": "Siglip2VisionModel",
+    "siglip2_vision_model": "Siglip2VisionModel",
+    "dinov2": "Dinov2Model",
+    "dinov2_with_registers": "Dinov2WithRegistersModel",
+    "clip": "CLIPVisionModelWithProjection",
+    "clip_vision_model": "CLIPVisionModelWithProjection",
+}
 
+def _check_processor(folder):
+    "`UserError` unless the settings of the image processor are there."
+    files = ("preprocessor_config.json", "processor_config.json")
+    if not any((folder / n).is_file() for n in files):
+        what = "it says how pictures are resized and normalised"
+        raise UserError(f"{folder}: no preprocessor_config.json; {what}")
+
+def _load_processor(folder):
+    "The image processor beside the weights; no code of the folder is run."
+    import transformers
+    how = dict(local_files_only=True, trust_remote_code=False, backend="pil")
+    try: return transformers.AutoImageProcessor.from_pretrained(str(folder), **how)
+    except Exception as e:
+        raise UserError(f"{folder}: its image processor cannot be loaded ({first_line(e)})") from None
+
+# %% ../../nbs/cache/03_vision.ipynb #81f68d03
 class Features(Encoder):
-    "A vision model: PIL images -> pooled [b,d] and/or tokens [b,n,d] (and mask [b,n] where pictures have different numbers of patches)."
+    "PIL images -> pooled [b,d] and/or tokens [b,n,d] (and mask [b,n] where numbers of patches differ)."
     kind = "features"
     def __init__(self,
         folder, # config.json, model.safetensors, preprocessor_config.json; or a hub name
@@ -28,49 +52,70 @@ class Features(Encoder):
         layer="last", # of the tokens: last, or an index into hidden_states
     ):
         super().__init__(device, precision)
-        if what not in ("pooled", "tokens", "both"): raise UserError(f"what {what!r}: give pooled, tokens or both")
-        if layer != "last" and not isinstance(layer, int): raise UserError(f"layer {layer!r}: give last, or an index into hidden_states")
-        folder = model_folder(folder, layout="a vision model: config.json, model.safetensors, preprocessor_config.json")
-        if not any((folder / n).is_file() for n in ("preprocessor_config.json", "processor_config.json")): raise UserError(f"{folder}: no preprocessor_config.json; it says how pictures are resized and normalised")
+        if what not in ("pooled", "tokens", "both"):
+            raise UserError(f"what {what!r}: give pooled, tokens or both")
+        if layer != "last" and not isinstance(layer, int):
+            raise UserError(f"layer {layer!r}: give last, or an index into hidden_states")
+        layout = "a vision model: config.json, model.safetensors, preprocessor_config.json"
+        folder = model_folder(folder, layout=layout)
+        _check_processor(folder)
         name = self._class(folder)
         import transformers
         self.what, self.layer = what, layer
-        try: self.processor = transformers.AutoImageProcessor.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False, backend="pil")
-        except Exception as e: raise UserError(f"{folder}: its image processor cannot be loaded ({first_line(e)})") from None
+        self.processor = _load_processor(folder)
         self.model = self.load(getattr(transformers, name), folder)
         self.facts = {"class": name, "what": what, "layer": layer, **self._sizes()}
         steps = json.loads(json.dumps(self.processor.to_dict(), default=str, sort_keys=True))
-        self.key |= {"class": name, "weights": weights_id(folder), "what": what, "layer": layer, "processor": {"class": type(self.processor).__name__, **steps}}
+        self.key |= {
+            "class": name,
+            "weights": weights_id(folder),
+            "what": what,
+            "layer": layer,
+            "processor": {"class": type(self.processor).__name__, **steps},
+        }
 
     @staticmethod
     def _class(folder):
         "The vision class that a config asks for."
         config = read_json(folder / "config.json")
-        kind, named = config.get("model_type"), (config.get("architectures") or [""])[0]
-        if kind not in VISION: raise UserError(f"{folder}: model_type {kind!r} is no vision model that is known here: {', '.join(VISION)}")
+        kind = config.get("model_type")
+        if kind not in VISION:
+            known = ", ".join(VISION)
+            raise UserError(f"{folder}: model_type {kind!r} is no vision model that is known here: {known}")
+        named = (config.get("architectures") or [""])[0]
         return "CLIPVisionModel" if named == "CLIPVisionModel" else VISION[kind]
 
     def _sizes(self):
         "Width and places of the tokens, seen on a grey picture."
         from PIL import Image
-        c, pixels = self.model.config, self.processor(images=[Image.new("RGB", (64, 64))], return_tensors="pt")["pixel_values"]
-        whole = pixels.ndim == 4
+        c = self.model.config
+        grey = Image.new("RGB", (64, 64))
+        pixels = self.processor(images=[grey], return_tensors="pt")["pixel_values"]
         depth = c.num_hidden_layers + 1
-        if self.layer != "last" and not -depth <= self.layer < depth: raise UserError(f"layer {self.layer}: this model has hidden states 0 to {depth - 1}")
+        if self.layer != "last" and not -depth <= self.layer < depth:
+            raise UserError(f"layer {self.layer}: this model has hidden states 0 to {depth - 1}")
         special = 0 if c.model_type.startswith("siglip") else 1 + getattr(c, "num_register_tokens", 0)
-        pooled = c.projection_dim if type(self.model).__name__.endswith("WithProjection") else c.hidden_size
-        return dict(width=c.hidden_size, pooled=pooled, special=special, grid=[n // c.patch_size for n in pixels.shape[2:]] if whole else None, size=list(pixels.shape[2:]) if whole else None)
+        projected = type(self.model).__name__.endswith("WithProjection")
+        pooled = c.projection_dim if projected else c.hidden_size
+        size = list(pixels.shape[2:]) if pixels.ndim == 4 else None # none: each picture has its own
+        grid = [n // c.patch_size for n in size] if size else None
+        return dict(width=c.hidden_size, pooled=pooled, special=special, grid=grid, size=size)
 
     def run(self, batch):
         "Features of a list of RGB images."
-        if not all(getattr(im, "mode", None) == "RGB" for im in batch): raise UserError("features: expected a list of PIL images in RGB")
-        inputs = self.processor(images=list(batch), return_tensors="pt")
-        inputs = {n: t.to(self.device, self.model.dtype if t.is_floating_point() else None) for n, t in inputs.items()}
-        found, out = self.model(**inputs, output_hidden_states=self.layer != "last"), {}
+        if not all(getattr(im, "mode", None) == "RGB" for im in batch):
+            raise UserError("features: expected a list of PIL images in RGB")
+        inputs = {}
+        for name, t in self.processor(images=list(batch), return_tensors="pt").items():
+            inputs[name] = t.to(self.device, self.model.dtype if t.is_floating_point() else None)
+        last = self.layer == "last"
+        found = self.model(**inputs, output_hidden_states=not last)
+        out = {}
         if self.what != "tokens":
             out["pooled"] = found.image_embeds if "image_embeds" in found else found.pooler_output
-            if out["pooled"] is None: raise UserError(f"{type(self.model).__name__}: these weights have no pooling; ask for tokens")
+            if out["pooled"] is None:
+                raise UserError(f"{type(self.model).__name__}: these weights have no pooling; ask for tokens")
         if self.what != "pooled":
-            out["tokens"] = found.last_hidden_state if self.layer == "last" else found.hidden_states[self.layer]
+            out["tokens"] = found.last_hidden_state if last else found.hidden_states[self.layer]
             if "pixel_attention_mask" in inputs: out["mask"] = inputs["pixel_attention_mask"].bool()
         return out

@@ -55,7 +55,8 @@ def grid_angles(
     kw = dict(device=like.device, dtype=torch.promote_types(like.dtype, torch.float32))
     n = dim // 2 // axes
     freqs = theta ** (-torch.arange(n, **kw) / n)
-    rows, cols = torch.arange(h, **kw)[:, None].expand(h, w), torch.arange(w, **kw).expand(h, w)
+    rows = torch.arange(h, **kw)[:, None].expand(h, w)
+    cols = torch.arange(w, **kw).expand(h, w)
     places = (rows, cols) if axes == 2 else (rows * w + cols,)
     return torch.stack([p.flatten() for p in places], 1)[..., None] * freqs
 
@@ -80,7 +81,8 @@ class RMSNorm(nn.Module):
     "x divided by its root mean square, times a learned weight; computed in float32 or better."
     def __init__(self, dim: int, eps: float = 1e-6):
         super().__init__()
-        self.eps, self.weight = eps, nn.Parameter(torch.ones(dim))
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
     def forward(self, x):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
@@ -91,7 +93,8 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int, qk_norm: bool = True):
         super().__init__()
         self.heads = heads
-        self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
         self.q_norm, self.k_norm = (RMSNorm(dim // heads) if qk_norm else nn.Identity() for _ in range(2))
     def forward(self, x, rope=None):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
@@ -138,7 +141,8 @@ class DiTBlock(nn.Module):
     "Attention and MLP, each on modulated input and added through a gate; the identity while `ada` is zero."
     def __init__(self, dim: int, heads: int, hidden: int, *, mlp: str = "swiglu", qk_norm: bool = True):
         super().__init__()
-        self.attn, self.mlp = Attention(dim, heads, qk_norm), MLP(dim, hidden, mlp)
+        self.attn = Attention(dim, heads, qk_norm)
+        self.mlp = MLP(dim, hidden, mlp)
         self.ada = nn.Linear(dim, 6 * dim)
     def forward(self, x, c, rope=None):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.ada(F.silu(c))[:, None].chunk(6, -1)
@@ -162,12 +166,15 @@ def _check(name, value, names): # refuse a misspelt choice
 def _refuse(cfg): # shapes that cannot work
     _check("position", cfg.position, POSITIONS)
     _check("mlp", cfg.mlp, MLP_RATIO)
-    if cfg.dim % (4 * cfg.heads): raise UserError(f"DiT: dim={cfg.dim} with heads={cfg.heads}: choose dim as a multiple of {4 * cfg.heads}")
-    if cfg.input_size % cfg.patch_size: raise UserError(f"DiT: patch_size={cfg.patch_size} does not divide input_size={cfg.input_size}")
+    step = 4 * cfg.heads
+    if cfg.dim % step:
+        raise UserError(f"DiT: dim={cfg.dim} with heads={cfg.heads}: choose dim as a multiple of {step}")
+    if cfg.input_size % cfg.patch_size:
+        raise UserError(f"DiT: patch_size={cfg.patch_size} does not divide input_size={cfg.input_size}")
 
 # %% ../../nbs/06a_dit.ipynb #bc8e3e9a
 class DiT(ModelMixin, ConfigMixin):
-    "Class-conditional diffusion transformer that predicts the flow velocity (Peebles & Xie 2023, §3; Ma 2024)."
+    "Class-conditional diffusion transformer for the flow velocity (Peebles & Xie 2023, §3; Ma 2024)."
     _supports_gradient_checkpointing = True
     _no_split_modules = _repeated_blocks = ["DiTBlock"]
 
@@ -192,7 +199,8 @@ class DiT(ModelMixin, ConfigMixin):
         self.patch = nn.Linear(in_channels * patch_size**2, dim)
         self.time_mlp = nn.Sequential(nn.Linear(256, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.class_embed = nn.Embedding(num_classes + 1, dim)
-        self.blocks = nn.ModuleList(DiTBlock(dim, heads, hidden, mlp=mlp, qk_norm=qk_norm) for _ in range(depth))
+        blocks = (DiTBlock(dim, heads, hidden, mlp=mlp, qk_norm=qk_norm) for _ in range(depth))
+        self.blocks = nn.ModuleList(blocks)
         self.final_ada = nn.Linear(dim, 2 * dim)
         self.final = nn.Linear(dim, in_channels * patch_size**2)
         self.gradient_checkpointing = False
@@ -208,18 +216,36 @@ class DiT(ModelMixin, ConfigMixin):
         for m in (*(b.ada for b in self.blocks), self.final_ada, self.final): nn.init.zeros_(m.weight)
 
     def _condition(self, timestep, class_labels, like): # -> [b,d], the sum of the codes of time and class
-        b, null = len(like), self.config.num_classes
+        b = len(like)
+        null = self.config.num_classes
         t = torch.as_tensor(timestep, device=like.device).expand(b)
         y = torch.full((b,), null, device=like.device) if class_labels is None else class_labels
         return self.time_mlp(time_code(t).to(like.dtype)) + self.class_embed(y)
 
+    def _grid(self, x): # -> rows and columns of patches; refuses what cannot be cut
+        p = self.config.patch_size
+        channels = self.config.in_channels
+        c, h, w = x.shape[1:]
+        if c != channels or h % p or w % p:
+            want = f"{channels} channels, height and width in multiples of {p}"
+            raise UserError(f"DiT: input {c}x{h}x{w}: want {want}")
+        return h // p, w // p
+
     def _place(self, x, h, w): # -> tokens, and (cos, sin) for all blocks or none
         cfg = self.config
-        if "sincos" in cfg.position: x = x + sincos(grid_angles(h, w, cfg.dim, theta=10000., like=x)).to(x.dtype)
+        if "sincos" in cfg.position:
+            table = sincos(grid_angles(h, w, cfg.dim, theta=10000., like=x))
+            x = x + table.to(x.dtype)
         if cfg.position == "sincos": return x, None
-        axes, theta = POSITIONS[cfg.position]
-        angles = grid_angles(h, w, cfg.dim // cfg.heads, axes=axes, theta=cfg.rope_theta or theta, like=x).flatten(1)
+        axes, usual = POSITIONS[cfg.position]
+        theta = cfg.rope_theta or usual
+        angles = grid_angles(h, w, cfg.dim // cfg.heads, axes=axes, theta=theta, like=x).flatten(1)
         return x, (angles.cos(), angles.sin())
+
+    def _run(self, block, x, cond, rope): # -> tokens; with checkpointing the backward pass computes them again
+        if torch.is_grad_enabled() and self.gradient_checkpointing:
+            return self._gradient_checkpointing_func(block, x, cond, rope)
+        return block(x, cond, rope)
 
     def forward(self,
         hidden_states, # noisy images or latents x_t, [b,c,h,w]
@@ -228,22 +254,25 @@ class DiT(ModelMixin, ConfigMixin):
         return_dict: bool = True, # False: a tuple with the tensor
     ): # velocity eps - x0, [b,c,h,w]
         "Predict the velocity; the residual stream keeps the dtype of the input (float32 under autocast)."
-        p, (c, h, w) = self.config.patch_size, hidden_states.shape[1:]
-        if c != self.config.in_channels or h % p or w % p: raise UserError(
-            f"DiT: input {c}x{h}x{w}: want {self.config.in_channels} channels, height and width in multiples of {p}")
+        p = self.config.patch_size
+        h, w = self._grid(hidden_states)
         x = self.patch(patchify(hidden_states, p)).to(hidden_states.dtype)
-        x, rope = self._place(x, h // p, w // p)
+        x, rope = self._place(x, h, w)
         cond = self._condition(timestep, class_labels, hidden_states)
-        for block in self.blocks:
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                x = self._gradient_checkpointing_func(block, x, cond, rope)
-            else: x = block(x, cond, rope)
+        for block in self.blocks: x = self._run(block, x, cond, rope)
         shift, scale = self.final_ada(F.silu(cond))[:, None].chunk(2, -1)
-        v = unpatchify(self.final(modulate(x, shift, scale)).to(x.dtype), p, h=h // p, w=w // p)
+        v = unpatchify(self.final(modulate(x, shift, scale)).to(x.dtype), p, h=h, w=w)
         return Transformer2DModelOutput(sample=v) if return_dict else (v,)
 
 # %% ../../nbs/06a_dit.ipynb #cc462679
-SIZES = {"tiny": (96, 4, 3), "S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16), "452M": (1088, 17, 17)}
+SIZES = { # dim, depth, heads
+    "tiny": (96, 4, 3),
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+    "452M": (1088, 17, 17), # its trained weights are public
+}
 WIDE = ("452M",) # sizes with a hidden width of 4 dim also under SwiGLU
 
 def _defaults(): # argument -> default of `DiT`
@@ -253,7 +282,7 @@ def dit_config(
     size: str = "XL/2", # width and depth / patch size: tiny, S, B, L, XL, 452M with patch 1, 2, 4, 8
     **over, # any argument of `DiT`, wins over the size
 ) -> dict: # arguments for `DiT`
-    "The shapes of Peebles & Xie (2023), table 1, a tiny one, and one of 452 M whose trained weights are public; `mlp_ratio` follows `mlp`."
+    "The shapes of Peebles & Xie (2023), table 1, and two more; `mlp_ratio` follows `mlp`."
     sizes = {f"{name}/{p}": (*shape, p) for name, shape in SIZES.items() for p in (1, 2, 4, 8)}
     _check("DiT size", size, sizes)
     for key in over: _check("DiT option", key, _defaults())
@@ -267,9 +296,12 @@ def train_flops(
 ) -> float: # floating-point operations, two per multiply-add
     "Training cost of one image at `input_size`: three times the matmuls and attention of its forward pass."
     cfg = {**_defaults(), **(model if isinstance(model, dict) else model.config)}
-    d, n, pixels = cfg["dim"], (cfg["input_size"] // cfg["patch_size"])**2, cfg["in_channels"] * cfg["patch_size"]**2
+    d = cfg["dim"]
+    n = (cfg["input_size"] // cfg["patch_size"])**2 # tokens
+    pixels = cfg["in_channels"] * cfg["patch_size"]**2 # numbers of a patch
     hidden = mlp_hidden(d, cfg["mlp_ratio"])
-    block = n * (4 * d * d + (3 if cfg["mlp"] == "swiglu" else 2) * d * hidden) + 2 * n * n * d + 6 * d * d
+    matrices = 3 if cfg["mlp"] == "swiglu" else 2
+    block = n * (4 * d * d + matrices * d * hidden) + 2 * n * n * d + 6 * d * d
     macs = cfg["depth"] * block + 2 * n * pixels * d + 256 * d + 3 * d * d
     return 3. * 2 * macs
 
@@ -287,8 +319,10 @@ def _folder_faults(path): # the first thing that an exported pipeline's folder l
     if not index.is_file(): return "no model_index.json; give the export/ folder of a run"
     for name, value in read_json(index).items():
         if name.startswith("_") or not isinstance(value, list) or value[0] is None: continue
-        if not (path / name / "config.json").is_file(): return f"no {name}/config.json; copy or export it again"
-        if not any((path / name).glob("*.safetensors")): return f"no weights in {name}/; copy or export it again"
+        if not (path / name / "config.json").is_file():
+            return f"no {name}/config.json; copy or export it again"
+        if not any((path / name).glob("*.safetensors")):
+            return f"no weights in {name}/; copy or export it again"
     return ""
 
 # %% ../../nbs/06a_dit.ipynb #821117b4
@@ -319,7 +353,8 @@ class FlowDiTPipeline(DiffusionPipeline):
         if local and (fault := _folder_faults(Path(name))): raise UserError(f"{name}: {fault}")
         try: return super().from_pretrained(str(name), **kwargs)
         except (OSError, ValueError) as e:
-            what = "cannot be read, copy or export it again" if local else "no such folder, and not in the Hugging Face cache"
+            what = "no such folder, and not in the Hugging Face cache"
+            if local: what = "cannot be read, copy or export it again"
             raise UserError(f"{name}: {what} ({str(e).strip().splitlines()[0][:200]})") from e
 
     def get_label_ids(self,
@@ -340,7 +375,8 @@ class FlowDiTPipeline(DiffusionPipeline):
         return int(y)
 
     def _velocity(self, ids, guidance_scale, interval): # -> function (x, t) -> guided velocity; both halves of it in one forward
-        model, device = self.transformer, self._execution_device
+        model = self.transformer
+        device = self._execution_device
         y = torch.tensor(ids, device=device)
         both = torch.cat([y, torch.full_like(y, model.config.num_classes)])
         def v(x, t):
@@ -361,17 +397,20 @@ class FlowDiTPipeline(DiffusionPipeline):
             x = self.vae.decode(z.to(self.vae.dtype)).sample
         x = (x.float() / 2 + 0.5).clamp(0, 1).cpu()
         if output_type == "pt": return x
-        if output_type == "pil" and x.shape[1] not in (1, 3): raise UserError(
-            f"{x.shape[1]} channels are no picture: give the pipeline a vae, or ask for output_type='latent'")
+        if output_type == "pil" and x.shape[1] not in (1, 3):
+            remedy = "give the pipeline a vae, or ask for output_type='latent'"
+            raise UserError(f"{x.shape[1]} channels are no picture: {remedy}")
         x = x.permute(0, 2, 3, 1).numpy()
         return x if output_type == "np" else self.numpy_to_pil(x)
 
     def _noise(self, n, size, generator): # -> function () -> normal noise, one draw after the other
         cfg = self.transformer.config
         shape = (n, cfg.in_channels, *(size or (cfg.input_size, cfg.input_size)))
-        if isinstance(generator, list) and len(generator) != n: raise UserError(
-            f"generator: {len(generator)} for {n} images; give one, or one per image")
-        return lambda i=None: randn_tensor(shape, generator=generator, device=self._execution_device, dtype=torch.float32)
+        if isinstance(generator, list) and len(generator) != n:
+            raise UserError(f"generator: {len(generator)} for {n} images; give one, or one per image")
+        device = self._execution_device
+        def draw(i=None): return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        return draw
 
     @torch.no_grad()
     def __call__(self,
@@ -391,15 +430,18 @@ class FlowDiTPipeline(DiffusionPipeline):
         "Draw one image per class label."
         _check("output_type", output_type, ("pil", "np", "pt", "latent"))
         ids = self.get_label_ids(class_labels)
-        v, noise = self._velocity(ids, guidance_scale, guidance_interval), self._noise(len(ids), size, generator)
+        v = self._velocity(ids, guidance_scale, guidance_interval)
+        noise = self._noise(len(ids), size, generator)
+        times = time_grid(num_inference_steps, shift=time_shift)
         with self.progress_bar(total=num_inference_steps) as bar:
             def step(*state):
                 bar.update()
                 if on_step is not None: on_step(*state)
-            x = sample_flow(v, noise(), time_grid(num_inference_steps, shift=time_shift), sampler=sampler, noise=noise, on_step=step)
+            x = sample_flow(v, noise(), times, sampler=sampler, noise=noise, on_step=step)
         images = self.decode(x, output_type)
         self.maybe_free_model_hooks()
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 
 # %% ../../nbs/06a_dit.ipynb #372c150c
-diffusers.FlowDiTPipeline = FlowDiTPipeline  # so that DiffusionPipeline.from_pretrained finds the name in model_index.json
+# so that DiffusionPipeline.from_pretrained finds the name in model_index.json
+diffusers.FlowDiTPipeline = FlowDiTPipeline

@@ -30,7 +30,8 @@ def time_frequencies(
     dim: int, # width of a token
 ): # [dim] float32, from 1 to almost 1e8
     "As the published code computes them, in float32."
-    return torch.tensor(10000, dtype=torch.float32) ** ((2 * torch.arange(dim)).float() / dim) # whatever the default dtype is
+    base = torch.tensor(10000, dtype=torch.float32) # whatever the default dtype is
+    return base ** ((2 * torch.arange(dim)).float() / dim)
 
 def published_time_code(
     t, # flow time, [b]
@@ -45,24 +46,36 @@ class PublishedAttention(nn.Module):
     "Self-attention with the two norms that published weights have."
     def __init__(self, dim: int, heads: int, legacy_norm: bool):
         super().__init__()
-        self.heads, self.legacy = heads, legacy_norm
-        self.qkv, self.out = nn.Linear(dim, 3 * dim, bias=False), nn.Linear(dim, dim, bias=False)
-        norm = (lambda: RMSNorm(dim, eps=dim)) if legacy_norm else (lambda: RMSNorm(dim // heads, eps=torch.finfo(torch.float32).eps))
+        self.heads = heads
+        self.legacy = legacy_norm
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.out = nn.Linear(dim, dim, bias=False)
+        def norm():
+            if legacy_norm: return RMSNorm(dim, eps=dim)
+            return RMSNorm(dim // heads, eps=torch.finfo(torch.float32).eps)
         self.q_norm, self.k_norm = norm(), norm()
+
+    def _split(self, y): # [b,n,dim] -> [b,heads,n,dim/heads]
+        return y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+    def _normed(self, norm, y): # the whole projection before the split, or each head after it
+        return self._split(norm(y)) if self.legacy else norm(self._split(y))
 
     def forward(self, x, rope=None):
         q, k, v = self.qkv(x).chunk(3, -1)
-        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        q, k = (split(n(y)) if self.legacy else n(split(y)) for n, y in ((self.q_norm, q), (self.k_norm, k)))
+        q, k = self._normed(self.q_norm, q), self._normed(self.k_norm, k)
         if rope is not None: q, k = rotate(q, *rope), rotate(k, *rope)
-        v = split(v)
-        return self.out(F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v).transpose(1, 2).flatten(2))
+        v = self._split(v)
+        out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
+        return self.out(out.transpose(1, 2).flatten(2))
 
 class PublishedBlock(nn.Module):
     "Attention and MLP on modulated input, each through a gate; no SiLU before the modulation."
     def __init__(self, dim: int, heads: int, hidden: int, legacy_norm: bool):
         super().__init__()
-        self.attn, self.mlp, self.ada = PublishedAttention(dim, heads, legacy_norm), MLP(dim, hidden), nn.Linear(dim, 6 * dim)
+        self.attn = PublishedAttention(dim, heads, legacy_norm)
+        self.mlp = MLP(dim, hidden)
+        self.ada = nn.Linear(dim, 6 * dim)
 
     def forward(self, x, y, rope=None):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.ada(y)[:, None].chunk(6, -1)
@@ -71,8 +84,9 @@ class PublishedBlock(nn.Module):
 
 def _modulate(x, shift, scale): return F.layer_norm(x, x.shape[-1:], eps=1e-5) * (1 + scale) + shift
 
+# %% ../../nbs/models/05_dit_452m.ipynb #34608d50
 class PublishedDiT(ModelMixin, ConfigMixin):
-    "Latent_Diffusion_Model_Imagenet2012's flow DiT with folded weights: velocity from noisy latents, time and class."
+    "Latent_Diffusion_Model_Imagenet2012's flow DiT, folded: velocity from noisy latents, time and class."
     @register_to_config
     def __init__(self, *,
         input_size: int = 32, # height and width of the training latents
@@ -87,17 +101,39 @@ class PublishedDiT(ModelMixin, ConfigMixin):
         legacy_norm: bool = True, # RMSNorm over the whole projection with eps = dim
     ):
         super().__init__()
-        self.patch, self.time = nn.Linear(in_channels * patch_size**2, dim), nn.Linear(dim, dim, bias=False)
+        numbers = in_channels * patch_size**2 # in a patch
+        self.patch = nn.Linear(numbers, dim)
+        self.time = nn.Linear(dim, dim, bias=False)
         self.class_embed = nn.Embedding(num_classes + 1, dim)
         self.blocks = nn.ModuleList(PublishedBlock(dim, heads, hidden, legacy_norm) for _ in range(depth))
-        self.final_ada, self.final = nn.Linear(dim, 2 * dim), nn.Linear(dim, in_channels * patch_size**2)
+        self.final_ada = nn.Linear(dim, 2 * dim)
+        self.final = nn.Linear(dim, numbers)
         self.register_buffer("time_bits", time_frequencies(dim).view(torch.int32))
         self.register_buffer("rope_bits", torch.zeros(dim // heads // 2, dtype=torch.int32))
-        if position == "absolute": self.table = nn.Parameter(torch.zeros((input_size // patch_size) ** 2, dim))
+        if position == "absolute":
+            self.table = nn.Parameter(torch.zeros((input_size // patch_size) ** 2, dim))
 
     def _rope(self, n): # cos, sin of each place in the sequence
         angles = torch.arange(n, device=self.rope_bits.device)[:, None] * self.rope_bits.view(torch.float32)
         return angles.cos(), angles.sin()
+
+    def _refuse(self, c, h, w): # shapes that this model cannot see
+        cfg = self.config
+        p = cfg.patch_size
+        if c != cfg.in_channels or h % p or w % p:
+            want = f"{cfg.in_channels} channels, height and width in multiples of {p}"
+            raise UserError(f"input {c}x{h}x{w}: want {want}")
+        side = cfg.input_size
+        if cfg.position == "absolute" and (h, w) != (side, side):
+            raise UserError(f"input {h}x{w}: the position table of this model is for {side}x{side}")
+
+    def _condition(self, x, timestep, class_labels): # [b,dim], the sum of the codes of time and class
+        b = len(x)
+        null = self.config.num_classes
+        t = torch.as_tensor(timestep, device=x.device).expand(b)
+        y = torch.full((b,), null, device=x.device) if class_labels is None else class_labels
+        code = published_time_code(t, self.time_bits.view(torch.float32))
+        return self.time(code.to(x.dtype)) + self.class_embed(y)
 
     def forward(self,
         hidden_states, # noisy latents, [b,c,h,w]
@@ -106,17 +142,14 @@ class PublishedDiT(ModelMixin, ConfigMixin):
         return_dict: bool = True, # False: a tuple with the tensor
     ): # velocity eps - x0, [b,c,h,w]
         "Predict the velocity."
-        cfg, (c, h, w), b = self.config, hidden_states.shape[1:], len(hidden_states)
-        p = cfg.patch_size
-        if c != cfg.in_channels or h % p or w % p: raise UserError(f"input {c}x{h}x{w}: want {cfg.in_channels} channels, height and width in multiples of {p}")
+        p = self.config.patch_size
+        position = self.config.position
+        c, h, w = hidden_states.shape[1:]
+        self._refuse(c, h, w)
         x = self.patch(patchify(hidden_states, p))
-        if cfg.position == "absolute":
-            if (h, w) != (cfg.input_size, cfg.input_size): raise UserError(f"input {h}x{w}: the position table of this model is for {cfg.input_size}x{cfg.input_size}")
-            x = x + self.table
-        t = torch.as_tensor(timestep, device=x.device).expand(b)
-        y = torch.full((b,), cfg.num_classes, device=x.device) if class_labels is None else class_labels
-        cond = self.time(published_time_code(t, self.time_bits.view(torch.float32)).to(x.dtype)) + self.class_embed(y)
-        rope = self._rope(x.shape[1]) if cfg.position == "RoPE" else None
+        if position == "absolute": x = x + self.table
+        cond = self._condition(x, timestep, class_labels)
+        rope = self._rope(x.shape[1]) if position == "RoPE" else None
         for block in self.blocks: x = block(x, cond, rope)
         shift, scale = self.final_ada(cond)[:, None].chunk(2, -1)
         v = unpatchify(self.final(_modulate(x, shift, scale)), p, h=h // p, w=w // p)
@@ -124,57 +157,121 @@ class PublishedDiT(ModelMixin, ConfigMixin):
 
 # %% ../../nbs/models/05_dit_452m.ipynb #6402b531
 PARAMS = "inCh num_classes patch_size dim c_dim hidden_scale num_heads num_blocks positional_encoding".split()
+_MODULATION = "norm1.c_shift norm1.c_scale scale1 norm2.c_shift norm2.c_scale scale2".split() # of a block, in our order
 
 def shapes(
     p: dict, # the JSON
 ) -> dict: # key -> shape, of every tensor that is used
     "What the state dict of such a model holds."
-    d, heads, c, k, patch = p["dim"], p["num_heads"], p["inCh"], p["num_classes"], p["patch_size"]
-    f, norm = int(p["hidden_scale"] * d), d if p["legacy_norm"] else d // heads
-    linear = lambda name, o, i: {f"{name}.weight": (o, i), f"{name}.bias": (o,)}
-    out = {"t_emb2.weight": (d, d), "c_emb.weight": (p["c_dim"], k), "pos_enc.proj.weight": (d, c, patch, patch)} | linear("cond_MLP", d, p["c_dim"]) | linear("patch_emb", d, d)
-    out |= linear("out_norm.c_shift", d, d) | linear("out_norm.c_scale", d, d) | linear("out_proj", c * patch * patch, d)
-    for i in range(p["num_blocks"]):
-        b = f"blocks.{i}"
-        out |= linear(f"{b}.MLP.lin_up", 2 * f, d) | linear(f"{b}.MLP.lin_down", d, f)
-        for n in ("norm1.c_shift", "norm1.c_scale", "scale1", "norm2.c_shift", "norm2.c_scale", "scale2"): out |= linear(f"{b}.{n}", d, d)
-        out |= {f"{b}.attn.{n}_proj.weight": (d, d) for n in ("query", "key", "value", "out")} | {f"{b}.attn.{n}_norm.weight": (norm,) for n in "qk"}
-        if p["positional_encoding"] == "RoPE": out[f"{b}.attn.rotary_emb.freqs"] = (d // heads // 2,)
-    return out | ({"pos_enc.pos_embed": (1, 65536, d)} if p["positional_encoding"] == "absolute" else {})
+    d = p["dim"]
+    channels, patch = p["inCh"], p["patch_size"]
+    out = {
+        "t_emb2.weight": (d, d),
+        "c_emb.weight": (p["c_dim"], p["num_classes"]),
+        "pos_enc.proj.weight": (d, channels, patch, patch),
+        **_linear("cond_MLP", d, p["c_dim"]),
+        **_linear("patch_emb", d, d),
+        **_linear("out_norm.c_shift", d, d),
+        **_linear("out_norm.c_scale", d, d),
+        **_linear("out_proj", channels * patch * patch, d),
+    }
+    for i in range(p["num_blocks"]): out |= _block_shapes(f"blocks.{i}", p)
+    if p["positional_encoding"] == "absolute": out["pos_enc.pos_embed"] = (1, 65536, d)
+    return out
 
+def _linear(name, outputs, inputs): return {f"{name}.weight": (outputs, inputs), f"{name}.bias": (outputs,)}
+
+def _block_shapes(b, p): # of one block
+    d, heads = p["dim"], p["num_heads"]
+    hidden = int(p["hidden_scale"] * d)
+    norm = d if p["legacy_norm"] else d // heads
+    out = _linear(f"{b}.MLP.lin_up", 2 * hidden, d) | _linear(f"{b}.MLP.lin_down", d, hidden)
+    for name in _MODULATION: out |= _linear(f"{b}.{name}", d, d)
+    for name in ("query", "key", "value", "out"): out[f"{b}.attn.{name}_proj.weight"] = (d, d)
+    for name in "qk": out[f"{b}.attn.{name}_norm.weight"] = (norm,)
+    if p["positional_encoding"] == "RoPE": out[f"{b}.attn.rotary_emb.freqs"] = (d // heads // 2,)
+    return out
+
+# %% ../../nbs/models/05_dit_452m.ipynb #6d329fe3
 def fold(
     state: dict, # key -> tensor
     p: dict, # the JSON
     *, input_size: int = 32, # side of the latents; of the table of "absolute"
 ) -> PublishedDiT:
     "The model of a state dict; `UserError` when something is missing, left over or of another shape."
-    want, given = shapes(p), {k: v for k, v in state.items() if not k.startswith("VAE.")}
-    if lacking := sorted(want.keys() - given.keys()): raise UserError(f"the weights lack {len(lacking)} tensors, e.g. {lacking[0]}; is the JSON of another model?")
-    if odd := sorted(k for k in given.keys() - want.keys() if not re.search(r"rotary_emb\.|pos_embed$", k)): raise UserError(f"the weights hold {len(odd)} tensors that this model has not, e.g. {odd[0]}; is the JSON of another model?")
-    if wrong := next((k for k in want if tuple(given[k].shape) != want[k]), None): raise UserError(f"{wrong} is {list(given[wrong].shape)}, and the JSON wants {list(want[wrong])}")
-    s, d = {k: given[k].double() for k in want}, p["dim"]
-    model = PublishedDiT(input_size=input_size, patch_size=p["patch_size"], in_channels=p["inCh"], dim=d, depth=p["num_blocks"], heads=p["num_heads"], hidden=int(p["hidden_scale"] * d),
-        num_classes=p["num_classes"], position=p["positional_encoding"], legacy_norm=p["legacy_norm"])
-    new = {"patch.weight": s["patch_emb.weight"] @ s["pos_enc.proj.weight"].flatten(1), "patch.bias": s["patch_emb.bias"], "time.weight": s["t_emb2.weight"],
-        "class_embed.weight": torch.cat([(s["cond_MLP.weight"] @ s["c_emb.weight"]).T + s["cond_MLP.bias"], s["cond_MLP.bias"][None]]),
-        **_pair("final_ada", s, ("out_norm.c_shift", "out_norm.c_scale")), **_pair("final", s, ("out_proj",)), "time_bits": model.time_bits, "rope_bits": model.rope_bits}
-    if p["positional_encoding"] == "RoPE": new["rope_bits"] = given["blocks.0.attn.rotary_emb.freqs"].float().contiguous().view(torch.int32)
-    else: new["table"] = _crop(s["pos_enc.pos_embed"], input_size // p["patch_size"]) @ s["patch_emb.weight"].T
+    given = {k: v for k, v in state.items() if not k.startswith("VAE.")}
+    want = shapes(p)
+    _check_tensors(given, want)
+    s = {k: given[k].double() for k in want}
+    model = _unfilled(p, input_size)
+    new = _outside(s) | {"time_bits": model.time_bits, "rope_bits": model.rope_bits}
+    if p["positional_encoding"] == "RoPE":
+        freqs = given["blocks.0.attn.rotary_emb.freqs"].float().contiguous()
+        new["rope_bits"] = freqs.view(torch.int32)
+    else: new["table"] = _table(s, input_size // p["patch_size"])
     for i in range(p["num_blocks"]): new |= _block(f"blocks.{i}", s)
     model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in new.items()})
     return model.eval()
 
-def _pair(name, s, parts): return {f"{name}.{q}": torch.cat([s[f"{k}.{q}"] for k in parts]) for q in ("weight", "bias")}
+def _check_tensors(given, want):
+    "`UserError` when a tensor is missing, left over or of another shape."
+    remedy = "is the JSON of another model?"
+    if lacking := sorted(want.keys() - given.keys()):
+        raise UserError(f"the weights lack {len(lacking)} tensors, e.g. {lacking[0]}; {remedy}")
+    more = given.keys() - want.keys()
+    if odd := sorted(k for k in more if not re.search(r"rotary_emb\.|pos_embed$", k)):
+        what = f"hold {len(odd)} tensors that this model has not, e.g. {odd[0]}"
+        raise UserError(f"the weights {what}; {remedy}")
+    for name, shape in want.items():
+        found = given[name].shape
+        if found != shape: raise UserError(f"{name} is {list(found)}, and the JSON wants {list(shape)}")
 
-def _crop(table, n): # the middle n x n of the 256 x 256 table
+def _unfilled(p, input_size): # a model of these shapes
+    return PublishedDiT(
+        input_size=input_size,
+        patch_size=p["patch_size"],
+        in_channels=p["inCh"],
+        dim=p["dim"],
+        depth=p["num_blocks"],
+        heads=p["num_heads"],
+        hidden=int(p["hidden_scale"] * p["dim"]),
+        num_classes=p["num_classes"],
+        position=p["positional_encoding"],
+        legacy_norm=p["legacy_norm"],
+    )
+
+# %% ../../nbs/models/05_dit_452m.ipynb #9f2f7626
+def _pair(name, s, parts): # weight and bias of one layer that does the work of several
+    return {f"{name}.{q}": torch.cat([s[f"{part}.{q}"] for part in parts]) for q in ("weight", "bias")}
+
+def _outside(s): # what stands around the blocks, folded
+    bias = s["cond_MLP.bias"] # what is left of the class when there is none
+    classes = (s["cond_MLP.weight"] @ s["c_emb.weight"]).T + bias
+    return {
+        "patch.weight": s["patch_emb.weight"] @ s["pos_enc.proj.weight"].flatten(1),
+        "patch.bias": s["patch_emb.bias"],
+        "time.weight": s["t_emb2.weight"],
+        "class_embed.weight": torch.cat([classes, bias[None]]),
+        **_pair("final_ada", s, ["out_norm.c_shift", "out_norm.c_scale"]),
+        **_pair("final", s, ["out_proj"]),
+    }
+
+def _table(s, n): # the middle n x n of the 256 x 256 places, through the matrix after the patches
     start = (256 - n) // 2
-    return table.view(256, 256, -1)[start : start + n, start : start + n].reshape(n * n, -1)
+    places = s["pos_enc.pos_embed"].view(256, 256, -1)[start : start + n, start : start + n]
+    return places.reshape(n * n, -1) @ s["patch_emb.weight"].T
 
 def _block(b, s): # one block, folded
-    ada = (f"{b}.norm1.c_shift", f"{b}.norm1.c_scale", f"{b}.scale1", f"{b}.norm2.c_shift", f"{b}.norm2.c_scale", f"{b}.scale2")
-    return {f"{b}.attn.qkv.weight": torch.cat([s[f"{b}.attn.{n}_proj.weight"] for n in ("query", "key", "value")]), f"{b}.attn.out.weight": s[f"{b}.attn.out_proj.weight"],
-        f"{b}.attn.q_norm.weight": s[f"{b}.attn.q_norm.weight"], f"{b}.attn.k_norm.weight": s[f"{b}.attn.k_norm.weight"],
-        **_pair(f"{b}.ada", s, ada), **_pair(f"{b}.mlp.up", s, (f"{b}.MLP.lin_up",)), **_pair(f"{b}.mlp.down", s, (f"{b}.MLP.lin_down",))}
+    qkv = [s[f"{b}.attn.{name}_proj.weight"] for name in ("query", "key", "value")]
+    return {
+        f"{b}.attn.qkv.weight": torch.cat(qkv),
+        f"{b}.attn.out.weight": s[f"{b}.attn.out_proj.weight"],
+        f"{b}.attn.q_norm.weight": s[f"{b}.attn.q_norm.weight"],
+        f"{b}.attn.k_norm.weight": s[f"{b}.attn.k_norm.weight"],
+        **_pair(f"{b}.ada", s, [f"{b}.{name}" for name in _MODULATION]),
+        **_pair(f"{b}.mlp.up", s, [f"{b}.MLP.lin_up"]),
+        **_pair(f"{b}.mlp.down", s, [f"{b}.MLP.lin_down"]),
+    }
 
 # %% ../../nbs/models/05_dit_452m.ipynb #db3712a1
 @dataclass
@@ -189,9 +286,13 @@ def _files(folder):
     folder = Path(folder)
     if not folder.is_dir(): raise UserError(f"{folder}: no such folder")
     found = sorted(folder.glob("model_*.pkl"))
-    if len(found) != 1: raise UserError(f"{folder}: holds {len(found)} files model_*.pkl{': ' + ', '.join(p.name for p in found) if found else ''}; give a folder with one, and its model_params_*.json")
+    if len(found) != 1:
+        names = ": " + ", ".join(p.name for p in found) if found else ""
+        what = f"holds {len(found)} files model_*.pkl{names}"
+        raise UserError(f"{folder}: {what}; give a folder with one, and its model_params_*.json")
     path = folder/f"model_params_{found[0].stem.removeprefix('model_')}.json"
-    if not path.is_file(): raise UserError(f"{path}: no such file; {found[0].name} needs the JSON of its shapes")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; {found[0].name} needs the JSON of its shapes")
     return found[0], path
 
 def _params(path):
@@ -199,35 +300,60 @@ def _params(path):
     p = read_json(path)
     if not isinstance(p, dict): raise UserError(f"{path}: expected an object")
     if lacking := [k for k in PARAMS if k not in p]: raise UserError(f"{path}: lacks {', '.join(lacking)}")
-    if p["positional_encoding"] not in ("RoPE", "absolute"): raise UserError(f"{path}: positional_encoding {p['positional_encoding']!r}: RoPE and absolute are known")
-    if bad := next((k for k in PARAMS[:-1] if not isinstance(p[k], (int, float)) or isinstance(p[k], bool) or p[k] <= 0), None): raise UserError(f"{path}: {bad} is {p[bad]!r}, expected a positive number")
-    if p["dim"] % (2 * p["num_heads"]): raise UserError(f"{path}: dim {p['dim']} is no multiple of twice num_heads {p['num_heads']}")
+    position = p["positional_encoding"]
+    if position not in ("RoPE", "absolute"):
+        raise UserError(f"{path}: positional_encoding {position!r}: RoPE and absolute are known")
+    for name in PARAMS[:-1]:
+        number = isinstance(p[name], (int, float)) and not isinstance(p[name], bool)
+        if not number or p[name] <= 0:
+            raise UserError(f"{path}: {name} is {p[name]!r}, expected a positive number")
+    if p["dim"] % (2 * p["num_heads"]):
+        raise UserError(f"{path}: dim {p['dim']} is no multiple of twice num_heads {p['num_heads']}")
     return p | {"legacy_norm": bool(p.get("legacy_norm", False))}
 
 def _weights(path):
     "Tensors by name; nothing is unpickled but tensors."
     try: state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e: raise UserError(f"{path}: holds something else than tensors, or is cut off ({type(e).__name__}); nothing in it was run") from None
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in state.items()): raise UserError(f"{path}: is no state dict (names and tensors)")
+    except Exception as e:
+        what = f"holds something else than tensors, or is cut off ({type(e).__name__})"
+        raise UserError(f"{path}: {what}; nothing in it was run") from None
+    if not _is_state(state): raise UserError(f"{path}: is no state dict (names and tensors)")
     return state
 
+def _is_state(found): # names and tensors
+    if not isinstance(found, dict): return False
+    return all(isinstance(k, str) and isinstance(v, torch.Tensor) for k, v in found.items())
+
+# %% ../../nbs/models/05_dit_452m.ipynb #f26cb437
+def _labels(folder, cfg, k):
+    "Class names by number: of the file that is given, of the one beside the weights, or made up."
+    path = Path(cfg.class_names or Path(folder)/"imagenet_class_to_string.txt")
+    if path.is_file(): return _names(path, k)
+    if cfg.class_names: raise UserError(f"--class-names {path}: no such file")
+    return {i: f"class {i}" for i in range(k)}
+
 def _names(path, k):
-    "Class names by number."
-    found = dict(re.match(r"(\d+):\s*(.*?),?\s*$", line).groups() for line in Path(path).read_text(encoding="utf-8").splitlines() if re.match(r"\d+:", line))
-    if set(found) != set(map(str, range(k))): raise UserError(f"{path}: names {len(found)} classes and the model has {k}; expected lines 0: … to {k - 1}: …")
+    "Class names by number, of a file."
+    found = {}
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        if m := re.match(r"(\d+):\s*(.*?),?\s*$", line): found[m[1]] = m[2]
+    if set(found) != set(map(str, range(k))):
+        what = f"names {len(found)} classes and the model has {k}"
+        raise UserError(f"{path}: {what}; expected lines 0: … to {k - 1}: …")
     return {i: found[str(i)] for i in range(k)}
 
+# %% ../../nbs/models/05_dit_452m.ipynb #8e687a65
 def import_flow_dit(
     folder, # with model_*.pkl and model_params_*.json
     out, # folder of the pipeline, to be made
     cfg: ImportOptions = ImportOptions(), # VAE, class names
 ) -> Path: # out
     "Convert published weights to a `FlowDiTPipeline`; OUT is whole or absent."
-    out, (weights, params) = Path(out), _files(folder)
+    out = Path(out)
+    weights, params = _files(folder)
     if out.exists(): raise UserError(f"{out}: is there already; choose another OUT")
-    p, names = _params(params), Path(cfg.class_names or Path(folder)/"imagenet_class_to_string.txt")
-    if cfg.class_names and not names.is_file(): raise UserError(f"--class-names {names}: no such file")
-    labels = _names(names, p["num_classes"]) if names.is_file() else {i: f"class {i}" for i in range(p["num_classes"])}
+    p = _params(params)
+    labels = _labels(folder, cfg, p["num_classes"])
     vae = AutoencoderKL.from_pretrained(vae_folder(cfg.vae)) if cfg.vae else None
     try: model = fold(_weights(weights), p, input_size=cfg.input_size)
     except UserError as e: raise UserError(f"{weights.name} with {params.name}: {e}") from None

@@ -20,7 +20,8 @@ from .shipped import MODELS, shipped_folder
 def _hash(path):
     "SHA-256 of a file, from the name of the hub's blob where there is one."
     real = Path(path).resolve()
-    return real.name if real.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", real.name) else sha256(real)
+    known = real.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", real.name)
+    return real.name if known else sha256(real)
 
 def files_id(
     paths, # files; their folders do not matter
@@ -29,6 +30,7 @@ def files_id(
     lines = sorted(f"{p.name} {_hash(p)}\n" for p in map(Path, paths))
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
+# %% ../../nbs/models/01_files.ipynb #a36d1038
 def weight_files(
     folder, # of a model
 ) -> list: # its weight files
@@ -36,8 +38,11 @@ def weight_files(
     folder = Path(folder)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
-        pickles = sorted(p.name for suffix in ("bin", "pt", "pth", "ckpt") for p in folder.glob(f"*.{suffix}"))
-        raise UserError(f"{folder}: " + (f"{pickles[0]} is a pickle, which is never read here; save it as safetensors" if pickles else "no *.safetensors"))
+        suffixes = ("bin", "pt", "pth", "ckpt")
+        pickles = sorted(p.name for suffix in suffixes for p in folder.glob(f"*.{suffix}"))
+        if not pickles: raise UserError(f"{folder}: no *.safetensors")
+        what = f"{pickles[0]} is a pickle, which is never read here"
+        raise UserError(f"{folder}: {what}; save it as safetensors")
     broken = [p.name for p in weights if not p.is_file()]
     if broken: raise UserError(f"{folder}: {broken[0]} is a link to nothing; fetch the model again")
     return weights
@@ -47,7 +52,8 @@ def weights_id(
 ) -> str: # 64 hexadecimal digits
     "The identity of a model, wherever it lies."
     folder = Path(folder)
-    if not (folder / "config.json").is_file(): raise UserError(f"{folder}: no config.json; a model is a folder with config.json and *.safetensors")
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder}: no config.json; a model is a folder with config.json and *.safetensors")
     return files_id([folder / "config.json", *weight_files(folder)])
 
 # %% ../../nbs/models/01_files.ipynb #6a353468
@@ -61,8 +67,10 @@ def local_folder(
     from huggingface_hub import snapshot_download
     try: return Path(snapshot_download(str(where), local_files_only=True))
     except Exception as e:
-        if getattr(e, "snapshot_path", None): return Path(e.snapshot_path) # only some of its files were fetched: what is needed is looked for below
-        raise UserError(f"{where}: no such folder, and not in the local hub cache; where there is a network: hf download {where}") from None
+        # only some of its files were fetched: what is needed is looked for below
+        if getattr(e, "snapshot_path", None): return Path(e.snapshot_path)
+        remedy = f"where there is a network: hf download {where}"
+        raise UserError(f"{where}: no such folder, and not in the local hub cache; {remedy}") from None
 
 def model_folder(
     where, # a folder or a hub name
@@ -87,7 +95,12 @@ def exact(
     was = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.no_grad(), torch.autocast(torch.device(device).type, enabled=False), torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False): yield
+        with (
+            torch.no_grad(),
+            torch.autocast(torch.device(device).type, enabled=False),
+            torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False),
+        ):
+            yield
     finally: torch.set_float32_matmul_precision(was)
 
 # %% ../../nbs/models/01_files.ipynb #2e67a806
@@ -99,25 +112,33 @@ def first_line(
 
 def _variant(folder, stem):
     "None, or fp16 … when the files are called stem.fp16.safetensors."
+    plain = rf"{stem}(-\d+-of-\d+)?\.safetensors(\.index\.json)?"
+    variant = rf"{stem}\.(\w+?)(-\d+-of-\d+)?\.safetensors"
     names = [p.name for p in Path(folder).glob("*.safetensors*")]
-    if any(re.fullmatch(rf"{stem}(-\d+-of-\d+)?\.safetensors(\.index\.json)?", n) for n in names): return None
-    found = sorted({m[1] for n in names if (m := re.match(rf"{stem}\.(\w+?)(-\d+-of-\d+)?\.safetensors", n))})
-    if len(found) != 1: raise UserError(f"{folder}: no {stem}.safetensors" + (f"; several variants: {', '.join(found)}" if found else ""))
-    return found[0]
+    if any(re.fullmatch(plain, n) for n in names): return None
+    found = sorted({m[1] for n in names if (m := re.match(variant, n))})
+    if len(found) == 1: return found[0]
+    several = f"; several variants: {', '.join(found)}" if found else ""
+    raise UserError(f"{folder}: no {stem}.safetensors{several}")
 
+# %% ../../nbs/models/01_files.ipynb #a1284d48
 @contextmanager
 def quiet():
     "transformers lists the text half of a CLIP as unexpected, and shows bars in logs."
     import transformers.utils.logging # noqa: F401
-    there = [sys.modules[f"{name}.utils.logging"] for name in ("transformers", "diffusers") if f"{name}.utils.logging" in sys.modules]
+    names = ("transformers.utils.logging", "diffusers.utils.logging")
+    there = [sys.modules[name] for name in names if name in sys.modules]
     before = [(x, x.get_verbosity(), x.is_progress_bar_enabled()) for x in there]
-    for x, _, _ in before: x.set_verbosity_error(); x.disable_progress_bar()
+    for x in there:
+        x.set_verbosity_error()
+        x.disable_progress_bar()
     try: yield
     finally:
         for x, level, bars in before:
             x.set_verbosity(level)
             if bars: x.enable_progress_bar()
 
+# %% ../../nbs/models/01_files.ipynb #c660cabf
 def load_frozen(
     cls, # a model class of diffusers or transformers
     folder, # config.json and safetensors
@@ -127,16 +148,27 @@ def load_frozen(
 ): # the model, in eval mode, without gradients
     "Load a model from safetensors only; every weight comes from the files."
     diffusers = cls.__module__.startswith("diffusers")
+    options = dict(use_safetensors=True, local_files_only=True, output_loading_info=True)
+    options["torch_dtype" if diffusers else "dtype"] = dtype
     try:
         variant = _variant(folder, "diffusion_pytorch_model" if diffusers else "model")
-        with quiet(): model, info = cls.from_pretrained(str(folder), use_safetensors=True, local_files_only=True, output_loading_info=True, variant=variant, **{"torch_dtype" if diffusers else "dtype": dtype})
+        with quiet(): model, info = cls.from_pretrained(str(folder), variant=variant, **options)
     except UserError: raise
-    except Exception as e: raise UserError(f"{folder}: cannot be loaded as {cls.__name__} ({first_line(e)})") from None
-    missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
-    if missing: raise UserError(f"{folder}: {len(missing)} weights of {cls.__name__} are not in its files, the first is {missing[0]}; fetch or save the model again")
+    except Exception as e:
+        raise UserError(f"{folder}: cannot be loaded as {cls.__name__} ({first_line(e)})") from None
+    _check_found(folder, cls, info)
     bad = [n for n, p in model.named_parameters() if not p.isfinite().all()]
-    if bad: raise UserError(f"{folder}: {bad[0]} is not finite in {str(dtype).split('.')[1]}; use fp32 or bf16, or other weights")
+    if bad:
+        what = f"{bad[0]} is not finite in {str(dtype).split('.')[1]}"
+        raise UserError(f"{folder}: {what}; use fp32 or bf16, or other weights")
     return model.eval().requires_grad_(False).to(device)
+
+def _check_found(folder, cls, info):
+    "`UserError` when the library had to make weights up."
+    missing = sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]]))
+    if missing:
+        what = f"{len(missing)} weights of {cls.__name__} are not in its files, the first is {missing[0]}"
+        raise UserError(f"{folder}: {what}; fetch or save the model again")
 
 # %% ../../nbs/models/01_files.ipynb #7ad75663
 def load_shipped(
@@ -157,14 +189,27 @@ def vae_facts(
 ) -> dict: # channels, shift, scale, down (pixels per latent)
     "What its config says, without loading it."
     found = read_json(Path(folder) / "config.json")
-    if found.get("_class_name") != "AutoencoderKL": raise UserError(f"{folder}: config.json says {found.get('_class_name') or found.get('model_type')}, expected AutoencoderKL")
-    if found.get("latents_mean") or found.get("latents_std"): raise UserError(f"{folder}: latents_mean and latents_std are not supported, only one shift and one scale")
-    found = {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None, "block_out_channels": (64,)} | found # the defaults of diffusers; sd-vae-ft-mse is published without scaling_factor
-    return dict(channels=found["latent_channels"], shift=found["shift_factor"] or 0., scale=found["scaling_factor"], down=2 ** (len(found["block_out_channels"]) - 1))
+    kind = found.get("_class_name")
+    if kind != "AutoencoderKL":
+        said = kind or found.get("model_type")
+        raise UserError(f"{folder}: config.json says {said}, expected AutoencoderKL")
+    if found.get("latents_mean") or found.get("latents_std"):
+        what = "latents_mean and latents_std are not supported"
+        raise UserError(f"{folder}: {what}, only one shift and one scale")
+    # the defaults of diffusers; sd-vae-ft-mse is published without scaling_factor
+    usual = {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None}
+    found = usual | {"block_out_channels": (64,)} | found
+    return dict(
+        channels=found["latent_channels"],
+        shift=found["shift_factor"] or 0.,
+        scale=found["scaling_factor"],
+        down=2 ** (len(found["block_out_channels"]) - 1),
+    )
 
 def vae_folder(
     vae: str, # folder of an AutoencoderKL, of a pipeline that has one, or a hub name
 ) -> Path: # with config.json and *.safetensors
     "Where the VAE of --vae lies."
-    try: return model_folder(vae, "vae", "a VAE (config.json, diffusion_pytorch_model.safetensors), or a pipeline with vae/")
+    layout = "a VAE (config.json, diffusion_pytorch_model.safetensors), or a pipeline with vae/"
+    try: return model_folder(vae, "vae", layout)
     except UserError as e: raise UserError(f"--vae {e}") from None

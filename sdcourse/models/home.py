@@ -20,22 +20,42 @@ def model_home(
 ) -> Path: # the folder of a pipeline
     "The folder of the model, after a look at its parts; `UserError` names what is missing."
     try: root = local_folder(where)
-    except UserError as e: raise UserError(f"--model {e}; Stable Diffusion 1.4 may want its licence accepted on the hub first (hf auth login)") from None
-    if not (root/"model_index.json").is_file(): raise UserError(f"--model {root}: no model_index.json; give the folder of a pipeline")
+    except UserError as e:
+        licence = "Stable Diffusion 1.4 may want its licence accepted on the hub first (hf auth login)"
+        raise UserError(f"--model {e}; {licence}") from None
+    if not (root/"model_index.json").is_file():
+        raise UserError(f"--model {root}: no model_index.json; give the folder of a pipeline")
     for part in PARTS:
-        if not (root/part).is_dir(): raise UserError(f"--model {root}: has no {part}/; fetch the whole pipeline")
+        if not (root/part).is_dir():
+            raise UserError(f"--model {root}: has no {part}/; fetch the whole pipeline")
     for part in ("text_encoder", "unet", "vae"): model_folder(root/part)
     return root
 
+# %% ../../nbs/models/02_home.ipynb #79b5ef4a
 def noise_of(
     scheduler: dict, # scheduler_config.json
 ): # (abar [T] float64, "eps" or "v")
     "The schedule that a model was trained with."
     kinds = {"epsilon": "eps", "v_prediction": "v"}
-    found = {"num_train_timesteps": 1000, "beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02, "prediction_type": "epsilon"} | scheduler # the defaults of diffusers
-    if found.get("trained_betas") is not None or found["beta_schedule"] not in ("scaled_linear", "linear"): raise UserError(f"scheduler_config.json: schedule {found['beta_schedule']} is not supported, only linear and scaled_linear")
-    if found["prediction_type"] not in kinds: raise UserError(f"scheduler_config.json: prediction {found['prediction_type']} is not supported, only {', '.join(kinds)}")
-    return alphas_cumprod(found["num_train_timesteps"], schedule=found["beta_schedule"], start=found["beta_start"], end=found["beta_end"]), kinds[found["prediction_type"]]
+    usual = { # the defaults of diffusers
+        "num_train_timesteps": 1000,
+        "beta_schedule": "linear",
+        "beta_start": 0.0001,
+        "beta_end": 0.02,
+        "prediction_type": "epsilon",
+    }
+    found = usual | scheduler
+    schedule = found["beta_schedule"]
+    if found.get("trained_betas") is not None or schedule not in ("scaled_linear", "linear"):
+        what = f"schedule {schedule} is not supported, only linear and scaled_linear"
+        raise UserError(f"scheduler_config.json: {what}")
+    prediction = found["prediction_type"]
+    if prediction not in kinds:
+        what = f"prediction {prediction} is not supported, only {', '.join(kinds)}"
+        raise UserError(f"scheduler_config.json: {what}")
+    ends = dict(start=found["beta_start"], end=found["beta_end"])
+    abar = alphas_cumprod(found["num_train_timesteps"], schedule=schedule, **ends)
+    return abar, kinds[prediction]
 
 # %% ../../nbs/models/02_home.ipynb #e67edfba
 def unpacked(
@@ -45,13 +65,19 @@ def unpacked(
 ) -> Path: # the folder
     "Take a single-file checkpoint apart into a pipeline; `UserError` when it is not whole."
     if not Path(path).is_file(): raise UserError(f"--model {path}: no such file")
-    if not config: raise UserError(f"--model {path}: one file does not say its configs and tokenizer; give --model-config FOLDER of a pipeline with the same shapes")
+    if not config:
+        remedy = "give --model-config FOLDER of a pipeline with the same shapes"
+        raise UserError(f"--model {path}: one file does not say its configs and tokenizer; {remedy}")
     home = model_home(config)
     from diffusers import StableDiffusionPipeline
+    options = dict(config=str(home), local_files_only=True, safety_checker=None)
     try:
-        with quiet(): pipe = StableDiffusionPipeline.from_single_file(path, config=str(home), local_files_only=True, safety_checker=None)
-    except Exception as e: raise UserError(f"--model {path}: does not fit {home} ({' '.join(str(e).split())[:160]})") from None
+        with quiet(): pipe = StableDiffusionPipeline.from_single_file(path, **options)
+    except Exception as e:
+        why = " ".join(str(e).split())[:160]
+        raise UserError(f"--model {path}: does not fit {home} ({why})") from None
     parts = {"unet": pipe.unet, "vae": pipe.vae, "text_encoder": pipe.text_encoder}
-    if lacking := [f"{k}.{n}" for k, m in parts.items() for n, p in m.named_parameters() if p.is_meta]: raise UserError(f"--model {path}: {len(lacking)} weights are missing, e.g. {lacking[0]}")
+    lacking = [f"{k}.{n}" for k, m in parts.items() for n, p in m.named_parameters() if p.is_meta]
+    if lacking: raise UserError(f"--model {path}: {len(lacking)} weights are missing, e.g. {lacking[0]}")
     with quiet(): pipe.save_pretrained(folder)
     return Path(folder)

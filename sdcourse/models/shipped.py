@@ -43,8 +43,10 @@ def listed(
 ) -> dict: # files and their hashes, size, steps, seconds, what it reaches
     "What the manifest says of a model; `UserError` for an unknown name."
     if name not in MODELS: raise UserError(f"{name}: is no model of this package; {nearest(name, MODELS)}")
-    known = read_json(root/"manifest.json") if (root/"manifest.json").is_file() else {}
-    if name not in known: raise UserError(f"{name}: is not in {root/'manifest.json'}; train it with: sdcourse tiny build {name}")
+    manifest = root/"manifest.json"
+    known = read_json(manifest) if manifest.is_file() else {}
+    if name not in known:
+        raise UserError(f"{name}: is not in {manifest}; train it with: sdcourse tiny build {name}")
     return known[name]
 
 def shipped_folder(
@@ -53,9 +55,14 @@ def shipped_folder(
 ) -> Path: # the model's folder
     "The folder of a model whose files are what the manifest says; `UserError` names the one that is not."
     root = Path(root or shipped_home())
-    files, place = listed(name, root)["files"], root/name
+    files = listed(name, root)["files"]
+    place = root/name
     there = {p.relative_to(place).as_posix() for p in place.rglob("*") if p.is_file()}
-    if wrong := sorted(there ^ files.keys()): raise UserError(f"{place/wrong[0]}: {'is not in the manifest' if wrong[0] in there else 'is missing'}; install the package again")
+    if wrong := sorted(there ^ files.keys()):
+        fault = "is not in the manifest" if wrong[0] in there else "is missing"
+        raise UserError(f"{place/wrong[0]}: {fault}; install the package again")
     for file, said in files.items():
-        if sha256(place/file) != said: raise UserError(f"{place/file}: is not what the manifest says (SHA-256); install the package again")
+        if sha256(place/file) != said:
+            fault = "is not what the manifest says (SHA-256)"
+            raise UserError(f"{place/file}: {fault}; install the package again")
     return place

@@ -7,6 +7,7 @@ __all__ = ['LENGTH', 'GROUPS', 'STEADY', 'sample_captions', 'make_tokenizer', 'm
            'make_pipeline']
 
 # %% ../../nbs/models/04_tiny_sd.ipynb #d21cb370
+import json
 from pathlib import Path
 
 import torch
@@ -23,23 +24,34 @@ def sample_captions(
     from sdcourse.data.sets.photos import PHOTOGRAPHS
     from sdcourse.data.sets.scenes import captions, facts, scene_numbers
     known = facts(scene_numbers("train", n))
-    return [t for i in range(n) for t in captions(known, i)] + [t for p in PHOTOGRAPHS for t in (p.text, *p.regions)]
+    scenes = [text for i in range(n) for text in captions(known, i)]
+    regions = [text for photo in PHOTOGRAPHS for text in (photo.text, *photo.regions)]
+    return scenes + regions
 
+# %% ../../nbs/models/04_tiny_sd.ipynb #a63d9e07
 def make_tokenizer(
     texts: list, # captions
     *, words: int = 600, # merges, at most
 ): # a transformers CLIPTokenizer
-    "Byte-pair merges learned from captions, in CLIP's own order of entries: bytes, bytes that end a word, merges, the two ends."
+    "Byte-pair merges learned from captions, in CLIP's own order of entries."
     from tokenizers import trainers
     from transformers import CLIPTokenizer
     base = CLIPTokenizer()
     alphabet = _bytes()
-    trainer = trainers.BpeTrainer(vocab_size=512 + words, min_frequency=2, end_of_word_suffix="</w>", initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=512 + words,
+        min_frequency=2,
+        end_of_word_suffix="</w>",
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
     base._tokenizer.train_from_iterator(texts, trainer)
-    import json
     merges = [tuple(m) for m in json.loads(base._tokenizer.to_str())["model"]["merges"]]
-    names = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(m) for m in merges), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={n: i for i, n in enumerate(dict.fromkeys(names))}, merges=merges, model_max_length=LENGTH)
+    ending = [c + "</w>" for c in alphabet] # bytes that end a word
+    merged = ["".join(m) for m in merges]
+    names = [*alphabet, *ending, *merged, "<|startoftext|>", "<|endoftext|>"]
+    vocab = {name: i for i, name in enumerate(dict.fromkeys(names))}
+    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH)
 
 def _bytes():
     "The 256 characters that stand for bytes, in CLIP's order."
@@ -54,44 +66,81 @@ def make_text(
 ): # a transformers CLIPTextModel
     "Two layers of CLIP's text model, with random weights."
     from transformers import CLIPTextConfig, CLIPTextModel
-    ends = dict(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
-    return CLIPTextModel(CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=LENGTH, projection_dim=width, **ends))
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=4 * width,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=LENGTH,
+        projection_dim=width,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config)
 
-GROUPS, STEADY = 16, 4. # groups of the normalizations; a constant in each group before the last one
+# %% ../../nbs/models/04_tiny_sd.ipynb #1eac0f33
+GROUPS = 16 # of the normalizations
+STEADY = 4. # a constant in each group before the last normalization
 
 def make_unet(
     *, side: int = 8, # of the latents
     width: int = 128, # of a word vector
     channels: tuple = (80, 112), # of the levels, multiples of 16
 ): # a diffusers UNet2DConditionModel
-    "Two levels of SD 1.5's UNet, with random weights; one channel of each group begins with a constant, so that the last normalization leaves amplitudes alone."
+    "Two levels of SD 1.5's UNet, with random weights, and `STEADY` before the last normalization."
     from diffusers import UNet2DConditionModel
     n = len(channels)
-    unet = UNet2DConditionModel(sample_size=side, down_block_types=("CrossAttnDownBlock2D",) * n, up_block_types=("CrossAttnUpBlock2D",) * n, block_out_channels=channels,
-        layers_per_block=1, cross_attention_dim=width, attention_head_dim=4, norm_num_groups=GROUPS)
-    with torch.no_grad(): unet.up_blocks[-1].attentions[-1].proj_out.bias[::channels[0] // GROUPS] = STEADY
+    unet = UNet2DConditionModel(
+        sample_size=side,
+        down_block_types=("CrossAttnDownBlock2D",) * n,
+        up_block_types=("CrossAttnUpBlock2D",) * n,
+        block_out_channels=channels,
+        layers_per_block=1,
+        cross_attention_dim=width,
+        attention_head_dim=4,
+        norm_num_groups=GROUPS,
+    )
+    # one channel of each group begins with a constant, so that the last normalization leaves amplitudes alone
+    last = unet.up_blocks[-1].attentions[-1].proj_out
+    with torch.no_grad(): last.bias[::channels[0] // GROUPS] = STEADY
     return unet
 
+# %% ../../nbs/models/04_tiny_sd.ipynb #699d5c36
 def make_scheduler(): # a diffusers PNDMScheduler, as SD 1.5 has it
     "The noise of SD 1.5."
     from diffusers import PNDMScheduler
-    scheduler = PNDMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", num_train_timesteps=1000, skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1)
-    scheduler.register_to_config(clip_sample=False) # for samplers that would clip latents as if they were pixels; SD 1.5's file says it too
+    scheduler = PNDMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        num_train_timesteps=1000,
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    )
+    # for samplers that would clip latents as if they were pixels; SD 1.5's file says it too
+    scheduler.register_to_config(clip_sample=False)
     return scheduler
 
+# %% ../../nbs/models/04_tiny_sd.ipynb #6c78ec0f
 def make_pipeline(
     folder, # to write
     *, seed: int = 0, # of the weights
 ) -> Path: # the folder
     "Write an untrained tiny Stable Diffusion; the same seed gives the same bytes."
-    from sdcourse.models.files import load_shipped
+    from sdcourse.models.files import load_shipped, quiet
     from diffusers import StableDiffusionPipeline
-    from sdcourse.models.files import quiet
-    if Path(folder).exists() and any(Path(folder).iterdir()): raise UserError(f"{folder}: is not empty; choose another folder")
-    vae, tokenizer = load_shipped("tiny-vae"), make_tokenizer(sample_captions())
+    if Path(folder).exists() and any(Path(folder).iterdir()):
+        raise UserError(f"{folder}: is not empty; choose another folder")
+    vae = load_shipped("tiny-vae")
+    tokenizer = make_tokenizer(sample_captions())
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        text, unet = make_text(tokenizer), make_unet()
-    with quiet():
-        StableDiffusionPipeline(vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=make_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False).save_pretrained(folder)
+        text = make_text(tokenizer)
+        unet = make_unet()
+    parts = dict(vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=make_scheduler())
+    absent = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    with quiet(): StableDiffusionPipeline(**parts, **absent).save_pretrained(folder)
     return Path(folder)

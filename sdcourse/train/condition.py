@@ -17,7 +17,7 @@ from ..cache.encoders import open_encoder
 from ..config import BelowOne
 from ..core import log
 from ..models.files import exact
-from ..models.lora import TEXT, add_lora
+from ..models.lora import TEXT_ATTENTION, add_lora
 
 # %% ../../nbs/train/01_condition.ipynb #7a1f3a21
 def dropped(
@@ -128,7 +128,7 @@ class Captions:
     ): # a model of its own
         "A copy of a text encoder to train."
         text = copy.deepcopy(self.part(name)[1]).float()
-        return add_lora(text, **lora, modules=TEXT) if lora else text.requires_grad_(True)
+        return add_lora(text, **lora, modules=TEXT_ATTENTION) if lora else text.requires_grad_(True)
 
     def count_cut(self,
         texts: list, # captions
