@@ -632,8 +632,8 @@ def test_doctor_finds_other_versions_and_missing_packages(tmp_path, monkeypatch)
             'nor-that==1; python_version > "3" and extra == "track"',
         ],
     )
-    assert doctor.missing()["00 what diffusion is"] == (["never-heard-of"], "")
-    assert doctor.missing()["trackers (--tracker)"] == (
+    assert doctor.missing_packages()["00 what diffusion is"] == (["never-heard-of"], "")
+    assert doctor.missing_packages()["trackers (--tracker)"] == (
         ["never-heard-of", "nor-of-this", "nor-that"],
         "track",
     )
