@@ -12,31 +12,62 @@ from . import compare
 from ..data.manifests import is_inside
 
 # %% ../../nbs/check/lesson01.ipynb #755c151c
-FILE_NAMES = ("a.png", "n01/a.png", "../a.png", "/etc/passwd", "n01/../../a.png", "n01/..a.png", "", "a/./b.png", "a//b.png", "..", "C:/a.png", "a\\b.png", "a\nb.png")
+FILE_NAMES = (
+    "a.png", "n01/a.png", "../a.png", "/etc/passwd", "n01/../../a.png", "n01/..a.png", "",
+    "a/./b.png", "a//b.png", "..", "C:/a.png", "a\\b.png", "a\nb.png",
+)
 
 def ex1(
     fn, # (name) -> bool
 ): # a Verdict
     "Exercise 1: does a name stay in its folder?"
-    no_parts = lambda n: not {"", ".", ".."} & set(n.split("/"))
+    def no_parts(n): return not {"", ".", ".."} & set(n.split("/"))
     return compare("ex1", lambda n: bool(fn(n)), list(FILE_NAMES), is_inside, hints=[
-        (lambda n: ".." not in n, "a name may hold two dots (n01/..a.png); only a *part* that is .. leads upwards. And /etc/passwd needs no dots at all"),
-        (lambda n: ".." not in n.split("/"), "that stops the climbing; but an absolute name leads out without it"),
-        (lambda n: not n.startswith("/") and ".." not in n.split("/"), "nearly: an empty part, a single dot, a drive letter and a backslash are other ways to write another name"),
-        (no_parts, "on Windows C:/a.png is absolute and \\ stands between parts, and a line feed in a name forges a line in your log")])
+        (lambda n: ".." not in n,
+         "a name may hold two dots (n01/..a.png); only a *part* that is .. leads upwards. "
+         "And /etc/passwd needs no dots at all"),
+        (lambda n: ".." not in n.split("/"),
+         "that stops the climbing; but an absolute name leads out without it"),
+        (lambda n: not n.startswith("/") and ".." not in n.split("/"),
+         "nearly: an empty part, a single dot, a drive letter and a backslash "
+         "are other ways to write another name"),
+        (no_parts,
+         "on Windows C:/a.png is absolute and \\ stands between parts, "
+         "and a line feed in a name forges a line in your log")])
 
 # %% ../../nbs/check/lesson01.ipynb #1e5fddf4
 def ex2(
     fn, # (measured, d) -> accuracy without the duplicates
 ): # a Verdict
     "Exercise 2: the honest accuracy behind a leaking test set."
-    return compare("ex2", lambda m, d: float(fn(m, d)), [(0.91, 0.1), (0.9, 0.0), (0.55, 0.5)], lambda m, d: (m - d) / (1 - d), hints=[
-        (lambda m, d: m - d, "you took the duplicates out of the hits; they must leave the number of questions too"),
-        (lambda m, d: m * (1 - d), "not every hit is a duplicate: the memoriser is right on *all* of the share d, and on a share a of the rest"),
-        (lambda m, d: (1 - d) * m + d, "that is the way forth, from a to what is measured; turn it round")])
+    cases = [(0.91, 0.1), (0.9, 0.0), (0.55, 0.5)]
+    return compare("ex2", lambda m, d: float(fn(m, d)), cases, lambda m, d: (m - d) / (1 - d), hints=[
+        (lambda m, d: m - d,
+         "you took the duplicates out of the hits; they must leave the number of questions too"),
+        (lambda m, d: m * (1 - d),
+         "not every hit is a duplicate: the memoriser is right on *all* of the share d, "
+         "and on a share a of the rest"),
+        (lambda m, d: (1 - d) * m + d,
+         "that is the way forth, from a to what is measured; turn it round")])
 
 # %% ../../nbs/check/lesson01.ipynb #83e3e6e5
-CAPTIONED_FILES = (["img2.png", "img10.png", "img1.png"], [{"file_name": "img1.png", "text": "one"}, {"file_name": "img2.png", "text": "two"}, {"file_name": "img10.png", "text": "ten"}])
+CAPTIONED_FILES = ( # names of files, and rows that say what is on them, in another order
+    ["img2.png", "img10.png", "img1.png"],
+    [
+        {"file_name": "img1.png", "text": "one"},
+        {"file_name": "img2.png", "text": "two"},
+        {"file_name": "img10.png", "text": "ten"},
+    ],
+)
+
+def _by_name(files, rows):
+    "The text of each file, None where no row names it."
+    texts = {r["file_name"]: r["text"] for r in rows}
+    return [texts.get(f) for f in files]
+
+def _by_place(order):
+    "The text in the row that has the place of the file, after the rows were put in some order."
+    return lambda files, rows: [r["text"] for _, r in zip(files, order(rows))]
 
 def ex3(
     fn, # (files, rows) -> a text, or None, for each file
@@ -44,11 +75,14 @@ def ex3(
     "Exercise 3: the caption of each file."
     files, rows = CAPTIONED_FILES
     cases = [(files, rows), (sorted(files), rows), ([*files, "img3.png"], rows), (files[:1], rows)]
-    by_place = lambda order: lambda files, rows: [r["text"] for _, r in zip(files, order(files, rows))]
-    return compare("ex3", fn, cases, lambda files, rows: [{r["file_name"]: r["text"] for r in rows}.get(f) for f in files], hints=[
-        (by_place(lambda files, rows: rows), "this is the buggy one: the place in a list is no identity. Look each file up by its name"),
-        (by_place(lambda files, rows: sorted(rows, key=lambda r: r["file_name"])), "sorting one list does not order the other; and sorted text puts img10 before img2"),
-        (lambda files, rows: [r["text"] for f in files for r in rows if r["file_name"] == f], "right, but a file without a row has vanished, so all that follow have moved: give None for it")])
+    def sorted_rows(rows): return sorted(rows, key=lambda r: r["file_name"])
+    return compare("ex3", fn, cases, _by_name, hints=[
+        (_by_place(lambda rows: rows),
+         "this is the buggy one: the place in a list is no identity. Look each file up by its name"),
+        (_by_place(sorted_rows),
+         "sorting one list does not order the other; and sorted text puts img10 before img2"),
+        (lambda files, rows: [r["text"] for f in files for r in rows if r["file_name"] == f],
+         "right, but a file without a row has vanished, so all that follow have moved: give None for it")])
 
 # %% ../../nbs/check/lesson01.ipynb #0e6b82a2
 def ex4(
@@ -57,10 +91,15 @@ def ex4(
     "Exercise 4: where a frequency goes when pixels are left out."
     cases = [(0.3, 4), (0.1, 4), (0.25, 4), (0.45, 2), (0.2, 3), (0.05, 2)]
     return compare("ex4", lambda f, k: float(fn(f, k)), cases, lambda f, k: abs(f * k - round(f * k)), hints=[
-        (lambda f, k: f * k, "k pixels became one, so the frequency per pixel is k times as high; but no picture can show more than half a cycle per pixel"),
-        (lambda f, k: (f * k) % 1, "close: a wave of 0.8 cycles per pixel takes the same values as one of 0.2"),
-        (lambda f, k: f / k, "the picture shrinks, so there is *less* room for a cycle: more cycles per pixel, not fewer"),
-        (lambda f, k: min(f * k, 0.5), "what is too fast is not clipped at the limit, it comes back from it as a slower wave")])
+        (lambda f, k: f * k,
+         "k pixels became one, so the frequency per pixel is k times as high; "
+         "but no picture can show more than half a cycle per pixel"),
+        (lambda f, k: (f * k) % 1,
+         "close: a wave of 0.8 cycles per pixel takes the same values as one of 0.2"),
+        (lambda f, k: f / k,
+         "the picture shrinks, so there is *less* room for a cycle: more cycles per pixel, not fewer"),
+        (lambda f, k: min(f * k, 0.5),
+         "what is too fast is not clipped at the limit, it comes back from it as a slower wave")])
 
 # %% ../../nbs/check/lesson01.ipynb #063a8d2c
 def _split(groups, n):
@@ -75,19 +114,28 @@ def ex5(
     fn, # (groups, n) -> a bool per item
 ): # a Verdict
     "Exercise 5: hold out whole groups."
-    cases = [(["a", "b", "a", "c", "b", "a"], 2), (["a", "b", "b", "c"], 2), (["a", "a"], 0), (list("xyz"), 5)]
+    cases = [(list("abacba"), 2), (list("abbc"), 2), (list("aa"), 0), (list("xyz"), 5)]
     return compare("ex5", lambda groups, n: [bool(b) for b in fn(groups, n)], cases, _split, hints=[
-        (lambda groups, n: [i < n for i in range(len(groups))], "these are the first n items: crops of group a are now on both sides"),
-        (lambda groups, n: [g in set(groups[:n]) for g in groups], "whole groups, but more of them than needed: count the items of the groups that you have before you take another"),
-        (lambda groups, n: [g in list(dict.fromkeys(groups))[:n] for g in groups], "n counts items, and you took n groups")])
+        (lambda groups, n: [i < n for i in range(len(groups))],
+         "these are the first n items: crops of group a are now on both sides"),
+        (lambda groups, n: [g in set(groups[:n]) for g in groups],
+         "whole groups, but more of them than needed: "
+         "count the items of the groups that you have before you take another"),
+        (lambda groups, n: [g in list(dict.fromkeys(groups))[:n] for g in groups],
+         "n counts items, and you took n groups")])
 
 # %% ../../nbs/check/lesson01.ipynb #02856a67
 def ex6(
     fn, # (u, width, size) -> left edge of the crop
 ): # a Verdict
     "Exercise 6: a fair random crop."
+    def right(u, w, s): return floor(u * (w - s + 1))
     cases = [(k / 16 + 1 / 64, width, size) for k in range(16) for width, size in ((9, 6), (8, 8), (33, 32))]
-    return compare("ex6", lambda u, w, s: int(fn(u, w, s)), cases, lambda u, w, s: floor(u * (w - s + 1)), hints=[
-        (lambda u, w, s: floor(u * (w - s)), "there are w - s + 1 places, and the last one is never drawn: the right edge of every picture is seen less"),
-        (lambda u, w, s: round(u * (w - s)), "all places can be drawn, but the two at the edges only half as often as the others"),
-        (lambda u, w, s: floor(u * w), "a crop that begins there would reach beyond the picture")])
+    return compare("ex6", lambda u, w, s: int(fn(u, w, s)), cases, right, hints=[
+        (lambda u, w, s: floor(u * (w - s)),
+         "there are w - s + 1 places, and the last one is never drawn: "
+         "the right edge of every picture is seen less"),
+        (lambda u, w, s: round(u * (w - s)),
+         "all places can be drawn, but the two at the edges only half as often as the others"),
+        (lambda u, w, s: floor(u * w),
+         "a crop that begins there would reach beyond the picture")])

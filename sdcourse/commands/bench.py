@@ -40,8 +40,12 @@ def timed(
     device: torch.device, # waited for before the clock is read
 ) -> float: # seconds
     "How long `fn` takes, with everything it queued on the device."
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait(); start = time.perf_counter(); fn(); wait()
+    def wait():
+        if device.type == "cuda": torch.cuda.synchronize()
+    wait()
+    start = time.perf_counter()
+    fn()
+    wait()
     return time.perf_counter() - start
 
 def median_time(
@@ -57,20 +61,33 @@ def median_time(
 def textbook_step(
     run, # a `Run`; its own optimizer is not used
 ): # function without arguments: one step
-    "One step as public DiT trainers do it: float32, AdamW not fused, EMA tensor by tensor, a host sync for the loss."
+    "A step as public DiT trainers do it: float32, AdamW not fused, EMA by tensor, a host sync for the loss."
     from sdcourse.engine.order import Draws
-    model, average = copy.deepcopy(run.module), copy.deepcopy(run.module).requires_grad_(False)
+    model = copy.deepcopy(run.module)
+    average = copy.deepcopy(run.module).requires_grad_(False)
     if run.device.type == "cuda": torch.backends.cuda.matmul.allow_tf32 = True
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
-    rows, total = range(len(run.micros[0])), [0.]
-    batch = {k: run.to_device(v) for k, v in run.data.__getitems__([i % len(run.data) for i in rows]).items()}
+    rows = range(len(run.micros[0]))
+    batch = _batch_of(run, rows)
+    total = [0.]
     def one():
         loss = model(batch, Draws(0, 0, rows, device=run.device))[0].mean()
-        optimizer.zero_grad(); loss.backward(); optimizer.step()
-        with torch.no_grad():
-            for a, p in zip(average.parameters(), model.parameters()): a.mul_(0.9999).add_(p, alpha=0.0001)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        _follow(average, model)
         total[0] += loss.item()
     return one
+
+def _batch_of(run, rows):
+    "These rows of the data, from its beginning again where it ends."
+    batch = run.data.__getitems__([i % len(run.data) for i in rows])
+    return {k: run.to_device(v) for k, v in batch.items()}
+
+def _follow(average, model):
+    "EMA, one tensor after another."
+    with torch.no_grad():
+        for a, p in zip(average.parameters(), model.parameters()): a.mul_(0.9999).add_(p, alpha=0.0001)
 
 # %% ../../nbs/commands/05_bench.ipynb #d71beea9
 def measure_step(
@@ -82,18 +99,30 @@ def measure_step(
     from sdcourse.engine.preflight import peak_flops, peak_memory
     first = timed(lambda: step(run), run.device)
     for _ in range(cfg.warmup): step(run)
-    run.waited, begin = 0., time.perf_counter()
+    run.waited = 0.
+    begin = time.perf_counter()
     seconds = median_time(lambda: step(run), run.device, cfg.steps, "our step")
     waited = run.waited / (time.perf_counter() - begin)
-    flops, peak = run.task.flops(run.module), peak_flops(run.device, run.dtype)
+    flops = run.task.flops(run.module)
+    peak = peak_flops(run.device, run.dtype)
     rate = run.cfg.batch_size / seconds
-    out = dict(images_per_s=rate, step_s=seconds, first_step_s=first, train_flops_per_image=flops, peak_flops=peak, mfu=rate * flops / (peak * run.ranks.world),
-               peak_memory_gb=peak_memory(run.device), data_wait=waited, **parts(run, seconds, cfg.steps), **between_ranks(run, seconds, cfg.steps))
-    if not cfg.compare: return out
+    out = dict(
+        images_per_s=rate, step_s=seconds, first_step_s=first,
+        train_flops_per_image=flops, peak_flops=peak, mfu=rate * flops / (peak * run.ranks.world),
+        peak_memory_gb=peak_memory(run.device), data_wait=waited,
+    )
+    out |= parts(run, seconds, cfg.steps)
+    out |= between_ranks(run, seconds, cfg.steps)
+    if cfg.compare: out |= _beside_textbook(run, cfg, seconds)
+    return out
+
+def _beside_textbook(run, cfg, seconds):
+    "The textbook loop's seconds for the same number of images, and how many times as fast ours is."
     theirs = textbook_step(run)
     for _ in range(cfg.warmup): theirs()
-    slow = median_time(theirs, run.device, cfg.steps, "textbook step") * run.cfg.batch_size / len(run.micros[0])
-    return out | dict(textbook_step_s=slow, speedup=slow / seconds)
+    micro = median_time(theirs, run.device, cfg.steps, "textbook step")
+    slow = micro * run.cfg.batch_size / len(run.micros[0])
+    return dict(textbook_step_s=slow, speedup=slow / seconds)
 
 def between_ranks(
     run, # a `Run`
@@ -104,7 +133,8 @@ def between_ranks(
     from sdcourse.engine.loop import step
     from sdcourse.engine.order import Plan
     run.ranks.gather(None) # all begin together
-    begin, batches = time.perf_counter(), run.loader(run.data, Plan(run.order, run.cfg.batch_size, run.micros, 0, 20 * n))
+    begin = time.perf_counter()
+    batches = run.loader(run.data, Plan(run.order, run.cfg.batch_size, run.micros, 0, 20 * n))
     items = sum(len(batch["id"]) for batch in batches)
     rate = run.ranks.total(torch.tensor(items / (time.perf_counter() - begin), dtype=torch.float64)).item()
     out = dict(ranks=run.ranks.world, data_per_s=rate)
@@ -121,12 +151,28 @@ def parts(
     from sdcourse.engine.optim import clip_gradients, guarded_step
     for p in run.params: p.grad = torch.zeros_like(p)
     fine = torch.zeros((), dtype=torch.bool, device=run.device)
-    share = lambda fn: median_time(fn, run.device, n) / seconds
-    out = dict(clip_share=share(lambda: clip_gradients(run.params, 1.)), optimizer_share=share(lambda: guarded_step(run.optimizer, fine)), ema_share=share(lambda: run.ema.update(run.step)))
+    def share(fn): return median_time(fn, run.device, n) / seconds
+    out = dict(
+        clip_share=share(lambda: clip_gradients(run.params, 1.)),
+        optimizer_share=share(lambda: guarded_step(run.optimizer, fine)),
+        ema_share=share(lambda: run.ema.update(run.step)),
+    )
     run.optimizer.zero_grad(set_to_none=True)
     return out
 
 # %% ../../nbs/commands/05_bench.ipynb #57013b51
+_SHARED = ( # options of the benchmark that the task has under the same name
+    "size", "data", "micro_batch", "precision", "compile", "gradient_checkpointing", "num_workers", "threads",
+)
+
+def _task_of(task, cfg):
+    "The task, with as many steps as are taken."
+    module = task_module(task)
+    shared = {k: getattr(cfg, k) for k in _SHARED}
+    steps = 1 + cfg.warmup + 2 * cfg.steps
+    over = dict(batch_size=cfg.batch, max_steps=steps, warmup_steps=0, device=cfg.device, **shared)
+    return module.Task(resolve(module.Config, overrides=over))
+
 def bench(
     task: str, # as on the command line
     cfg: Bench, # what to measure
@@ -134,17 +180,24 @@ def bench(
     "Measure one configuration of one task."
     from sdcourse.engine.dist import job
     from sdcourse.engine.loop import Run
-    module = task_module(task)
-    shared = {k: getattr(cfg, k) for k in "size data micro_batch precision compile gradient_checkpointing num_workers threads".split()}
-    over = dict(batch_size=cfg.batch, max_steps=1 + cfg.warmup + 2 * cfg.steps, warmup_steps=0, device=cfg.device, **shared)
-    one = module.Task(resolve(module.Config, overrides=over))
+    one = _task_of(task, cfg)
     with job(device=cfg.device) as j:
-        one.config.check(j.ranks.world); one.check()
-        if cfg.compare and j.ranks.world > 1: raise UserError("--compare: the textbook loop runs on one rank; start one process, or leave it out")
-        figures, device = measure_step(Run(one, j.ranks, beat=j.beat), cfg), j.ranks.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    head = dict(task=task, size=cfg.size, batch=cfg.batch, precision=cfg.precision, compile=cfg.compile, device=name, torch=versions()["torch"], commit=git_commit())
+        one.config.check(j.ranks.world)
+        one.check()
+        if cfg.compare and j.ranks.world > 1:
+            remedy = "start one process, or leave it out"
+            raise UserError(f"--compare: the textbook loop runs on one rank; {remedy}")
+        figures = measure_step(Run(one, j.ranks, beat=j.beat), cfg)
+        device = j.ranks.device
+    head = dict(
+        task=task, size=cfg.size, batch=cfg.batch, precision=cfg.precision, compile=cfg.compile,
+        device=_name_of(device), torch=versions()["torch"], commit=git_commit(),
+    )
     return head | figures
+
+def _name_of(device):
+    if device.type == "cuda": return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
 
 # %% ../../nbs/commands/05_bench.ipynb #bcd9a647
 def bench_task(
@@ -155,7 +208,8 @@ def bench_task(
     from sdcourse.engine.dist import launched
     found = bench(task, cfg)
     if launched().rank: return 0
-    text = json.dumps({k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in found.items()}, indent=1)
+    rounded = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in found.items()}
+    text = json.dumps(rounded, indent=1)
     if cfg.json: write_text(cfg.json, text + "\n")
     print(text)
     return 0

@@ -50,9 +50,11 @@ def installed_version(
 
 def missing_packages() -> dict: # lesson -> (missing packages, extra)
     "What is not installed, lesson by lesson; lessons that lack nothing are left out."
-    wanted = {lesson: [*needed(), *(needed(extra) if extra else [])] for lesson, extra in LESSONS.items()}
-    lacks = {lesson: [name for name in names if not installed_version(name)] for lesson, names in wanted.items()}
-    return {lesson: (names, LESSONS[lesson]) for lesson, names in lacks.items() if names}
+    def lacks(extra):
+        names = [*needed(), *(needed(extra) if extra else [])]
+        return [name for name in names if not installed_version(name)]
+    found = {lesson: (lacks(extra), extra) for lesson, extra in LESSONS.items()}
+    return {lesson: (names, extra) for lesson, (names, extra) in found.items() if names}
 
 # %% ../../nbs/commands/06_doctor.ipynb #350a111e
 def pins(
@@ -67,7 +69,9 @@ def version_differences(
 ) -> list: # lines "name 1.2, tested with 1.1"
     "Installed packages whose version is not the tested one."
     have = {n: installed_version(n) for n in (names or pinned) if n in pinned}
-    return [f"{n} {v}, tested with {pinned[n]}" for n, v in have.items() if v and v.split("+")[0] != pinned[n].split("+")[0]]
+    def release(v): return v.split("+")[0] # without how it was built
+    other = {n: v for n, v in have.items() if v and release(v) != release(pinned[n])}
+    return [f"{n} {v}, tested with {pinned[n]}" for n, v in other.items()]
 
 # %% ../../nbs/commands/06_doctor.ipynb #c81f8ab9
 def container_room(
@@ -82,7 +86,8 @@ def usable_memory() -> int: # bytes
     "Memory that can still be used here: the machine's, or the container's where that is less."
     import torch
     from sdcourse.engine import preflight
-    free, room = preflight.free_memory(torch.device("cpu")), container_room()
+    free = preflight.free_memory(torch.device("cpu"))
+    room = container_room()
     return free if room is None else min(free, room)
 
 def devices() -> list: # one line per device
@@ -98,14 +103,17 @@ def devices() -> list: # one line per device
 
 def offline() -> str: # "on" or "off", and by which variable
     "Whether Hugging Face libraries may use the network."
-    on = [k for k in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if os.environ.get(k, "").upper() in ("1", "ON", "YES", "TRUE")]
-    return f"on ({', '.join(on)})" if on else "off (set HF_HUB_OFFLINE=1 to be sure that nothing is downloaded)"
+    def is_on(name): return os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
+    on = [name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if is_on(name)]
+    if on: return f"on ({', '.join(on)})"
+    return "off (set HF_HUB_OFFLINE=1 to be sure that nothing is downloaded)"
 
 def jupyter_kernel() -> str: # where the "python3" kernel starts, or what is missing
     "Whether JupyterLab can run the lessons with this Python."
     if not installed_version("ipykernel"): return "no ipykernel: make lab installs it"
     spec = Path(sys.prefix, "share/jupyter/kernels/python3/kernel.json")
-    return "python3, this environment" if spec.exists() else "python3 of another environment: run `make lab` from the checkout"
+    if spec.exists(): return "python3, this environment"
+    return "python3 of another environment: run `make lab` from the checkout"
 
 # %% ../../nbs/commands/06_doctor.ipynb #98a103f1
 def vision() -> str: # the state of the guard after an import of torchvision
@@ -115,23 +123,38 @@ def vision() -> str: # the state of the guard after an import of torchvision
     except Exception as e: return f"import torchvision fails: {type(e).__name__}: {str(e).splitlines()[0]}"
     return guard.state()
 
+_PACKAGES = ("sdcourse", "torch", "torchvision", "diffusers", "transformers", "accelerate") # that are always named
+
+def _untested(lock):
+    "A line for each package of another version than the lock's."
+    if not lock.exists(): return ["constraints.txt is not here, so versions are not compared"]
+    return version_differences(pins(lock.read_text(encoding="utf-8"))) or ["none"]
+
+def _lacking():
+    "A line for each lesson that cannot start, with the command that helps."
+    lines = []
+    for lesson, (names, extra) in missing_packages().items():
+        remedy = f'   (pip install -c constraints.txt -e ".[{extra}]")' if extra else ""
+        lines.append(f"{lesson}: {' '.join(names)}{remedy}")
+    return lines or ["nothing: every lesson can start"]
+
 def report(
     constraints=None, # the tested lock; None looks for constraints.txt beside the package
 ) -> dict: # heading -> list of lines
     "Everything that the doctor looks at."
     lock = Path(constraints or Path(sdcourse.__file__).parent.parent / "constraints.txt")
-    other = version_differences(pins(lock.read_text(encoding="utf-8"))) if lock.exists() else ["constraints.txt is not here, so versions are not compared"]
-    lacks = [f"{lesson}: {' '.join(names)}" + (f'   (pip install -c constraints.txt -e ".[{extra}]")' if extra else "") for lesson, (names, extra) in missing_packages().items()]
+    memory = human(usable_memory(), "B")
+    disk = human(shutil.disk_usage(".").free, "B")
     return {
         "python": [f"{platform.python_version()} on {platform.system()} {platform.machine()}"],
-        "packages": [f"{n} {installed_version(n) or 'missing'}" for n in ("sdcourse", "torch", "torchvision", "diffusers", "transformers", "accelerate")],
-        "not the tested version": other or ["none"],
+        "packages": [f"{n} {installed_version(n) or 'missing'}" for n in _PACKAGES],
+        "not the tested version": _untested(lock),
         "torchvision": [vision()],
         "devices": devices(),
-        "free": [f"memory {human(usable_memory(), 'B')}, disk here {human(shutil.disk_usage('.').free, 'B')}"],
+        "free": [f"memory {memory}, disk here {disk}"],
         "offline mode": [offline()],
         "jupyter kernel": [jupyter_kernel()],
-        "lacking": lacks or ["nothing: every lesson can start"],
+        "lacking": _lacking(),
     }
 
 def text(
@@ -139,7 +162,11 @@ def text(
 ) -> str: # aligned lines
     "The report for a terminal."
     width = max(map(len, found))
-    return "\n".join(f"{head if not i else '':<{width}}  {line}" for head, lines in found.items() for i, line in enumerate(lines))
+    rows = []
+    for head, lines in found.items():
+        heads = [head] + [""] * (len(lines) - 1) # said once
+        rows += [f"{h:<{width}}  {line}" for h, line in zip(heads, lines)]
+    return "\n".join(rows)
 
 def doctor() -> int: # 0, or 1 when something that every lesson needs is missing
     "`sdcourse doctor`."

@@ -175,7 +175,8 @@ def _load(path, dtype):
     "A pipeline of ours, or of diffusers without its safety checker."
     import diffusers
     from sdcourse.models.dit import FlowDiTPipeline
-    index, off = read_json(path/"model_index.json"), {}
+    index = read_json(path/"model_index.json")
+    off = {}
     if index.get("_class_name") == "FlowDiTPipeline":
         with quiet(): return FlowDiTPipeline.from_pretrained(path, dtype=dtype)
     if "safety_checker" in index:
@@ -255,7 +256,9 @@ class Drawing(LongWork):
         cfg: GenerateOptions, # what to draw and how
         device, # where to compute
     ):
-        self.source, self.out, self.cfg = str(source), Path(out), cfg
+        self.source = str(source)
+        self.out = Path(out)
+        self.cfg = cfg
         self.home = self.out/cfg.split
         self.pipe, self.facts = open_pipeline(source, cfg, device)
         self.rows = plan_pictures(cfg, classes_of(self.pipe))

@@ -24,8 +24,11 @@ def combinations(
         name, _, values = text.partition("=")
         name = name.strip().lstrip("-").replace("-", "_")
         values = [v.strip() for v in values.split(";" if ";" in values else ",") if v.strip()]
-        if not name or not values: raise UserError(f"--vary {text}: write an option and its values, e.g. --vary lr=1e-4,3e-4")
-        if name in axes or len(set(values)) < len(values): raise UserError(f"--vary {text}: {name if name in axes else 'a value'} is there twice")
+        if not name or not values:
+            raise UserError(f"--vary {text}: write an option and its values, e.g. --vary lr=1e-4,3e-4")
+        if name in axes or len(set(values)) < len(values):
+            twice = name if name in axes else "a value"
+            raise UserError(f"--vary {text}: {twice} is there twice")
         axes[name] = values
     if not axes: raise UserError("nothing varies: give --vary lr=1e-4,3e-4")
     return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
@@ -37,29 +40,55 @@ def run_name(
     return ",".join(f"{k}={v}" for k, v in combination.items()).replace("/", "-").replace(" ", "")
 
 # %% ../../nbs/commands/04_sweep.ipynb #b2b287bf
+def _parser():
+    "The options of the sweep itself."
+    ask = argparse.ArgumentParser(
+        prog="sdcourse sweep TASK",
+        allow_abbrev=False,
+        description="Train a task once for each combination of options.",
+        epilog="All other options are those of the task: python -m sdcourse.train TASK --help",
+    )
+    ask.add_argument("--vary", action="append", default=[], metavar="NAME=V,V",
+                     help="an option of the task and its values; may be given several times")
+    ask.add_argument("--out", default="", metavar="FOLDER",
+                     help="folder of the runs and of the table [default runs/sweep-TASK]")
+    ask.add_argument("--index", type=int, default=None, metavar="K",
+                     help="print the words for combination K, from 0, one on a line")
+    ask.add_argument("--run", action="store_true", help="train all combinations here, one after another")
+    ask.add_argument("--table", action="store_true", help="write and print table.md and table.json")
+    return ask
+
+def _words_of(combination, out):
+    "Its options as they are typed, with its own folder."
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in combination.items()]
+    return [*options, f"--out={Path(out) / run_name(combination)}"]
+
 def plan_sweep(
     argv: list, # TASK, --vary …, --out FOLDER and options of the task
 ): # (chosen mode, combinations, the command's words of each)
     "What a sweep consists of, checked; `UserError` names the option that is wrong."
-    ask = argparse.ArgumentParser(prog="sdcourse sweep TASK", allow_abbrev=False, description="Train a task once for each combination of options.", epilog="All other options are those of the task: python -m sdcourse.train TASK --help")
-    ask.add_argument("--vary", action="append", default=[], metavar="NAME=V,V", help="an option of the task and its values; may be given several times")
-    ask.add_argument("--out", default="", metavar="FOLDER", help="folder of the runs and of the table [default runs/sweep-TASK]")
-    ask.add_argument("--index", type=int, default=None, metavar="K", help="print the words for combination K, from 0, one on a line")
-    ask.add_argument("--run", action="store_true", help="train all combinations here, one after another")
-    ask.add_argument("--table", action="store_true", help="write and print table.md and table.json")
-    if argv[:1] in (["-h"], ["--help"]): ask.print_help(); raise SystemExit(0)
+    ask = _parser()
+    if argv[:1] in (["-h"], ["--help"]):
+        ask.print_help()
+        raise SystemExit(0)
     task, *rest = argv or [""]
     config = task_module(task).Config
     args, rest = ask.parse_known_args(rest)
     args.out = args.out or f"runs/sweep-{task}"
     found = combinations(args.vary)
-    words = [[task, *rest, *(f"--{k.replace('_', '-')}={v}" for k, v in c.items()), f"--out={Path(args.out) / run_name(c)}"] for c in found]
+    words = [[task, *rest, *_words_of(c, args.out)] for c in found]
     for w in words: parse_args(config, w[1:], f"sdcourse sweep {task}")[0].check()
-    if args.index is not None and not 0 <= args.index < len(found): raise UserError(f"--index {args.index}: there are {len(found)} combinations, 0 to {len(found) - 1}; submit with --array=0-{len(found) - 1}")
+    if args.index is not None and not 0 <= args.index < len(found):
+        last = len(found) - 1
+        have = f"there are {len(found)} combinations, 0 to {last}"
+        raise UserError(f"--index {args.index}: {have}; submit with --array=0-{last}")
     return args, found, words
 
 # %% ../../nbs/commands/04_sweep.ipynb #62922e88
-MACHINE = {"step", "samples", "epoch", "loss_by_t", "grad_norm", "lr", "images_per_s", "mfu", "seconds", "peak_memory_gb", "data_wait", "skipped"}
+MACHINE = {
+    "step", "samples", "epoch", "loss_by_t", "grad_norm", "lr",
+    "images_per_s", "mfu", "seconds", "peak_memory_gb", "data_wait", "skipped",
+}
 
 def rows(
     found: list, # combinations
@@ -70,9 +99,21 @@ def rows(
     def one(c):
         folder = Path(out) / run_name(c)
         last = (read_metrics(folder) or [{}])[-1]
-        state = "finished" if (folder / "export").exists() else f"at step {last['step']}" if last else "not started"
-        return c | dict(state=state) | {k: v for k, v in last.items() if k not in MACHINE}
+        numbers = {k: v for k, v in last.items() if k not in MACHINE}
+        return c | dict(state=_state(folder, last)) | numbers
     return [one(c) for c in found]
+
+def _state(folder, last): # of a run, by its folder and its last numbers
+    if (folder / "export").exists(): return "finished"
+    return f"at step {last['step']}" if last else "not started"
+
+def _markdown(rows):
+    "A table with a column for every name in the rows."
+    from sdcourse.engine.trackers import cell
+    def line(values): return f"| {' | '.join(values)} |"
+    def cells(row): return ["" if row.get(n) is None else cell(row[n]) for n in names]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return "\n".join([line(names), line(["---"] * len(names)), *(line(cells(row)) for row in rows)])
 
 def write_table(
     found: list, # combinations
@@ -80,14 +121,11 @@ def write_table(
     command: str, # that makes the runs, for the head of the table
 ) -> str: # the table
     "table.md and table.json, whole or not at all; two that end at the same time write one after the other."
-    from sdcourse.engine.trackers import cell
     Path(out).mkdir(parents=True, exist_ok=True)
     with open(Path(out) / ".table.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         all_ = rows(found, out)
-        names = list(dict.fromkeys(k for r in all_ for k in r))
-        line = lambda values: f"| {' | '.join(values)} |"
-        text = "\n".join([line(names), line(["---"] * len(names)), *(line(cell(r[n]) if r.get(n) is not None else "" for n in names) for r in all_)])
+        text = _markdown(all_)
         write_text(Path(out) / "table.md", f"`{command}`\n\n{text}\n")
         write_json(Path(out) / "table.json", all_)
     return text
@@ -109,9 +147,14 @@ def sweep(
     "`sdcourse sweep TASK --vary lr=1e-4,3e-4`"
     args, found, words = plan_sweep(argv)
     command = "sdcourse sweep " + " ".join(a for a in argv if a not in ("--run", "--table"))
-    if args.index is not None: return print("\n".join(words[args.index])) or 0
+    if args.index is not None:
+        print("\n".join(words[args.index]))
+        return 0
     code = train_all(words) if args.run else 0
-    if args.run or args.table: return print(write_table(found, args.out, command)) or code
+    if args.run or args.table:
+        print(write_table(found, args.out, command))
+        return code
     for i, c in enumerate(found): print(f"{i:3}  {run_name(c)}")
-    print(f"{len(found)} runs below {args.out}; here: add --run; on a cluster: sbatch --array=0-{len(found) - 1} slurm/sweep.sbatch {' '.join(argv)}")
+    array = f"sbatch --array=0-{len(found) - 1} slurm/sweep.sbatch {' '.join(argv)}"
+    print(f"{len(found)} runs below {args.out}; here: add --run; on a cluster: {array}")
     return 0

@@ -19,18 +19,30 @@ def halve(
     "Store the floats of a file in float16; `UserError` when one does not fit."
     from safetensors import safe_open
     from safetensors.torch import save_file
-    with safe_open(path, "pt") as f: tensors, notes = {k: f.get_tensor(k) for k in f.keys()}, f.metadata()
+    with safe_open(path, "pt") as f:
+        tensors = {k: f.get_tensor(k) for k in f.keys()}
+        notes = f.metadata()
     small = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
     for k, v in small.items():
-        if not v.isfinite().all(): raise UserError(f"{path}: {k} does not fit float16; train with a lower --lr or more --weight-decay")
+        if not v.isfinite().all():
+            remedy = "train with a lower --lr or more --weight-decay"
+            raise UserError(f"{path}: {k} does not fit float16; {remedy}")
     save_file(small, path, notes)
     path.chmod(0o644)
 
+# %% ../../nbs/commands/03_tiny.ipynb #de304efa
 QUALITY = { # task: module:function of (name, root) -> what a model of it reaches on held-out data
     "nets": "sdcourse.evaluation.judges:quality",
     "sd15": "sdcourse.evaluation.adherence:quality",
     "vae": "sdcourse.train.vae:quality",
 }
+
+_AS_SHIPPED = """
+## As shipped
+
+Float16, after {steps:,} steps in {seconds:,} s. `sdcourse tiny build {name}` makes it again; \
+what these files reach on held-out data stands in `manifest.json`.
+"""
 
 def install_shipped(
     name: str, # a key of `MODELS`
@@ -39,27 +51,46 @@ def install_shipped(
     root=None, # folder of all models; none: the package's
 ) -> Path: # the model's folder
     "Store the export of a run as a shipped model: float16, with its model card and a row in the manifest."
-    from sdcourse.engine.run_folder import last_row
-    root, run, row = Path(root or shipped_home()), Path(run), MODELS[name]
+    root = Path(root or shipped_home())
+    run = Path(run)
+    row = MODELS[name]
     if not (run/"export").is_dir(): raise UserError(f"{run}: has no export; let its training end")
     new = root/f".{name}.partial"
-    shutil.rmtree(new, ignore_errors=True)
-    shutil.copytree(run/"export", new)
-    for file in new.rglob("*.safetensors"): halve(file)
-    for file in new.rglob("config.json"): write_json(file, {k: v for k, v in read_json(file).items() if k != "_name_or_path"}) # a folder of this machine
-    runs = [*map(Path, before), run]
-    numbers = [json.loads(line) for r in runs for line in (r/"metrics.jsonl").read_text().splitlines()]
-    steps, seconds = sum(last_row(r)["step"] for r in runs), round(sum(n.get("seconds", 0) for n in numbers))
-    (new/"README.md").write_text((run/"README.md").read_text() + f"\n## As shipped\n\nFloat16, after {steps:,} steps in {seconds:,} s. `sdcourse tiny build {name}` makes it again; what these files reach on held-out data stands in `manifest.json`.\n")
-    size = sum(p.stat().st_size for p in new.rglob("*") if p.is_file())
-    if size > row.largest: raise UserError(f"{new}: takes {human(size, 'B')}, more than {human(row.largest, 'B')}; choose fewer channels")
-    files = {p.relative_to(new).as_posix(): sha256(p) for p in sorted(new.rglob("*")) if p.is_file()}
+    _copy_halved(run/"export", new)
+    took = _took([*map(Path, before), run])
+    (new/"README.md").write_text((run/"README.md").read_text() + _AS_SHIPPED.format(name=name, **took))
+    said = dict(what=row.what, command=f"sdcourse tiny build {name}", **took, **_contents(new, row.largest))
     shutil.rmtree(root/name, ignore_errors=True)
     new.rename(root/name)
-    said = dict(what=row.what, command=f"sdcourse tiny build {name}", steps=steps, seconds=seconds, bytes=size, files=files)
     note(root, name, said)
     note(root, name, said | dict(metrics=named(QUALITY[row.task])(name, root)))
     return root/name
+
+
+def _copy_halved(folder, new):
+    "Copy an export in float16; its configs forget the folder of this machine."
+    shutil.rmtree(new, ignore_errors=True)
+    shutil.copytree(folder, new)
+    for file in new.rglob("*.safetensors"): halve(file)
+    for file in new.rglob("config.json"):
+        write_json(file, {k: v for k, v in read_json(file).items() if k != "_name_or_path"})
+
+def _took(runs):
+    "Steps and seconds of the trainings that made a model."
+    from sdcourse.engine.run_folder import last_row
+    lines = [line for r in runs for line in (r/"metrics.jsonl").read_text().splitlines()]
+    seconds = round(sum(json.loads(line).get("seconds", 0) for line in lines))
+    return dict(steps=sum(last_row(r)["step"] for r in runs), seconds=seconds)
+
+def _contents(folder, largest):
+    "The size of all files and the hash of each; `UserError` when they are larger than `largest`."
+    found = sorted(p for p in folder.rglob("*") if p.is_file())
+    size = sum(p.stat().st_size for p in found)
+    if size > largest:
+        what = f"takes {human(size, 'B')}, more than {human(largest, 'B')}"
+        raise UserError(f"{folder}: {what}; choose fewer channels")
+    files = {p.relative_to(folder).as_posix(): sha256(p) for p in found}
+    return dict(bytes=size, files=files)
 
 def note(
     root: Path, # folder of all models
@@ -75,24 +106,44 @@ def build_shipped(
     words: list, # NAME, a key of `MODELS`, and options of its training
 ) -> int: # exit code
     "Train a model and store it in the package; `UserError` for an unknown name."
-    from sdcourse.train.__main__ import train_task
     name, *options = words or [""]
     if name in ("-h", "--help"):
-        print("\n".join(["usage: sdcourse tiny build NAME [options of its training]", "", *(f"  {k:<14}{r.what}" for k, r in MODELS.items())]))
+        print(_usage())
         return 0
     if name not in MODELS: raise UserError(f"tiny build {name}: {nearest(name, MODELS)}")
-    out = f"runs/{name}"
-    if "--out" in options[:-1]: at = options.index("--out"); out, options = options[at + 1], options[:at] + options[at + 2:]
-    row, done = MODELS[name], []
-    for preset in row.preset.split():
-        place = out if preset == row.preset.split()[-1] else f"{out}-{preset}"
-        code = train_task([row.task, "--preset", preset, *options, *(["--model", f"{done[-1]}/export"] if done else []), "--out", place])
-        if code: return code
-        if not (Path(place)/"export").is_dir(): return 0 # stopped: the same command goes on
-        done.append(place)
-    print(f"{install_shipped(name, out, before=tuple(done[:-1]))}: {human(listed(name, shipped_home())['bytes'], 'B')}")
+    out, options = _taken_out(options, f"runs/{name}")
+    code, done = _train_presets(MODELS[name], options, out)
+    if out not in done: return code # the same command goes on
+    folder = install_shipped(name, out, before=tuple(done[:-1]))
+    size = human(listed(name, shipped_home())["bytes"], "B")
+    print(f"{folder}: {size}")
     return 0
 
+def _usage():
+    rows = [f"  {name:<14}{row.what}" for name, row in MODELS.items()]
+    return "\n".join(["usage: sdcourse tiny build NAME [options of its training]", "", *rows])
+
+def _taken_out(options, default):
+    "(what --out says, the other options)"
+    if "--out" not in options[:-1]: return default, options
+    at = options.index("--out")
+    return options[at + 1], options[:at] + options[at + 2:]
+
+def _train_presets(row, options, out):
+    "(exit code, run folders that are whole); each preset begins with the export of the one before."
+    from sdcourse.train.__main__ import train_task
+    presets = row.preset.split()
+    done = []
+    for preset in presets:
+        place = out if preset == presets[-1] else f"{out}-{preset}"
+        start = ["--model", f"{done[-1]}/export"] if done else []
+        code = train_task([row.task, "--preset", preset, *options, *start, "--out", place])
+        if code: return code, done
+        if not (Path(place)/"export").is_dir(): return 0, done # it was stopped
+        done.append(place)
+    return 0, done
+
+# %% ../../nbs/commands/03_tiny.ipynb #b653ab2f
 def _show(text): # of each model; after a look at its files
     for name in MODELS:
         shipped_folder(name)
