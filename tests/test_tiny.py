@@ -293,7 +293,8 @@ def test_a_model_of_two_presets_goes_on_from_the_first(root, tmp_path, monkeypat
     lies_in(root, monkeypatch)
     drawn = lambda draw, n: {"finite": dict(value=float(draw(["a red ring"], [0]).isfinite().all()), n=1)}
     monkeypatch.setattr("sdcourse.evaluation.adherence.asked", drawn)
-    words = "--max-steps 2 --batch-size 4 --validate-every 0 --num-samples 0 --num-inference-steps 2 --threads 1 --device cpu --lr 1e-30".split()
+    short = "--max-steps 2 --batch-size 4 --validate-every 0 --num-samples 0 --num-inference-steps 2"
+    words = f"{short} --threads 1 --device cpu --lr 1e-30".split()
     assert tiny.build_shipped(["tiny-sd15", *words, "--out", str(tmp_path / "run")]) == 0
     first, last = (
         tmp_path / n / "export/unet/diffusion_pytorch_model.safetensors" for n in ("run-places", "run")
