@@ -62,7 +62,7 @@ VERBS = { # what is typed: its row
                         "sdcourse.commands.copy_images:copy_images", "CopyOptions"),
     "tiny": Verb("build, list or verify the small models that ship with the package", "ACTION"),
     "tiny build": Verb("train one and store it in the package; the options are those of its training", "NAME",
-                       "sdcourse.commands.tiny:build", WORDS),
+                       "sdcourse.commands.tiny:build_shipped", WORDS),
     "tiny list": Verb("what each does, and what its training took", "", "sdcourse.commands.tiny:list_models"),
     "tiny verify": Verb("compare every file with the manifest", "", "sdcourse.commands.tiny:verify_models"),
 }

@@ -146,7 +146,7 @@ PLANTED = {
     ],
     ('sdcourse/commands/sweep.py', 'tests/test_sweep.py'): [
         ('runs that end together lose a row', '        fcntl.flock(lock, fcntl.LOCK_EX)\n        all_ = rows(found, out)\n', '        all_ = rows(found, out); import time; time.sleep(0.2)\n', 'test_runs_that_end_together_leave_one_whole_table'),
-        ('a run that was never started is finished', 'else f"at step {last[\'step\']}" if last else "not started"', 'else "finished"', 'test_a_run_that_is_missing_has_a_row_that_says_so'),
+        ('a run that was never started is finished', 'return f"at step {last[\'step\']}" if last else "not started"', 'return "finished"', 'test_a_run_that_is_missing_has_a_row_that_says_so'),
         ('a wrong value is found when its turn comes', '    for w in words: parse_args(', '    for w in words[:1]: parse_args(', 'test_what_is_wrong_is_refused_before_anything_trains'),
     ],
     ('slurm/job.sh', 'tests/test_slurm.py'): [
@@ -334,7 +334,7 @@ PLANTED = {
         ('a hint goes to any wrong answer', 'known = [hint for wrong, hint in hints if _agrees(wrong, cases, answers, tol)]', 'known = [hint for wrong, hint in hints]', 'test_hints_go_to_their_own_mistake'),
         ('an answer may change the inputs', '    case = copy.deepcopy(case)\n', '', 'test_inputs_and_random_state_are_kept'),
         ('a check disturbs the random state', '        if torch: torch.random.set_rng_state(states[2])', '        pass', 'test_inputs_and_random_state_are_kept'),
-        ('a check raises', '        except (Exception, SystemExit) as e:', '        except ValueError as e:', 'test_a_check_never_raises'),
+        ('a check raises', '        except (Exception, SystemExit) as e:', '        except (NotImplementedError, ValueError) as e:', 'test_a_check_never_raises'),
     ],
     ('sdcourse/cli.py', 'tests/test_repo.py'): [
         ('unknown verbs get no hint', '{nearest(words[0], found)}', 'see --help', 'test_nearest_verb'),
@@ -348,7 +348,7 @@ PLANTED = {
     ],
     ('sdcourse/commands/doctor.py', 'tests/test_repo.py'): [
         ('what only an extra needs counts as missing everywhere', 'for name, of in asked if of == extra]', 'for name, of in asked]', 'test_doctor_finds_other_versions_and_missing_packages'),
-        ('the doctor calls a build suffix another version', 'v.split("+")[0] != pinned[n].split("+")[0]]', 'v + "+cpu" != pinned[n]]', 'test_doctor_finds_other_versions_and_missing_packages'),
+        ('the doctor calls a build suffix another version', 'release(v) != release(pinned[n])}', 'v + "+cpu" != pinned[n]}', 'test_doctor_finds_other_versions_and_missing_packages'),
     ],
     ('tools/outputs.py', 'tests/test_repo.py'): [
         ('stale outputs pass', 'if c["cell_type"] == "code"]\n    return hashlib', 'if c["cell_type"] == "raw"]\n    return hashlib', 'test_stale_outputs_are_found'),
@@ -866,8 +866,8 @@ PLANTED = {
     ],
     ('sdcourse/commands/tiny.py', 'tests/test_tiny.py'): [
         ('tiny: configs name a folder of this machine', 'if k != "_name_or_path"}', 'if k}', 'test_a_model_of_two_presets_goes_on_from_the_first'),
-        ('tiny: the second preset begins anew', '*(["--model", f"{done[-1]}/export"] if done else [])', '*(["--model", "new"] if done else [])', 'test_a_model_of_two_presets_goes_on_from_the_first'),
-        ('tiny: infinite weights are stored', 'if not v.isfinite().all(): raise UserError(f"{path}: {k}', 'if False: raise UserError(f"{path}: {k}', 'test_what_does_not_fit_float16_is_refused'),
+        ('tiny: the second preset begins anew', '["--model", f"{done[-1]}/export"] if done else []', '["--model", "new"] if done else []', 'test_a_model_of_two_presets_goes_on_from_the_first'),
+        ('tiny: infinite weights are stored', 'if not v.isfinite().all():', 'if False:', 'test_what_does_not_fit_float16_is_refused'),
         ('tiny: weights are stored in float32', 'v.half() if v.is_floating_point() else v', 'v', 'test_a_build_that_was_stopped_ends_the_same_in_float16'),
         ('tiny: a stopped build is stored', 'if not (Path(place)/"export").is_dir(): return 0', 'if not Path(out).is_dir(): return 0', 'test_a_build_that_was_stopped_ends_the_same_in_float16'),
         ('tiny: size before the model card', 'bytes=size, files', 'bytes=size - 1, files', 'test_a_build_that_was_stopped_ends_the_same_in_float16'),
@@ -898,7 +898,7 @@ PLANTED = {
     ],
     ('sdcourse/commands/export.py', 'tests/test_sd15.py'): [
         ('export: a part is everything', 'if cfg.part: _part(task, model, cfg.part).save_pretrained(new)', 'if False: pass', 'test_export_draws_in_plain_diffusers_what_the_task_draws'),
-        ('export: adapters are taken for a part', 'if getattr(task.config, "lora_rank", 0): raise', 'if False: raise', 'test_lora_of_both_networks_comes_out_as_it_was_trained'),
+        ('export: adapters are taken for a part', 'if getattr(task.config, "lora_rank", 0):', 'if False:', 'test_lora_of_both_networks_comes_out_as_it_was_trained'),
     ],
     ('sdcourse/commands/generate.py', 'tests/test_generate.py'): [
         ('generate: the seed is the place in the list', 'seeds = [key(cfg.seed, "picture", r["id"]) % 2**32 for r in rows]', 'seeds = [key(cfg.seed, "picture", i) % 2**32 for i, r in enumerate(rows)]', 'test_a_picture_depends_on_its_id_and_not_on_the_others'),

@@ -1,8 +1,8 @@
 """Two pytest processes go through one suite from its two ends: `--share FOLDER`, one of them `--backwards`.
 
-A file of tests goes as a whole to the process that claims it first, so that what a file builds is built once. A
-claim is an empty file in FOLDER. What the other process has claimed is passed over without a report; so each test
-is reported by one of them, and the reports of both are the report of the suite.
+A file of tests goes as a whole to the process that claims it first, so that what a file builds is built once.
+A claim is an empty file in FOLDER. What the other process has claimed is passed over without a report; so
+each test is reported by one of them, and the reports of both are the report of the suite.
 """
 
 from pathlib import Path

@@ -165,12 +165,13 @@ def test_the_log_is_left_as_it_was(trained):
 HELP = """
 import contextlib, io, json, sys, time
 found = {}
+HEAVY = {"torch", "numpy", "diffusers", "transformers", "torchvision", "sklearn"}
 def took(name, work):
     start = time.process_time()
     with contextlib.redirect_stdout(io.StringIO()):
         try: work()
         except SystemExit as e: assert not e.code
-    found[name] = [time.process_time() - start, sorted({"torch", "numpy", "diffusers", "transformers", "torchvision", "sklearn"} & set(sys.modules))]
+    found[name] = [time.process_time() - start, sorted(HEAVY & set(sys.modules))]
 def page(*words):
     from sdcourse.cli import main
     assert main(["train", *words, "--help"]) == 0
@@ -197,7 +198,14 @@ def test_a_signal_after_the_work_does_not_change_the_exit_code():
     """`srun` sends SIGTERM to all ranks as soon as one leaves with a code other than 0; the others may still
     be on their way out.
     """
-    code = "import atexit, os, runpy, signal, sys; atexit.register(lambda: [os.kill(os.getpid(), s) for s in (signal.SIGTERM, signal.SIGUSR1)]); sys.argv[1:] = ['--help']; runpy.run_module('sdcourse.train', run_name='__main__', alter_sys=True)"
+    code = """
+import atexit, os, runpy, signal, sys
+def end():
+    for s in (signal.SIGTERM, signal.SIGUSR1): os.kill(os.getpid(), s)
+atexit.register(end)
+sys.argv[1:] = ['--help']
+runpy.run_module('sdcourse.train', run_name='__main__', alter_sys=True)
+"""
     assert python("-c", code).returncode == 0
 
 

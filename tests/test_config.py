@@ -1,4 +1,4 @@
-"""Options: one dataclass, four layers, one line for each mistake, and run folders that are never overwritten."""
+"""Options: one dataclass, four layers, one line for each mistake; run folders that are never overwritten."""
 
 import dataclasses, os, subprocess, sys
 from dataclasses import dataclass, fields
@@ -71,10 +71,8 @@ def test_help_page_names_default_of_the_preset_type_and_source(capsys):
         run("--preset full --help")
     page = " ".join(capsys.readouterr().out.split())
     assert e.value.code == 0
-    assert (
-        "images per optimizer step over all ranks (DiT and SiT: 256) [a whole number, greater than 0; default 256]"
-        in page
-    )
+    about = "images per optimizer step over all ranks (DiT and SiT: 256)"
+    assert f"{about} [a whole number, greater than 0; default 256]" in page
     assert (
         "default 0.002" in page
         and "one of tiny/2, XL/2; default 'XL/2'" in page
@@ -295,7 +293,11 @@ def test_run_diff_with_options_that_came_or_went():
 
 
 def test_every_shared_option_is_marked_as_agreed():
-    free = "out max_seconds stop_before requeue_code hang_seconds micro_batch compile gradient_checkpointing num_workers threads log_every validate_every checkpoint_every keep max_bad_steps resume force device tracker push_to_hub dry_run"
+    free = """
+        out max_seconds stop_before requeue_code hang_seconds micro_batch compile gradient_checkpointing
+        num_workers threads log_every validate_every checkpoint_every keep max_bad_steps resume force
+        device tracker push_to_hub dry_run
+    """
     marked = [f.name for f in fields(TrainConfig) if "free" in getattr(f.type, "__metadata__", ())]
     assert set(marked) == set(free.split()) and Free[int].__metadata__ == ("free",)
 

@@ -269,7 +269,15 @@ def test_accelerate_on_a_cpu_alone_is_refused(tmp_path):
 def test_ranks_that_do_not_come_and_a_port_that_is_taken(tmp_path):
     import socket
 
-    code = "from sdcourse.engine.dist import join\nfrom sdcourse.core import UserError\nimport sys\ntry: join('cpu', meet=3)\nexcept UserError as e: print(e); sys.exit(e.code)"
+    code = """
+import sys
+from sdcourse.core import UserError
+from sdcourse.engine.dist import join
+try: join('cpu', meet=3)
+except UserError as e:
+    print(e)
+    sys.exit(e.code)
+"""
     env = os.environ | dict(
         RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(ranks.free_port())
     )

@@ -493,10 +493,8 @@ def test_hub_names_resolve_in_the_local_cache_only(zoo, tmp_path, monkeypatch):
     from huggingface_hub import constants
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(
-        UserError,
-        match="owner/vae: no such folder, and not in the local hub cache; where there is a network: hf download owner/vae",
-    ):
+    absent = "owner/vae: no such folder, and not in the local hub cache"
+    with pytest.raises(UserError, match=f"{absent}; where there is a network: hf download owner/vae"):
         Latents("owner/vae")
     commit = "0" * 40
     repo = tmp_path / "models--owner--vae"
@@ -532,13 +530,19 @@ def test_a_hub_copy_of_which_only_a_part_was_fetched(zoo, tmp_path, monkeypatch)
         Prompts("owner/pipe")
 
 
+def index_of(pipeline, encoder):
+    "The model_index.json of a pipeline with one text encoder."
+    return json.dumps({"_class_name": pipeline, "text_encoder": ["transformers", encoder]})
+
+
 @pytest.mark.parametrize(
     "kind, make, text",
     [
         (
             "latents",
             {},
-            "no config.json; expected a VAE .config.json, diffusion_pytorch_model.safetensors., or a pipeline with vae/",
+            "no config.json; expected a VAE .config.json, diffusion_pytorch_model.safetensors., "
+            "or a pipeline with vae/",
         ),
         ("latents", {"config.json": '{"_class_name": "AutoencoderKL"}'}, "no .*safetensors"),
         (
@@ -582,30 +586,24 @@ def test_a_hub_copy_of_which_only_a_part_was_fetched(zoo, tmp_path, monkeypatch)
         ("prompts", {}, "no model_index.json; expected a pipeline"),
         (
             "prompts",
-            {
-                "model_index.json": '{"_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", "CLIPTextModel"]}'
-            },
+            {"model_index.json": index_of("StableDiffusionPipeline", "CLIPTextModel")},
             "text_encoder: no such folder; the pipeline names it",
         ),
         (
             "prompts",
-            {
-                "model_index.json": '{"_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", "GemmaModel"]}'
-            },
+            {"model_index.json": index_of("StableDiffusionPipeline", "GemmaModel")},
             "text_encoder is a GemmaModel; known: CLIPTextModel",
         ),
         (
             "prompts",
-            {
-                "model_index.json": '{"_class_name": "FluxPipeline", "text_encoder": ["transformers", "CLIPTextModel"]}'
-            },
+            {"model_index.json": index_of("FluxPipeline", "CLIPTextModel")},
             "not known here; say layer=last",
         ),
         ("prompts", {"model_index.json": '{"_class_name": "StableDiffusionPipeline"}'}, "no text encoders"),
         (
             "prompts",
             {
-                "model_index.json": '{"_class_name": "StableDiffusionPipeline", "text_encoder": ["transformers", "CLIPTextModel"]}',
+                "model_index.json": index_of("StableDiffusionPipeline", "CLIPTextModel"),
                 "text_encoder/config.json": "{}",
                 "text_encoder/model.safetensors": "x",
             },

@@ -187,12 +187,9 @@ def test_groups_widen_the_interval(tmp_path):
 
 
 def test_any_batch_and_number_of_ranks_give_the_same_numbers(world, report, tmp_path):
-    words = [
-        "evaluate",
-        str(world / "a"),
-        str(world / "b"),
-        *"--reference digits --train digits --extractor tiny-digits --draws 20 --pictures 2 --device cpu --threads 1".split(),
-    ]
+    sets = "--reference digits --train digits --extractor tiny-digits"
+    how = "--draws 20 --pictures 2 --device cpu --threads 1"
+    words = ["evaluate", str(world / "a"), str(world / "b"), *sets.split(), *how.split()]
     ends = ranks.finish(
         ranks.start(["-m", "sdcourse.cli", *words, "--out", str(tmp_path / "two")], 2, first=warm.MODELS)
     )

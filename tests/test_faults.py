@@ -83,16 +83,17 @@ def test_the_same_training_without_faults_validates(tmp_path):
 
 def test_a_killed_rank(tmp_path):
     "The other one says so and leaves with its own code; the run goes on from its last checkpoint."
-    hook = "step = loop.step\ndef one(r):\n    step(r)\n    if rank == 1 and r.step == 6: os.kill(os.getpid(), 9)\nloop.step = one"
+    hook = """
+step = loop.step
+def one(r):
+    step(r)
+    if rank == 1 and r.step == 6: os.kill(os.getpid(), 9)
+loop.step = one
+"""
     ends = ranks.finish(ranks.toy(tmp_path / "run", hook=hook, checkpoint_every=4))
     assert [c for c, _, _ in ends] == [LOST, -9]
-    assert (
-        re.search(
-            r"error: rank 0 lost the others while \w+.* step [56] \(.*another rank ended.*the same command goes on",
-            ends[0][2],
-        )
-        and "Traceback" not in ends[0][2]
-    )
+    lost = r"error: rank 0 lost the others while \w+.* step [56] \(.*another rank ended"
+    assert re.search(f"{lost}.*the same command goes on", ends[0][2]) and "Traceback" not in ends[0][2]
     assert step_of(tmp_path / "run") == 4
     assert [c for c, _, _ in ranks.finish(ranks.toy(tmp_path / "run", checkpoint_every=4))] == [
         0,
@@ -125,7 +126,15 @@ def test_a_rank_that_hangs(tmp_path):
 
 def test_a_frozen_rank(tmp_path):
     "A process that cannot speak is named by the one that can."
-    hook = "step = loop.step\ndef one(r):\n    step(r)\n    if rank == 1 and r.step == 5: time.sleep(1.5); os.kill(os.getpid(), 19)\nloop.step = one"
+    hook = """
+step = loop.step
+def one(r):
+    step(r)
+    if rank == 1 and r.step == 5:
+        time.sleep(1.5)
+        os.kill(os.getpid(), 19)
+loop.step = one
+"""
     started = ranks.toy(tmp_path / "run", hook=hook, hang_seconds=3.0)  # it speaks every 0.3 s
     try:
         out, err = started[0].communicate()
@@ -138,7 +147,18 @@ def test_a_frozen_rank(tmp_path):
 
 def test_waiting_for_a_slow_rank_is_no_hang(tmp_path):
     "Rank 0 works longer than the limit and gives signs of life; the other waits for it."
-    hook = "def slow(self, module, path):\n    for _ in range(14): time.sleep(0.5); slow.run.beat('sampling')\ntoy.ToyTask.sample = slow\nrun = loop.Run.__init__\ndef init(self, *a, **k):\n    run(self, *a, **k); slow.run = self\nloop.Run.__init__ = init"
+    hook = """
+def slow(self, module, path):
+    for _ in range(14):
+        time.sleep(0.5)
+        slow.run.beat('sampling')
+toy.ToyTask.sample = slow
+run = loop.Run.__init__
+def init(self, *a, **k):
+    run(self, *a, **k)
+    slow.run = self
+loop.Run.__init__ = init
+"""
     assert [c for c, _, _ in ranks.finish(ranks.toy(tmp_path / "run", hook=hook, hang_seconds=4.0))] == [0, 0]
 
 
@@ -148,7 +168,12 @@ def test_a_full_disk(tmp_path):
         0,
         0,
     ]
-    hook = "import resource\nif rank == 0: resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000)); import signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)"
+    hook = """
+import resource, signal
+if rank == 0:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, 3000))
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+"""
     ends = ranks.finish(ranks.toy(tmp_path / "run", hook=hook, checkpoint_every=4, max_steps=12, force=True))
     assert [c for c, _, _ in ends] == [2, 2], ends
     for _, _, err in ends:
@@ -217,7 +242,7 @@ def test_a_folder_that_cannot_be_written(tmp_path):
             "rank 1 has another checkpoint than rank 0 (None instead of 12)",
         ),
         (
-            "if rank == 1: toy.ToyTask.check = lambda self: (_ for _ in ()).throw(UserError('no such file here'))",
+            "def check(self): raise UserError('no such file here')\nif rank == 1: toy.ToyTask.check = check",
             "no such file here (rank 1)",
         ),
     ],

@@ -84,9 +84,9 @@ def test_our_inception_is_pytorch_fids(random_weights, sets):
                 and relative(g.mean, w.mean(0)) < limit
                 and relative(g.cov, np.cov(w, rowvar=False)) < limit
             )
-    few = [
-        w[:, ::8] for w in want
-    ]  # 256 of the features: its matrix root of 2,048 takes half a minute (tools/bench_evaluation.py compares the whole)
+    # 256 of the features: its matrix root of 2,048 takes half a minute
+    # (tools/bench_evaluation.py compares the whole)
+    few = [w[:, ::8] for w in want]
     fid = fid_score.calculate_frechet_distance(
         few[0].mean(0), np.cov(few[0], rowvar=False), few[1].mean(0), np.cov(few[1], rowvar=False)
     )
@@ -150,7 +150,8 @@ from sdcourse.evaluation.stats import save_stats
 sys.path[:0] = {path!r}
 from test_features import Colours
 ranks = join("cpu")
-save_stats(stats_of(Colours(), pictures(sys.argv[1]), ranks=ranks, batch=3), f"{{sys.argv[2]}}/{{ranks.world}}-{{ranks.rank}}.npz")
+found = stats_of(Colours(), pictures(sys.argv[1]), ranks=ranks, batch=3)
+save_stats(found, f"{{sys.argv[2]}}/{{ranks.world}}-{{ranks.rank}}.npz")
 """
 
 

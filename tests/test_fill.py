@@ -248,13 +248,16 @@ sys.path[:0] = {path!r}
 import slow_cache, diffusers, transformers
 from diffusers import AutoencoderKL
 out, rng = {out!r}, random.Random(0)
-def shards(): return len([n for n in os.listdir(out) if n.endswith(".safetensors") and n[0] != "."]) if os.path.isdir(out) else 0
+def shards():
+    names = os.listdir(out) if os.path.isdir(out) else []
+    return len([n for n in names if n.endswith(".safetensors") and n[0] != "."])
 def begin(where, slow):
     if pid := os.fork(): return pid
     os.environ["SLOW"] = slow
     os._exit(slow_cache.cli.main(["cache", "latents", {data!r}, where, *{words!r}]))
 for kill in range(5):
-    target, pid = shards() + kill % 2, begin(out, "0.1") # in turn: before its first shard is done, and after one
+    target = shards() + kill % 2 # in turn: before its first shard is done, and after one
+    pid = begin(out, "0.1")
     while shards() < target and not os.waitpid(pid, os.WNOHANG)[0]: time.sleep(0.002)
     time.sleep(rng.uniform(0, 0.08 if kill % 2 else 0.3))
     os.kill(pid, 9); os.waitpid(pid, 0)
@@ -368,7 +371,15 @@ def test_a_shard_is_left_between_two_batches(world, tmp_path):
 
 
 def test_a_rank_that_is_refused_ends_all_with_its_words(world, whole, tmp_path):
-    hook = "import torch\nreal = cache.finite\ndef broken(e, b, names):\n    if rank == 1: raise cache.UserError(f'{names[0]}: the latents are not finite')\n    time.sleep(0.3)\n    return real(e, b, names)\ncache.finite = broken"
+    hook = """
+import torch
+real = cache.finite
+def broken(e, b, names):
+    if rank == 1: raise cache.UserError(f'{names[0]}: the latents are not finite')
+    time.sleep(0.3)
+    return real(e, b, names)
+cache.finite = broken
+"""
     ends = ranks.finish(
         ranks.start(
             [SLOW, "latents", world[0], tmp_path / "c", *words_for(world)], 2, first=warm.MODELS, HOOK=hook

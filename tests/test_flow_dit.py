@@ -359,7 +359,12 @@ def test_command_line_end_to_end(tmp_path):
     )
     with Image.open(out / "samples" / "step-00000030.png") as im:
         assert im.mode == "L" and np.asarray(im).std() > 5
-    code = f"from sdcourse.models.dit import FlowDiTPipeline, image_generators as g; p = FlowDiTPipeline.from_pretrained({str(out / 'export')!r}); im = p(['3', 4], num_inference_steps=3, generator=g([1, 2])).images; print(im[0].size, im[0].mode, len(im))"
+    code = f"""
+from sdcourse.models.dit import FlowDiTPipeline, image_generators
+pipe = FlowDiTPipeline.from_pretrained({str(out / "export")!r})
+images = pipe(['3', 4], num_inference_steps=3, generator=image_generators([1, 2])).images
+print(images[0].size, images[0].mode, len(images))
+"""
     fresh = warm.run(["-c", code], first=warm.MODELS)
     assert fresh.stdout.strip() == "(8, 8) L 2", fresh.stderr
     again = warm.run(words, first=warm.MODELS)

@@ -24,7 +24,7 @@ from sdcourse.commands.generate import (
     GenerateOptions,
     generate,
     open_pipeline,
-    plan,
+    plan_pictures,
 )
 from sdcourse.config import resolve
 from sdcourse.core import UserError
@@ -116,8 +116,8 @@ def test_a_picture_depends_on_its_id_and_not_on_the_others(run, tmp_path):
     )
     a, b = drawn(tmp_path / "a"), drawn(tmp_path / "b")
     assert len(b) == 6 and len(a.keys() & b.keys()) == 4 and all(a[k] == b[k] for k in a.keys() & b.keys())
-    seeds = [r["seed"] for r in plan(options(), DIGITS)]
-    assert len(set(seeds)) == 20 and seeds != [r["seed"] for r in plan(options(seed=1), DIGITS)]
+    seeds = [r["seed"] for r in plan_pictures(options(), DIGITS)]
+    assert len(set(seeds)) == 20 and seeds != [r["seed"] for r in plan_pictures(options(seed=1), DIGITS)]
 
 
 def test_the_batch_size_changes_no_more_than_rounding(run, whole, tmp_path):
@@ -205,7 +205,7 @@ def test_stable_diffusion_is_its_own_pipeline(sd15, tmp_path):
     assert generate(sd15, tmp_path / "o", cfg) == 0
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    pipe, rows = StableDiffusionPipeline.from_pretrained(sd15, safety_checker=None), plan(cfg)
+    pipe, rows = StableDiffusionPipeline.from_pretrained(sd15, safety_checker=None), plan_pictures(cfg)
     pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)
     assert [(r["id"], r["of"], r["text"]) for r in rows] == [
         (f"0000{i}-{k}", f"0000{i}", t) for i, t in enumerate(("a red circle", "an old cat")) for k in (0, 1)
@@ -438,14 +438,14 @@ def data(tmp_path_factory):
 
 
 def test_captions_and_ids_of_a_data_set(data, sd15, tmp_path):
-    rows = plan(options(classes=(), data=str(data)))
+    rows = plan_pictures(options(classes=(), data=str(data)))
     assert [(r["id"], r["text"], r["file_name"]) for r in rows] == [
         ("p/0", "a red cat", "p_0.png"),
         ("p/1", "a blue cat", "p_1.png"),
         ("p/2", "a green cat", "p_2.png"),
     ]
-    assert [r["label"] for r in plan(options(classes=(), data="digits", max_samples=5), DIGITS)] == [
-        r["label"] for r in plan(options(classes=(), data="digits"), DIGITS)
+    assert [r["label"] for r in plan_pictures(options(classes=(), data="digits", max_samples=5), DIGITS)] == [
+        r["label"] for r in plan_pictures(options(classes=(), data="digits"), DIGITS)
     ][::72]
 
 

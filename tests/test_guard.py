@@ -75,7 +75,8 @@ def test_nothing_is_defined_where_the_library_loads(tmp_path):
 def test_operators_declared_by_others_stay():
     code, out, said = python("""
         import torch
-        mine = torch.library.Library("torchvision", "DEF"); mine.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        mine = torch.library.Library("torchvision", "DEF")
+        mine.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         import sdcourse
         from sdcourse import guard
         print(guard.define_operators(), guard.define_operators())""")
@@ -87,9 +88,9 @@ def test_late_import_and_absence(tmp_path):
     path = os.pathsep.join([str(tmp_path), os.environ["PYTHONPATH"]])
     code, out, _ = python("import torchvision, sdcourse; print(sdcourse.guard.state())", PYTHONPATH=path)
     assert (code, out) == (0, "off: torchvision was imported before sdcourse")
-    code, out, _ = python(
-        "import sdcourse, importlib.util; print(importlib.util.find_spec('no_such_module'), sdcourse.guard.state())"
-    )
+    code, out, _ = python("""
+        import sdcourse, importlib.util
+        print(importlib.util.find_spec('no_such_module'), sdcourse.guard.state())""")
     assert (code, out) == (0, "None waiting: torchvision has not been imported")
 
 
@@ -114,6 +115,8 @@ def test_import_is_light():
     code, out, _ = python("""
         import sys
         import sdcourse
-        sdcourse.guard.install(); sdcourse.guard.install()
-        print([m for m in ("torch", "numpy", "diffusers", "torchvision") if m in sys.modules], sum(type(f).__name__ == "Finder" for f in sys.meta_path))""")
+        sdcourse.guard.install()
+        sdcourse.guard.install()
+        heavy = [m for m in ("torch", "numpy", "diffusers", "torchvision") if m in sys.modules]
+        print(heavy, sum(type(f).__name__ == "Finder" for f in sys.meta_path))""")
     assert (code, out) == (0, "[] 1")

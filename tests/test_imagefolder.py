@@ -28,7 +28,11 @@ def make(i):
     return Image.new("RGB", (16, 16), (i, 2 * i % 256, 0))
 if __name__ == "__main__":
     jobs = [PictureJob("val" if i % 4 == 0 else "train", f"{i:03}.png", {"id": i}, (i,)) for i in range(120)]
-    with StopFlag(sys.argv[1] + ".partial") as flag: sys.exit(0 if build_folder(sys.argv[1], jobs, make, Prepare(workers=int(sys.argv[2])), name="toy", origin=load_manifest("digits"), flag=flag) else 3)
+    out, workers = sys.argv[1:]
+    how = dict(name="toy", origin=load_manifest("digits"))
+    with StopFlag(out + ".partial") as flag:
+        whole = build_folder(out, jobs, make, Prepare(workers=int(workers)), **how, flag=flag)
+        sys.exit(0 if whole else 3)
 """
 
 

@@ -390,7 +390,9 @@ def one(r):
     step(r)
     seen[r.step] = psutil.Process().memory_info().rss
 loop.step = one
-loop.train(Task(resolve(Config, overrides=dict(out=sys.argv[1], size="tiny/8", batch_size=16, max_steps=500, validate_every=25, checkpoint_every=50, log_every=10, num_samples=0, num_inference_steps=2, device="cpu"))))
+often = dict(validate_every=25, checkpoint_every=50, log_every=10)
+small = dict(size="tiny/8", batch_size=16, num_samples=0, num_inference_steps=2, device="cpu")
+loop.train(Task(resolve(Config, overrides=dict(out=sys.argv[1], max_steps=500, **often, **small))))
 print(json.dumps([seen[50], seen[500]]))
 """
     done = warm.run(["-c", code, tmp_path / "run"], first=warm.MODELS, timeout=warm.LONG)

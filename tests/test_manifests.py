@@ -82,7 +82,9 @@ def test_digits_are_what_the_manifest_says():
     assert {s: len(digits(s)) for s in ("train", "test")} == DIGITS["splits"]["counts"]
 
 
-STEPS = [  # layout of a shipped manifest, what makes it, what is made from it, and a file to take away; the numbers are those of the default options
+# layout of a shipped manifest, what makes it, what is made from it, and a file to take away; the numbers are
+# those of the default options
+STEPS = [
     (
         "faces",
         "original",
@@ -195,7 +197,11 @@ def test_an_installed_package_carries_the_manifests(tmp_path):
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    code = "from sdcourse.data.manifests import *; import sdcourse; print(sdcourse.__file__, len(shipped()), load_manifest('celeba')['count'])"
+    code = """
+from sdcourse.data.manifests import *
+import sdcourse
+print(sdcourse.__file__, len(shipped()), load_manifest('celeba')['count'])
+"""
     said = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path / "out",
@@ -442,7 +448,9 @@ def test_the_command(folder, tmp_path, capsys):
     (folder / "train/b.jpg").unlink()
     assert run(path, folder, "--layout", "here", capsys=capsys) == (
         1,
-        "missing: train/b.jpg (line 2 of train/metadata.jsonl)\nmissing: 1 of 3 files train/*.jpg\nmine: 2 findings\n",
+        "missing: train/b.jpg (line 2 of train/metadata.jsonl)\n"
+        "missing: 1 of 3 files train/*.jpg\n"
+        "mine: 2 findings\n",
         "",
     )
 

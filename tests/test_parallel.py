@@ -1,4 +1,4 @@
-"""`in_parallel`: all jobs once, errors are results, a stop begins nothing new, nothing outlives its parent."""
+"""in_parallel: all jobs once, errors are results, a stop begins nothing new, nothing outlives its parent."""
 
 import os, signal, subprocess, sys, threading, time
 

@@ -218,8 +218,10 @@ FRESH = """
 import sys, torch
 from sdcourse.models.dit import FlowDiTPipeline
 pipe = FlowDiTPipeline.from_pretrained(sys.argv[1], dtype=getattr(torch, sys.argv[3]))
-images = pipe(["c3", 1], num_inference_steps=4, output_type="pt", generator=torch.Generator().manual_seed(0)).images
-torch.save(dict(images=images, modules=[type(pipe.transformer).__module__, str(pipe.transformer.dtype), type(pipe.vae).__name__]), sys.argv[2])
+g = torch.Generator().manual_seed(0)
+images = pipe(["c3", 1], num_inference_steps=4, output_type="pt", generator=g).images
+modules = [type(pipe.transformer).__module__, str(pipe.transformer.dtype), type(pipe.vae).__name__]
+torch.save(dict(images=images, modules=modules), sys.argv[2])
 """
 GENERIC = """
 import sys, sdcourse.models.dit

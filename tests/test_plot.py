@@ -119,5 +119,8 @@ def test_film_has_all_frames_and_is_written_whole(tmp_path):
 
 
 def test_import_is_light():
-    code = "import sys, sdcourse.plot, sdcourse.diffusion; print([m for m in ('matplotlib', 'diffusers', 'PIL', 'sklearn') if m in sys.modules])"
+    code = """
+import sys, sdcourse.plot, sdcourse.diffusion
+print([m for m in ('matplotlib', 'diffusers', 'PIL', 'sklearn') if m in sys.modules])
+"""
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"

@@ -1,4 +1,4 @@
-"""A data folder is absent or whole, whatever interrupts its making; jobs run in parallel until told to stop."""
+"""A data folder is absent or whole, whatever interrupts its making; jobs run in parallel until a stop."""
 
 import contextlib, io, os, shutil, subprocess, sys, threading
 
@@ -403,7 +403,12 @@ def test_sets_exist_and_help_is_quick(capsys):
     assert cli.main(["prepare"]) == 0
     page = capsys.readouterr().out
     assert all(f"  {name} " in page for name in TINY)
-    code = "import sys; from sdcourse.cli import main; main(['prepare', '--help']); assert not {'torch', 'PIL', 'numpy'} & set(sys.modules)"
+    code = """
+import sys
+from sdcourse.cli import main
+main(['prepare', '--help'])
+assert not {'torch', 'PIL', 'numpy'} & set(sys.modules)
+"""
     assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
 
 

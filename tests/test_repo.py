@@ -281,10 +281,9 @@ def test_readme_of_cells():
             },
         ]
     }
-    assert (
-        readme.render(nb)
-        == f"{readme.MARK}\n\n# T\n[a](nbs/00_x.ipynb) [b](LICENSE) [c](https://e.org/x.ipynb)\n\n```python\n1 + 1\n```\n\n```text\n2\n```\n"
-    )
+    text = "# T\n[a](nbs/00_x.ipynb) [b](LICENSE) [c](https://e.org/x.ipynb)"
+    code = "```python\n1 + 1\n```\n\n```text\n2\n```\n"
+    assert readme.render(nb) == f"{readme.MARK}\n\n{text}\n\n{code}"
 
 
 def test_readme_links_lead_somewhere():
@@ -323,10 +322,8 @@ def test_old_python_is_refused_in_one_line(tmp_path):
         env=os.environ | {"PYTHON": str(old)},
     )
     assert done.returncode == 1 and done.stdout == ""
-    assert (
-        done.stderr
-        == f"error: Python 3.11 or newer is needed, and {old} is Python 3.8.1: install one, or say PYTHON=/path/to/python\n"
-    )
+    what = f"Python 3.11 or newer is needed, and {old} is Python 3.8.1"
+    assert done.stderr == f"error: {what}: install one, or say PYTHON=/path/to/python\n"
     assert not (tmp_path / "a b").exists()
 
 
@@ -408,7 +405,10 @@ def test_weights_size():
 ABSOLUTE = r"(?<![\w.:/])/(?:home|root|work|Users|mnt)/\w"
 UNSAFE = {
     "an absolute path": ABSOLUTE,
-    "a pickle": r"\bpickle\.loads?\(|\bimport pickle\b|weights_only\s*=\s*False|allow_pickle\s*=\s*True|joblib\.load",
+    "a pickle": (
+        r"\bpickle\.loads?\(|\bimport pickle\b|weights_only\s*=\s*False"
+        r"|allow_pickle\s*=\s*True|joblib\.load"
+    ),
     "a fixed device": r"\.cuda\(\)|torch\.device\([\"']cuda(:\d+)?[\"']\s*\)|map_location\s*=\s*[\"']cuda",
     "a shell install": r"(?m)^\s*[!%]\s*pip ",
 }
@@ -496,7 +496,8 @@ def run(code):
 @pytest.mark.parametrize("argv", [["--help"], ["prepare", "--help"], ["cache"], ["train", "--help"]])
 def test_help_needs_no_torch(argv):
     done = run(
-        f"import sys; from sdcourse.cli import main; code = main({argv}); print(code, 'torch' in sys.modules, 'diffusers' in sys.modules)"
+        f"import sys; from sdcourse.cli import main; code = main({argv}); "
+        "print(code, 'torch' in sys.modules, 'diffusers' in sys.modules)"
     )
     assert done.stdout.splitlines()[-1] == "0 False False", done.stderr
 
@@ -632,8 +633,8 @@ def test_doctor_finds_other_versions_and_missing_packages(tmp_path, monkeypatch)
             'nor-that==1; python_version > "3" and extra == "track"',
         ],
     )
-    assert doctor.missing()["00 what diffusion is"] == (["never-heard-of"], "")
-    assert doctor.missing()["trackers (--tracker)"] == (
+    assert doctor.missing_packages()["00 what diffusion is"] == (["never-heard-of"], "")
+    assert doctor.missing_packages()["trackers (--tracker)"] == (
         ["never-heard-of", "nor-of-this", "nor-that"],
         "track",
     )

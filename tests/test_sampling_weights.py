@@ -169,7 +169,8 @@ def test_what_weights_do_not_go_with(folder, over, words):
     [
         (
             '{"a": 1, "b": 0}',
-            "1 of 2 training items have no finite number above 0; the first is b with the weight 0; give each",
+            "1 of 2 training items have no finite number above 0; "
+            "the first is b with the weight 0; give each",
         ),
         ('{"a": 1}', "the first is b with no weight"),
         ('{"a": -1, "b": NaN}', "2 of 2 .* first is a with the weight -1"),

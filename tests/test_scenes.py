@@ -40,12 +40,12 @@ def test_a_scene_is_a_function_of_seed_and_number(known):
     assert np.array_equal(paint(facts([5, 1234]))[1], paint(facts([1234, 8, 9]))[0])
     other = facts(np.arange(2000), seed=1)
     assert 0.8 < (other["shape"][:, 0] != known["shape"][:, 0]).mean() < 0.95
-    text = warm.run(
-        [
-            "-c",
-            "from sdcourse.data.sets.scenes import *; import hashlib; print(hashlib.sha256(paint(facts(range(50))).tobytes()).hexdigest())",
-        ]
-    )
+    code = """
+import hashlib
+from sdcourse.data.sets.scenes import *
+print(hashlib.sha256(paint(facts(range(50))).tobytes()).hexdigest())
+"""
+    text = warm.run(["-c", code])
     import hashlib
 
     assert text.stdout.strip() == hashlib.sha256(paint(facts(np.arange(50))).tobytes()).hexdigest()

@@ -785,7 +785,13 @@ def test_the_smoke_run_in_a_fresh_process(tmp_path):
 @pytest.mark.parametrize("preset", ["full", "onepiece", "8gb", "24gb"])
 def test_absent_weights_are_said_before_anything_is_imported(tmp_path, preset):
     "U5: one line with the remedy, and diffusers was not needed to say it."
-    code = "import sys\nfrom sdcourse.cli import main\ncode = main(['train', *sys.argv[1:]])\nassert 'diffusers' not in sys.modules and 'transformers' not in sys.modules\nsys.exit(code)"
+    code = """
+import sys
+from sdcourse.cli import main
+code = main(['train', *sys.argv[1:]])
+assert 'diffusers' not in sys.modules and 'transformers' not in sys.modules
+sys.exit(code)
+"""
     done = subprocess.run(
         [sys.executable, "-c", code, "sd15", "--preset", preset, "--out", str(tmp_path / "run")],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""On a real SLURM with two nodes: the batch scripts, stops, requeues, arrays, chains and a node that is lost."""
+"""On a real SLURM with two nodes: the batch scripts, stops, requeues, arrays, chains, and a lost node."""
 
 import json
 import os
@@ -21,7 +21,8 @@ PREEMPT = """PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 PartitionName=low Nodes=ALL PriorityTier=1 GraceTime=20
 PartitionName=high Nodes=ALL PriorityTier=10"""
-TINY = "flow_dit --preset tiny --precision fp64 --threads 1 --num-samples 0 --num-inference-steps 2 --device cpu".split()
+SILENT = "--num-samples 0 --num-inference-steps 2"
+TINY = f"flow_dit --preset tiny --precision fp64 --threads 1 {SILENT} --device cpu".split()
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
 
 
@@ -32,9 +33,11 @@ def slurm():
         pytest.skip(f"NO SLURM TEST: {why}")
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))
     (folder / "bin").mkdir()
-    (folder / "bin/scontrol").write_text(
-        f'#!/bin/sh\n[ "$1" = requeue ] && echo "$2" >>{folder}/requeued\nexec {shutil.which("scontrol", path=cluster.PATH)} "$@"\n'
-    )
+    real = shutil.which("scontrol", path=cluster.PATH)
+    (folder / "bin/scontrol").write_text(f"""#!/bin/sh
+[ "$1" = requeue ] && echo "$2" >>{folder}/requeued
+exec {real} "$@"
+""")
     (folder / "bin/scontrol").chmod(0o755)
     try:
         with cluster.Cluster(folder / "c", extra=PREEMPT) as found:
@@ -166,7 +169,7 @@ def test_the_whole_tiny_training_on_two_nodes(slurm, submit, tmp_path):
     """O2: `make train` as it is, 1,500 steps in float32: the same ids in every step, and losses that agree to
     1e-3.
     """
-    words = "flow_dit --preset tiny --threads 1 --num-samples 0 --num-inference-steps 2 --log-every 10 --device cpu --out".split()
+    words = f"flow_dit --preset tiny --threads 1 {SILENT} --log-every 10 --device cpu --out".split()
     slurm.wait(
         submit("train", *words, tmp_path / "two")
     )  # three processes on two cores would wait for each other in every step
@@ -208,11 +211,11 @@ def test_a_job_that_reaches_its_time_limit(slurm, submit, tmp_path):
     assert [r["step"] for r in read_metrics(tmp_path / "run")] == list(
         range(1, 37)
     )  # no row lost, none twice
+    # SLURM sends the signal at a time of its own, perhaps before Python listens; then the end of the job is
+    # the deadline
     text = log(tmp_path / "run")
-    assert (
-        re.search("stopped by (SIGUSR1|end of the job)", text)
-        and text.count("is requeued") == int(found["Restarts"])
-    )  # SLURM sends the signal at a time of its own, perhaps before Python listens; then the end of the job is the deadline
+    assert re.search("stopped by (SIGUSR1|end of the job)", text)
+    assert text.count("is requeued") == int(found["Restarts"])
 
 
 def test_a_stop_in_the_middle_is_requeued_once_and_the_tracker_goes_on(slurm, submit, tmp_path):
@@ -439,11 +442,17 @@ def test_a_pipeline_of_four_jobs(slurm, tmp_path):
     from test_fill import pictures
 
     data, vae = pictures(tmp_path / "data", val=12), tiny_models.tiny_vae(tmp_path / "vae")
+    here = "--device cpu --threads 1"
+    short = (
+        "--size tiny/1 --max-steps 4 --batch-size 8 --warmup-steps 0 --num-samples 0 --num-inference-steps 1"
+    )
+    drawn = "--split val --batch 4 --num-inference-steps 2"
+    told = "--split val --extractor tiny-scenes --metrics fd,kid,pairs --draws 5 --pictures 2"
     (tmp_path / "env").write_text(f"""SBATCH=(--nodes=2 --output={tmp_path}/%x-%j.out)
 CACHE=(latents {data} {tmp_path}/cache --model {vae} --size 16 --device cpu)
-TRAIN=(flow_dit --preset tiny --size tiny/1 --data {tmp_path}/cache --vae {vae} --max-steps 4 --batch-size 8 --warmup-steps 0 --num-samples 0 --num-inference-steps 1 --threads 1 --device cpu --out {tmp_path}/run)
-GENERATE=({tmp_path}/run {tmp_path}/out --data {data} --split val --batch 4 --num-inference-steps 2 --device cpu --threads 1)
-EVALUATE=({tmp_path}/out --reference {data} --split val --extractor tiny-scenes --metrics fd,kid,pairs --draws 5 --pictures 2 --device cpu --threads 1 --out {tmp_path}/report)
+TRAIN=(flow_dit --preset tiny --data {tmp_path}/cache --vae {vae} {short} {here} --out {tmp_path}/run)
+GENERATE=({tmp_path}/run {tmp_path}/out --data {data} {drawn} {here})
+EVALUATE=({tmp_path}/out --reference {data} {told} {here} --out {tmp_path}/report)
 """)
     env = slurm.env | dict(
         SDCOURSE_CLUSTER="slurm/cpu.env",
@@ -463,16 +472,8 @@ EVALUATE=({tmp_path}/out --reference {data} --split val --extractor tiny-scenes 
         all(slurm.show(j)["JobState"] == "COMPLETED" for j in jobs.values())
         and len(list((tmp_path / "out/val").glob("*.png"))) == 12
     )
-    assert (
-        cli.main(
-            [
-                "evaluate",
-                str(tmp_path / "out"),
-                *f"--reference {data} --split val --extractor tiny-scenes --metrics fd,kid,pairs --draws 5 --pictures 2 --device cpu --threads 1 --out {tmp_path}/alone".split(),
-            ]
-        )
-        == 0
-    )
+    words = f"{tmp_path}/out --reference {data} {told} {here} --out {tmp_path}/alone"
+    assert cli.main(["evaluate", *words.split()]) == 0
     ours, alone = (
         read_json(tmp_path / name / "evaluation.json")["numbers"]["out"] for name in ("report", "alone")
     )

@@ -114,7 +114,8 @@ from sdcourse.engine.dist import join
 from sdcourse.evaluation.stats import Stats, save_stats
 ranks = join("cpu")
 x = torch.randn(101, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 3
-whole = Stats({"extractor": "demo"}).add(x[ranks.rank::ranks.world][:0 if ranks.rank == 2 else None]).over(ranks)
+mine = x[ranks.rank::ranks.world][:0 if ranks.rank == 2 else None]
+whole = Stats({"extractor": "demo"}).add(mine).over(ranks)
 save_stats(whole, f"{sys.argv[1]}/{ranks.world}-{ranks.rank}.npz")
 """
 

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from sdcourse.cli import main
-from sdcourse.commands.sweep import combinations, plan, rows, run_name, sweep, write_table
+from sdcourse.commands.sweep import combinations, plan_sweep, rows, run_name, sweep, write_table
 from sdcourse.core import UserError
 
 WORDS = (
@@ -91,8 +91,8 @@ def test_runs_that_end_together_leave_one_whole_table(tmp_path):
 
 def test_the_plan_names_a_folder_for_each(tmp_path):
     with pytest.raises(UserError, match="unknown task"):
-        plan(["flow_ditt", "--vary", "lr=1"])
-    _, _, words = plan([*WORDS, "--vary", "size=tiny/4,tiny/8"])
+        plan_sweep(["flow_ditt", "--vary", "lr=1"])
+    _, _, words = plan_sweep([*WORDS, "--vary", "size=tiny/4,tiny/8"])
     assert [w[-1] for w in words] == [
         "--out=runs/sweep-flow_dit/size=tiny-4",
         "--out=runs/sweep-flow_dit/size=tiny-8",

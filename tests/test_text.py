@@ -398,7 +398,8 @@ def test_t5_in_shards(zoo, tmp_path):
         ),
         (
             lambda m: rewrite(m / "text_encoder_2", lambda w: w.pop("text_projection.weight")),
-            "1 weights of CLIPTextModelWithProjection are not in its files, the first is text_projection.weight",
+            "1 weights of CLIPTextModelWithProjection are not in its files, "
+            "the first is text_projection.weight",
         ),
     ],
 )

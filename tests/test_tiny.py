@@ -262,14 +262,16 @@ def test_a_build_that_was_stopped_ends_the_same_in_float16(tmp_path, monkeypatch
     lies_in(tmp_path / "weights", monkeypatch)
     (tmp_path / "weights").mkdir()
     words = "--max-steps 6 --batch-size 16 --threads 1 --device cpu".split()
-    assert tiny.build(["tiny-digits", *words, "--out", str(tmp_path / "whole")]) == 0
+    assert tiny.build_shipped(["tiny-digits", *words, "--out", str(tmp_path / "whole")]) == 0
     whole = (tmp_path / "weights/tiny-digits/model.safetensors").read_bytes()
     shutil.rmtree(tmp_path / "weights/tiny-digits")
     for _ in range(8):
         if (tmp_path / "weights/tiny-digits").exists():
             break
         assert (
-            tiny.build(["tiny-digits", *words, "--out", str(tmp_path / "parts"), "--max-seconds", "0.000001"])
+            tiny.build_shipped(
+                ["tiny-digits", *words, "--out", str(tmp_path / "parts"), "--max-seconds", "0.000001"]
+            )
             == 0
         )
     assert (tmp_path / "weights/tiny-digits/model.safetensors").read_bytes() == whole
@@ -291,8 +293,9 @@ def test_a_model_of_two_presets_goes_on_from_the_first(root, tmp_path, monkeypat
     lies_in(root, monkeypatch)
     drawn = lambda draw, n: {"finite": dict(value=float(draw(["a red ring"], [0]).isfinite().all()), n=1)}
     monkeypatch.setattr("sdcourse.evaluation.adherence.adherence", drawn)
-    words = "--max-steps 2 --batch-size 4 --validate-every 0 --num-samples 0 --num-inference-steps 2 --threads 1 --device cpu --lr 1e-30".split()
-    assert tiny.build(["tiny-sd15", *words, "--out", str(tmp_path / "run")]) == 0
+    short = "--max-steps 2 --batch-size 4 --validate-every 0 --num-samples 0 --num-inference-steps 2"
+    words = f"{short} --threads 1 --device cpu --lr 1e-30".split()
+    assert tiny.build_shipped(["tiny-sd15", *words, "--out", str(tmp_path / "run")]) == 0
     first, last = (
         tmp_path / n / "export/unet/diffusion_pytorch_model.safetensors" for n in ("run-places", "run")
     )

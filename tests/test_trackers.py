@@ -328,10 +328,14 @@ def test_card_has_valid_front_matter_and_all_parts(tmp_path):
 
 def test_card_is_read_by_the_hub_library_and_needs_no_tracker(tmp_path):
     card(tmp_path)
-    code = (
-        "import sys; sys.modules['wandb'] = sys.modules['tensorboard'] = None\nfrom sdcourse.engine.trackers import model_card\n"
-        f"model_card({str(tmp_path)!r}, title='t', data='d', steps=1, config={{}}, metrics={{}}, usage='pass')\nassert 'torch' not in sys.modules"
-    )
+    code = f"""
+import sys
+sys.modules['wandb'] = sys.modules['tensorboard'] = None
+from sdcourse.engine.trackers import model_card
+facts = dict(title='t', data='d', steps=1, config={{}}, metrics={{}}, usage='pass')
+model_card({str(tmp_path)!r}, **facts)
+assert 'torch' not in sys.modules
+"""
     subprocess.run([sys.executable, "-c", code], check=True)
     from huggingface_hub import ModelCard
 
@@ -386,5 +390,8 @@ def test_a_failed_push_is_a_warning_that_says_how_to_repeat(tmp_path, monkeypatc
 
 
 def test_track_needs_no_torch():
-    code = "import sys, sdcourse.engine.trackers; assert not {'torch', 'wandb', 'tensorboard', 'huggingface_hub'} & set(sys.modules)"
+    code = """
+import sys, sdcourse.engine.trackers
+assert not {'torch', 'wandb', 'tensorboard', 'huggingface_hub'} & set(sys.modules)
+"""
     subprocess.run([sys.executable, "-c", code], check=True)

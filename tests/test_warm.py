@@ -12,7 +12,8 @@ import warm
 
 SAYS = """
 import os, sys, threading
-print(sys.argv, os.getcwd(), os.environ.get("COLOUR"), os.environ.get("HOME"), __name__, sys.path[0], os.getsid(0) == os.getpid(), threading.active_count(), len(os.listdir("/proc/self/task")))
+print(sys.argv, os.getcwd(), os.environ.get("COLOUR"), os.environ.get("HOME"), __name__, sys.path[0])
+print(os.getsid(0) == os.getpid(), threading.active_count(), len(os.listdir("/proc/self/task")))
 print("a word", file=sys.stderr)
 import atexit; atexit.register(print, "the end")
 """
@@ -54,7 +55,12 @@ def test_it_ends_as_a_started_process_does(code):
 
 
 def test_signals_and_kills_reach_it():
-    code = "import signal, sys, time\nsignal.signal(signal.SIGUSR1, lambda *_: sys.exit(5))\nprint('ready', flush=True)\ntime.sleep(1000)"
+    code = """
+import signal, sys, time
+signal.signal(signal.SIGUSR1, lambda *_: sys.exit(5))
+print('ready', flush=True)
+time.sleep(1000)
+"""
     for number, end in ((signal.SIGUSR1, 5), (signal.SIGKILL, -9), (signal.SIGTERM, -15)):
         child = warm.start(["-c", code])
         while not child.said():
@@ -68,7 +74,14 @@ def test_signals_and_kills_reach_it():
 def test_the_parent_can_be_forked_and_its_children_compute(monkeypatch):
     "Every kind of parent has one thread; a child may use two, and processes that read data."
     monkeypatch.setattr(warm, "_parents", {})  # one that has imported nothing yet
-    code = "import os, sys, torch\nprint('torch._dynamo' in sys.modules, 'diffusers' in sys.modules, len(os.listdir('/proc/self/task')))\ntorch.set_num_threads(2)\nx = torch.randn(500, 500)\nprint(bool((x @ x).isfinite().all()), len(list(torch.utils.data.DataLoader(range(8), num_workers=2))))"
+    code = """
+import os, sys, torch
+print('torch._dynamo' in sys.modules, 'diffusers' in sys.modules, len(os.listdir('/proc/self/task')))
+torch.set_num_threads(2)
+x = torch.randn(500, 500)
+read = torch.utils.data.DataLoader(range(8), num_workers=2)
+print(bool((x @ x).isfinite().all()), len(list(read)))
+"""
     for first in (warm.LOOP, warm.MODELS):
         assert warm.run(["-c", code], first=first).stdout == f"True {first == warm.MODELS} 1\nTrue 8\n"
 
@@ -76,7 +89,12 @@ def test_the_parent_can_be_forked_and_its_children_compute(monkeypatch):
 def test_the_parent_ends_with_who_started_it():
     import psutil
 
-    code = "import sys, warm\nchild = warm.start(['-c', 'import time; time.sleep(1000)'], first='')\nprint(warm._parent().process.pid, child.pid, flush=True)\nsys.stdin.read()"
+    code = """
+import sys, warm
+child = warm.start(['-c', 'import time; time.sleep(1000)'], first='')
+print(warm._parent().process.pid, child.pid, flush=True)
+sys.stdin.read()
+"""
     one = subprocess.Popen(
         [sys.executable, "-c", code],
         env=os.environ | {"PYTHONPATH": os.path.dirname(warm.__file__)},

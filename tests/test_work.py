@@ -1,4 +1,4 @@
-"""Long work in units: a stop is heard within a unit, what is refused is told, and the lock goes with the process."""
+"""Long work in units: a stop is heard within a unit, a refusal is told, the lock goes with the process."""
 
 import os
 import signal

@@ -11,7 +11,9 @@ from pathlib import Path
 import sdcourse  # noqa: F401 (before diffusers and transformers)
 import torch
 
-WORDS = "a red green blue small large photo of the cat dog house tree smiling face with glasses and hat on lake".split()
+WORDS = """
+    a red green blue small large photo of the cat dog house tree smiling face with glasses and hat on lake
+""".split()
 
 
 def large(model, factor=8.0, seed=0):

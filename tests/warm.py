@@ -17,7 +17,8 @@ LOOP = """
 import torch, torch._dynamo # the compiler is imported in the first step of any optimizer: 3 s
 import psutil, sdcourse.engine.loop, PIL.Image
 from sdcourse.engine.preflight import peak_flops
-for dtype in (torch.float32, torch.float64): peak_flops(torch.device("cpu"), dtype) # measured once, on one thread
+# measured once, on one thread
+for dtype in (torch.float32, torch.float64): peak_flops(torch.device("cpu"), dtype)
 """
 MODELS = (
     LOOP

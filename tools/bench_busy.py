@@ -30,8 +30,14 @@ PREPARE = [
     "cache prompts data prompts --model tiny-sd15",
 ]
 TASKS = {
-    "flow_dit": "train flow_dit --preset tiny --num-samples 0 --num-inference-steps 2 --max-steps {steps} --log-every 10",
-    "sd15": "train sd15 --preset tiny --data data --latents latents --prompts prompts --max-steps {steps} --log-every 5 --validate-every 0 --num-samples 0",
+    "flow_dit": (
+        "train flow_dit --preset tiny --num-samples 0 --num-inference-steps 2 "
+        "--max-steps {steps} --log-every 10"
+    ),
+    "sd15": (
+        "train sd15 --preset tiny --data data --latents latents --prompts prompts "
+        "--max-steps {steps} --log-every 5 --validate-every 0 --num-samples 0"
+    ),
 }
 
 

@@ -134,10 +134,9 @@ def main():
                         values[i] = fn()
                     times[i].append(time.perf_counter() - begin)
             ratios = [a / b for a, b in zip(*times)]
-            print(
-                f"{kind}: {name} {values[0]:.7g} in {', '.join(f'{t:.2f}' for t in times[0])} s; ours {values[1]:.7g} in {', '.join(f'{t:.2f}' for t in times[1])} s; ratio {', '.join(f'{r:.2f}' for r in ratios)}",
-                flush=True,
-            )
+            theirs, ours, ratio = (", ".join(f"{x:.2f}" for x in xs) for xs in (*times, ratios))
+            told = f"{name} {values[0]:.7g} in {theirs} s; ours {values[1]:.7g} in {ours} s; ratio {ratio}"
+            print(f"{kind}: {told}", flush=True)
 
 
 if __name__ == "__main__":

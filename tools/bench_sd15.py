@@ -225,10 +225,11 @@ def main():
                 took[name].append(torch.tensor(side(args.steps)).median())
         first = torch.stack(took["diffusers' loop"])
         for name, t in took.items():
-            ratio = first / torch.stack(t)
-            print(
-                f"{name}: median {1000 * torch.stack(t).median():.0f} ms, {ratio.median():.2f} times as fast (quartiles {ratio.quantile(0.25):.2f}, {ratio.quantile(0.75):.2f})"
-            )
+            steps = torch.stack(t)
+            ratio = first / steps
+            quartiles = f"{ratio.quantile(0.25):.2f}, {ratio.quantile(0.75):.2f}"
+            fast = f"{ratio.median():.2f} times as fast (quartiles {quartiles})"
+            print(f"{name}: median {1000 * steps.median():.0f} ms, {fast}")
         for name, side in running.items():
             if where := side(0):
                 print(f"{name}: " + ", ".join(f"{k} {1000 * t:.1f} ms" for k, t in where.items()))

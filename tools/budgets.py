@@ -52,12 +52,9 @@ def main():
     sources = [p.read_text(encoding="utf-8") for p in modules().values()]
     nodes = [n for source in sources for _, n in functions(source)]
     lines = [len(line) for source in sources for line in source.splitlines()]
-    print(
-        f"functions of more than {MOST['nodes']} nodes: {sum(n > MOST['nodes'] for n in nodes)} of {len(nodes)}"
-    )
-    print(
-        f"lines of more than {MOST['line']} characters: {sum(n > MOST['line'] for n in lines)} of {len(lines)}"
-    )
+    large, long = sum(n > MOST["nodes"] for n in nodes), sum(n > MOST["line"] for n in lines)
+    print(f"functions of more than {MOST['nodes']} nodes: {large} of {len(nodes)}")
+    print(f"lines of more than {MOST['line']} characters: {long} of {len(lines)}")
     for what, (argv, most) in TIMES.items():
         try:
             took = seconds(argv)

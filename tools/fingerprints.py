@@ -47,7 +47,8 @@ def tensors(folder):
         with safe_open(path, "pt") as file:
             for name in sorted(file.keys()):
                 t = file.get_tensor(name).contiguous()
-                yield f"{path.relative_to(folder)} {name} {t.dtype} {list(t.shape)} {hashlib.sha256(t.flatten().view(dtype=BYTES).numpy()).hexdigest()}"
+                digest = hashlib.sha256(t.flatten().view(dtype=BYTES).numpy()).hexdigest()
+                yield f"{path.relative_to(folder)} {name} {t.dtype} {list(t.shape)} {digest}"
 
 
 def pixels(folder):
@@ -56,7 +57,8 @@ def pixels(folder):
 
     for path in sorted(folder.rglob("*.png")):
         with Image.open(path) as picture:
-            yield f"{path.relative_to(folder)} {picture.mode} {picture.size} {hashlib.sha256(picture.tobytes()).hexdigest()}"
+            digest = hashlib.sha256(picture.tobytes()).hexdigest()
+            yield f"{path.relative_to(folder)} {picture.mode} {picture.size} {digest}"
 
 
 def main(argv=None):
@@ -88,19 +90,17 @@ def main(argv=None):
                 text=True,
             )
             if done.returncode:
-                raise SystemExit(
-                    f"sdcourse {command}: exit code {done.returncode}\n{done.stdout[-1000:]}{done.stderr[-2000:]}"
-                )
+                said = done.stdout[-1000:] + done.stderr[-2000:]
+                raise SystemExit(f"sdcourse {command}: exit code {done.returncode}\n{said}")
             if left:
                 read = pixels if "pictures" in what else tensors
                 lines = list(read(Path(scratch, left)))
                 if not lines:
                     raise SystemExit(f"sdcourse {command}: left nothing to read in {left}")
                 found[what] = hashlib.sha256("\n".join(lines).encode()).hexdigest()
-                print(
-                    f"{found[what][:16]}  {what}: {len(lines)} {'pictures' if read is pixels else 'tensors'}, {time.perf_counter() - start:.0f} s",
-                    flush=True,
-                )
+                kind = "pictures" if read is pixels else "tensors"
+                seconds = time.perf_counter() - start
+                print(f"{found[what][:16]}  {what}: {len(lines)} {kind}, {seconds:.0f} s", flush=True)
     Path(args.out).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     if not args.against:
         return 0

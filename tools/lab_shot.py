@@ -27,12 +27,31 @@ QUIET = {  # no question about news, no empty page after the last cell, every ce
     },
 }
 ALL_DONE = """() => {
-  const cells = [...jupyterapp.shell.currentWidget.content.widgets].filter(c => c.model.type === 'code' && c.model.sharedModel.getSource().trim());
-  const failed = cells.some(c => c.model.outputs.toJSON().some(o => o.output_type === 'error'));
-  return cells.some(c => c.model.executionCount) && (failed || cells.every(c => c.model.executionCount && c.model.executionState !== 'running'));
+  const models = [...jupyterapp.shell.currentWidget.content.widgets].map(c => c.model);
+  const cells = models.filter(m => m.type === 'code' && m.sharedModel.getSource().trim());
+  const failed = cells.some(m => m.outputs.toJSON().some(o => o.output_type === 'error'));
+  const done = cells.every(m => m.executionCount && m.executionState !== 'running');
+  return cells.some(m => m.executionCount) && (failed || done);
 }"""
-OUTPUTS = """() => jupyterapp.shell.currentWidget.content.widgets.filter(c => c.model.type === 'code').map(c => c.model.outputs.toJSON().map(o => ({
-  kind: o.output_type, said: o.output_type === 'error' ? o.ename + ': ' + o.evalue : '', types: Object.keys(o.data || {}) })))"""
+OUTPUTS = """() => {
+  const models = jupyterapp.shell.currentWidget.content.widgets.map(c => c.model);
+  const told = o => ({
+    kind: o.output_type,
+    said: o.output_type === 'error' ? o.ename + ': ' + o.evalue : '',
+    types: Object.keys(o.data || {}),
+  });
+  return models.filter(m => m.type === 'code').map(m => m.outputs.toJSON().map(told));
+}"""
+READY = """async () => {
+  const w = jupyterapp.shell.currentWidget;
+  await w.context.ready;
+  await w.sessionContext.ready;
+  await w.sessionContext.session.kernel.info;
+}"""
+NO_SIDEBAR = """() => {
+  const a = jupyterapp;
+  if (!a.shell.leftCollapsed) a.commands.execute('application:toggle-left-area');
+}"""
 
 
 def chromium():
@@ -118,9 +137,7 @@ def open_notebook(page, url, path):
     "Open a notebook and wait for its kernel: the status bar says idle before there is one."
     page.goto(f"{url}/lab/tree/{path}?token={TOKEN}&reset", wait_until="domcontentloaded")
     page.wait_for_function("() => window.jupyterapp?.shell?.currentWidget?.sessionContext", timeout=60_000)
-    page.evaluate(
-        "async () => { const w = jupyterapp.shell.currentWidget; await w.context.ready; await w.sessionContext.ready; await w.sessionContext.session.kernel.info; }"
-    )
+    page.evaluate(READY)
 
 
 def start_all(page):
@@ -144,9 +161,7 @@ def shots(page, stem):
     stem.parent.mkdir(parents=True, exist_ok=True)
     for old in stem.parent.glob(f"{stem.name}-*.png"):
         old.unlink()
-    page.evaluate(
-        "() => { const a = jupyterapp; if (!a.shell.leftCollapsed) a.commands.execute('application:toggle-left-area'); }"
-    )
+    page.evaluate(NO_SIDEBAR)
     page.wait_for_timeout(500)
     area = page.locator(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-WindowedPanel-outer").first
     area.evaluate("e => e.scrollTop = 0")
@@ -183,12 +198,9 @@ def main(names):
                 start_all(page)
                 said = errors(finish(page, 900))
                 stem = ROOT / "build/shots" / "-".join(rel.with_suffix("").parts[1:])
-                print(
-                    f"{rel}: {time.time() - start:.0f} s, {shots(page, stem)} pictures in {stem.parent.relative_to(ROOT)}",
-                    *said,
-                    sep="\n  ",
-                    flush=True,
-                )
+                seconds = time.time() - start
+                found = f"{shots(page, stem)} pictures in {stem.parent.relative_to(ROOT)}"
+                print(f"{rel}: {seconds:.0f} s, {found}", *said, sep="\n  ", flush=True)
                 bad += bool(said)
     return int(bad > 0)
 

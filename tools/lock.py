@@ -14,8 +14,10 @@ from packaging.specifiers import SpecifierSet
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST = "3.11.2"  # of the Pythons that every pin must admit: Debian 12 has it
 HEAD = """\
-# The versions that the tests ran with (Python {python}). pip takes it as `-c constraints.txt`: it installs nothing by itself.
-# Written by tools/lock.py. No hashes and no index: a CPU or a CUDA build of torch has the same version number.
+# The versions that the tests ran with (Python {python}). \
+pip takes it as `-c constraints.txt`: it installs nothing by itself.
+# Written by tools/lock.py. No hashes and no index: \
+a CPU or a CUDA build of torch has the same version number.
 """
 
 

@@ -19,7 +19,10 @@ from sdcourse.core import git_commit, write_json  # noqa: E402
 from sdcourse.engine.checkpoint import latest_checkpoint, load_checkpoint  # noqa: E402
 from sdcourse.engine.trackers import read_metrics  # noqa: E402
 
-COMMAND = "sbatch --nodes=2 --ntasks-per-node=1 --time=1 --signal=USR1@45 slurm/train.sbatch flow_dit --preset tiny --log-every 25 --num-samples 0"
+COMMAND = (
+    "sbatch --nodes=2 --ntasks-per-node=1 --time=1 --signal=USR1@45 slurm/train.sbatch "
+    "flow_dit --preset tiny --log-every 25 --num-samples 0"
+)
 
 
 def submit(slurm, out, *limit):

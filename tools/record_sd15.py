@@ -158,8 +158,9 @@ def main():
                 train(task)
             rows = read_metrics(fixed["out"])
             words = " ".join(f"--{k.replace('_', '-')} {v}" for k, v in over.items())
+            sets = "--data data --latents latents --prompts prompts"
             said = dict(
-                command=f"python -m sdcourse.train sd15 --preset tiny --data data --latents latents --prompts prompts --flip {words}".strip(),
+                command=f"python -m sdcourse.train sd15 --preset tiny {sets} --flip {words}".strip(),
                 loss=[[r["step"], r["loss"], r.get("val_loss")] for r in rows if "loss" in r],
             )
             places = sorted(

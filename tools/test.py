@@ -5,9 +5,10 @@
     python tools/test.py sum
 
 Two lanes of one thread each run beside each other, for half of the tests wait most of the time:
-  notebooks  tools/in_step.py (is what is generated in step with its source?), then nbdev_test of every notebook
-  tests      pytest, without the tests that read a clock or need a SLURM; when the notebooks are through, their lane
-             takes files of tests from the other end (tests/share.py)
+  notebooks  tools/in_step.py (is what is generated in step with its source?), then nbdev_test of every
+             notebook
+  tests      pytest, without the tests that read a clock or need a SLURM; when the notebooks are through,
+             their lane takes files of tests from the other end (tests/share.py)
 and then, with nothing beside them:
   alone      the tests that read a clock
 By itself (make test-slurm, .ci/run): the tests on a real SLURM of two nodes; they say so when there can be
@@ -199,10 +200,8 @@ def slurm(options):
     "On a real SLURM, or a loud word that there is none."
     failed = tests(["tests/test_slurm.py", *options], "slurm", "slurm")
     if json.loads((RESULTS / "slurm.json").read_text(encoding="utf-8")).get("skipped"):
-        print(
-            "!!!! NO SLURM: the tests on a real SLURM were skipped; they need root, Linux, and Debian's slurm-wlm and munge",
-            flush=True,
-        )
+        need = "they need root, Linux, and Debian's slurm-wlm and munge"
+        print(f"!!!! NO SLURM: the tests on a real SLURM were skipped; {need}", flush=True)
     return int(failed > 0)
 
 

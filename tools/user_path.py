@@ -32,7 +32,10 @@ THEN = [
     "train flow_dit --data cache --out cached {train}",
     "train flow_dit --data tars --vae vae --image-size 32 --encode-batch 1 --out online {train}",
 ]
-TRAIN = "--preset tiny --max-steps {steps} --batch-size 16 --warmup-steps 10 --num-samples 0 --num-inference-steps 2 --log-every 10 --validate-every 0 --threads 1 --device cpu"
+TRAIN = (
+    "--preset tiny --max-steps {steps} --batch-size 16 --warmup-steps 10 --num-samples 0 "
+    "--num-inference-steps 2 --log-every 10 --validate-every 0 --threads 1 --device cpu"
+)
 FULL, SMALL = (
     dict(n=2000, half=300, crops=8, class_=0, steps=100),
     dict(n=60, half=30, crops=1, class_=4, steps=6),
@@ -81,9 +84,8 @@ def go(name, folder, numbers):
             )
         )
         if done.returncode:
-            raise SystemExit(
-                f"{name}: sdcourse {' '.join(words)}: exit code {done.returncode}\n{done.stdout[-1000:]}{done.stderr[-2000:]}"
-            )
+            said = done.stdout[-1000:] + done.stderr[-2000:]
+            raise SystemExit(f"{name}: sdcourse {' '.join(words)}: exit code {done.returncode}\n{said}")
     compare(name, folder)
     return rows
 
@@ -106,9 +108,9 @@ def main(argv=None):
             pictures = json.loads((Path(args.keep or scratch) / name / "data/manifest.json").read_text())[
                 "layouts"
             ]["prepared"]["files"]
-            print(
-                f"{name}: {sum(f['path'].endswith(('.png', '.jpg')) for f in pictures)} pictures, {sum(t for _, t in rows):.0f} s; weights equal bit by bit"
-            )
+            many = sum(f["path"].endswith((".png", ".jpg")) for f in pictures)
+            seconds = sum(t for _, t in rows)
+            print(f"{name}: {many} pictures, {seconds:.0f} s; weights equal bit by bit")
             print("  " + " · ".join(f"{what} {t:.1f} s" for what, t in rows), flush=True)
 
 

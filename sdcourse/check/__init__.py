@@ -40,7 +40,8 @@ def same(
     tol: float = 1e-6, # largest absolute difference between two numbers
 ) -> bool: # whether they agree in structure, shape and value
     "Equality of answers, NaN equal to NaN."
-    if isinstance(a, dict) and isinstance(b, dict): return a.keys() == b.keys() and all(same(a[k], b[k], tol) for k in b)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k], tol) for k in b)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         return len(a) == len(b) and all(same(x, y, tol) for x, y in zip(a, b))
     x, y = as_array(a), as_array(b)
@@ -55,13 +56,22 @@ def brief(
 ) -> str: # a few words: the numbers themselves, or shape, mean and spread of many
     "A value in one short line, three significant digits."
     if isinstance(x, dict): return "{" + ", ".join(f"{k}: {brief(v, n)}" for k, v in x.items()) + "}"
-    if isinstance(x, (list, tuple)): return "(" + ", ".join(brief(v, n) for v in x[:n]) + (", …" if len(x) > n else "") + ")"
+    if isinstance(x, (list, tuple)):
+        more = ", …" if len(x) > n else ""
+        return "(" + ", ".join(brief(v, n) for v in x[:n]) + more + ")"
     a = as_array(x)
-    if a is None: return repr(x) if isinstance(x, (str, type(None))) else type(x).__name__
+    if a is not None: return _brief_array(x, a, n)
+    return repr(x) if isinstance(x, (str, type(None))) else type(x).__name__
+
+def _brief_array(x, a, n): # x as it came, its numbers a, the most numbers that are shown
+    "The numbers themselves, or shape, mean and spread."
+    shape = list(a.shape)
     if a.dtype == bool or a.size > n or not a.size:
-        return str(x) if not a.ndim else f"{list(a.shape)} mean {a.mean():.3g} std {a.std():.3g}" if a.size else f"empty {list(a.shape)}"
+        if not a.ndim: return str(x)
+        return f"{shape} mean {a.mean():.3g} std {a.std():.3g}" if a.size else f"empty {shape}"
     numbers = " ".join(f"{v:.3g}" for v in a.ravel())
-    return numbers if not a.ndim else f"[{numbers}]" + (f" of shape {list(a.shape)}" if a.ndim > 1 else "")
+    if not a.ndim: return numbers
+    return f"[{numbers}] of shape {shape}" if a.ndim > 1 else f"[{numbers}]"
 
 # %% ../../nbs/check/00_check.ipynb #e139259b
 @contextmanager
@@ -71,11 +81,13 @@ def seeded(
     "Fixed random state inside the block, the old one after it."
     torch = sys.modules.get("torch")
     states = random.getstate(), np.random.get_state(), torch and torch.random.get_rng_state()
-    random.seed(seed); np.random.seed(seed)
+    random.seed(seed)
+    np.random.seed(seed)
     if torch: torch.manual_seed(seed)
     try: yield
     finally:
-        random.setstate(states[0]); np.random.set_state(states[1])
+        random.setstate(states[0])
+        np.random.set_state(states[1])
         if torch: torch.random.set_rng_state(states[2])
 
 def call(
@@ -91,10 +103,22 @@ def call(
 # %% ../../nbs/check/00_check.ipynb #f1e7388c
 def _wrong(name, case, mine, right):
     "The verdict on a value that differs."
-    hint = "\nNothing came back: is a `return` missing?" if mine is None and right is not None else ""
+    hint = ""
+    if mine is None and right is not None: hint = "\nNothing came back: is a `return` missing?"
     a, b = as_array(mine), as_array(right)
-    if a is not None and b is not None and a.shape != b.shape: hint = f"\nThe shape is {list(a.shape)} and should be {list(b.shape)}."
-    return Verdict(False, f"{name}: not yet.\ninput    {brief(case)}\nyours    {brief(mine)}\nexpected {brief(right)}{hint}")
+    if a is not None and b is not None and a.shape != b.shape:
+        hint = f"\nThe shape is {list(a.shape)} and should be {list(b.shape)}."
+    values = f"input    {brief(case)}\nyours    {brief(mine)}\nexpected {brief(right)}"
+    return Verdict(False, f"{name}: not yet.\n{values}{hint}")
+
+def _stopped(name, case, e):
+    "The verdict on a function that raises."
+    if isinstance(e, NotImplementedError):
+        todo = "write the function above, then run this cell again."
+        return Verdict(False, f"{name} is not done yet: {todo}")
+    said = (str(e).splitlines() or [""])[0]
+    what = f"{name}: your function stopped with {type(e).__name__}: {said}"
+    return Verdict(False, f"{what}\ninput    {brief(case)}")
 
 def _agrees(wrong, cases, answers, tol):
     "Whether the known wrong function gives these very answers."
@@ -116,14 +140,11 @@ def compare(
     answers = []
     for case in cases:
         try: answers.append(call(fn, case))
-        except NotImplementedError: return Verdict(False, f"{name} is not done yet: write the function above, then run this cell again.")
-        except (Exception, SystemExit) as e:
-            said = (str(e).splitlines() or [""])[0]
-            return Verdict(False, f"{name}: your function stopped with {type(e).__name__}: {said}\ninput    {brief(case)}")
+        except (Exception, SystemExit) as e: return _stopped(name, case, e)
     for case, mine in zip(cases, answers):
         right = call(reference, case)
         if same(mine, right, tol): continue
         verdict = _wrong(name, case, mine, right)
         known = [hint for wrong, hint in hints if _agrees(wrong, cases, answers, tol)]
-        return Verdict(False, verdict.text + f"\nHint: {known[0]}") if known else verdict
+        return Verdict(False, f"{verdict.text}\nHint: {known[0]}") if known else verdict
     return Verdict(True, f"{name}: right, on {len(cases)} case{'s' * (len(cases) != 1)}.")

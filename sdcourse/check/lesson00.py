@@ -18,9 +18,12 @@ def ex1(
     "Exercise 1: the time at which a flow is as noisy as a diffusion."
     def right(abar): return 1 / (1 + (abar / (1 - abar)) ** 0.5)
     return compare("ex1", fn, [0.9, 0.5, 0.01, torch.tensor([0.2, 0.8])], right, tol=1e-5, hints=[
-        (lambda abar: (1 - abar) ** 0.5, "you matched sigma alone; alpha differs too: match the ratio alpha/sigma"),
-        (lambda abar: 1 - abar**0.5, "you matched alpha alone; sigma differs too: match the ratio alpha/sigma"),
-        (lambda abar: 1 / (1 + abar / (1 - abar)), "snr is (alpha/sigma) squared: a root is missing")])
+        (lambda abar: (1 - abar) ** 0.5,
+         "you matched sigma alone; alpha differs too: match the ratio alpha/sigma"),
+        (lambda abar: 1 - abar**0.5,
+         "you matched alpha alone; sigma differs too: match the ratio alpha/sigma"),
+        (lambda abar: 1 / (1 + abar / (1 - abar)),
+         "snr is (alpha/sigma) squared: a root is missing")])
 
 # %% ../../nbs/check/lesson00.ipynb #48f0a6f3
 def ex2(
@@ -29,10 +32,13 @@ def ex2(
     "Exercise 2: one deterministic DDIM step."
     def x0(x, e, at): return (x - (1 - at) ** 0.5 * e) / at**0.5
     def right(x, e, at, a_s): return a_s**0.5 * x0(x, e, at) + (1 - a_s) ** 0.5 * e
-    x, e = torch.tensor([1.0, -2.0]), torch.tensor([0.5, 0.3])
+    x = torch.tensor([1.0, -2.0])
+    e = torch.tensor([0.5, 0.3])
     return compare("ex2", fn, [(x, e, 0.5, 0.8), (x, e, 0.1, 0.5), (x, e, 0.9, 1.0)], right, tol=1e-5, hints=[
-        (lambda x, e, at, a_s: a_s**0.5 * x0(x, e, at) + (1 - at) ** 0.5 * e, "the noise comes back at the new, lower level: which abar belongs in its factor?"),
-        (lambda x, e, at, a_s: a_s * (x - (1 - at) * e) / at + (1 - a_s) * e, "abar is a share of variance; the coefficients are its square roots")])
+        (lambda x, e, at, a_s: a_s**0.5 * x0(x, e, at) + (1 - at) ** 0.5 * e,
+         "the noise comes back at the new, lower level: which abar belongs in its factor?"),
+        (lambda x, e, at, a_s: a_s * (x - (1 - at) * e) / at + (1 - a_s) * e,
+         "abar is a share of variance; the coefficients are its square roots")])
 
 # %% ../../nbs/check/lesson00.ipynb #64a4842a
 def ex3(
@@ -42,11 +48,14 @@ def ex3(
     def step(velocity, x, t, s, end):
         v = velocity(x, t)
         return x + (s - t) * (v + velocity(x + (s - t) * v, end)) / 2
+    def right(velocity, x, t, s): return step(velocity, x, t, s, s)
     def field(x, t): return x * t + 1
     cases = [(field, torch.tensor([1.0, -1.0]), 1.0, 0.5), (field, torch.tensor([2.0]), 0.3, 0.0)]
-    return compare("ex3", fn, cases, lambda velocity, x, t, s: step(velocity, x, t, s, s), tol=1e-5, hints=[
-        (lambda velocity, x, t, s: step(velocity, x, t, s, t), "the second slope is taken at the end of the step: at the point there, and at which time?"),
-        (lambda velocity, x, t, s: x + (s - t) * velocity(x, t), "this is Euler: the second slope does not enter")])
+    return compare("ex3", fn, cases, right, tol=1e-5, hints=[
+        (lambda velocity, x, t, s: step(velocity, x, t, s, t),
+         "the second slope is taken at the end of the step: at the point there, and at which time?"),
+        (lambda velocity, x, t, s: x + (s - t) * velocity(x, t),
+         "this is Euler: the second slope does not enter")])
 
 # %% ../../nbs/check/lesson00.ipynb #2cc7d8d4
 def ex4(
@@ -54,26 +63,38 @@ def ex4(
 ): # a Verdict
     "Exercise 4: how errors fall with the number of steps."
     return compare("ex4", fn, [()], lambda: (0.02, 0.0005), tol=1e-4, hints=[
-        (lambda: (0.02, 0.002), "Heun is of second order: four times the steps, and its error falls by four squared"),
-        (lambda: (0.005, 0.0005), "Euler is of first order: its error falls as the number of steps grows, no faster")])
+        (lambda: (0.02, 0.002),
+         "Heun is of second order: four times the steps, and its error falls by four squared"),
+        (lambda: (0.005, 0.0005),
+         "Euler is of first order: its error falls as the number of steps grows, no faster")])
 
 # %% ../../nbs/check/lesson00.ipynb #3559c253
 def ex5(
     fn, # (m0, m1, s, w) -> (mean, standard deviation) of guided samples
 ): # a Verdict
     "Exercise 5: what guidance does to two Gaussians of the same width."
-    return compare("ex5", fn, [(0.0, 1.0, 0.5, 1.0), (0.0, 1.0, 0.5, 4.0), (-1.0, 0.5, 0.2, 3.0)], lambda m0, m1, s, w: (m0 + w * (m1 - m0), s), hints=[
-        (lambda m0, m1, s, w: (m1 + w * (m1 - m0), s), "at w = 1 there is no guidance, so the mean must be m1"),
-        (lambda m0, m1, s, w: (m0 + w * (m1 - m0), s / w**0.5), "the factor of x in the velocity is the same in u and c; what does u + w (c - u) make of it?")])
+    def right(m0, m1, s, w): return m0 + w * (m1 - m0), s
+    cases = [(0.0, 1.0, 0.5, 1.0), (0.0, 1.0, 0.5, 4.0), (-1.0, 0.5, 0.2, 3.0)]
+    return compare("ex5", fn, cases, right, hints=[
+        (lambda m0, m1, s, w: (m1 + w * (m1 - m0), s),
+         "at w = 1 there is no guidance, so the mean must be m1"),
+        (lambda m0, m1, s, w: (m0 + w * (m1 - m0), s / w**0.5),
+         "the factor of x in the velocity is the same in u and c; what does u + w (c - u) make of it?")])
 
 # %% ../../nbs/check/lesson00.ipynb #69aab202
 def ex6(
     fn, # (logit_mean, logit_std, shift) -> dict of arguments for `Density`
 ): # a Verdict
     "Exercise 6: from an index into descending noise levels to our orientation."
-    def times(mean, std, shift): return Density(mean=mean, std=std, shift=shift).sample(torch.tensor([0.1, 0.5, 0.9]))
-    def theirs(*case): return Density(**fn(*case)).sample(torch.tensor([0.1, 0.5, 0.9]))
-    return compare("ex6", theirs, [(-0.5, 1.0, 3.0), (0.5, 0.7, 1.0), (0.2, 1.0, 2.0)], lambda m, s, shift: times(-m, s, shift), tol=1e-5, hints=[
-        (lambda m, s, shift: times(m, s, shift), "their list of noise levels descends: a small index is much noise"),
-        (lambda m, s, shift: times(-m, s, 1.0), "the levels in their list are shifted already: keep the shift"),
-        (lambda m, s, shift: times(-m, s, 1 / shift), "the shift acts on noise levels and keeps its direction; only the sign of m turns")])
+    u = torch.tensor([0.1, 0.5, 0.9])
+    def times(mean, std, shift): return Density(mean=mean, std=std, shift=shift).sample(u)
+    def theirs(*case): return Density(**fn(*case)).sample(u)
+    def right(m, s, shift): return times(-m, s, shift)
+    cases = [(-0.5, 1.0, 3.0), (0.5, 0.7, 1.0), (0.2, 1.0, 2.0)]
+    return compare("ex6", theirs, cases, right, tol=1e-5, hints=[
+        (lambda m, s, shift: times(m, s, shift),
+         "their list of noise levels descends: a small index is much noise"),
+        (lambda m, s, shift: times(-m, s, 1.0),
+         "the levels in their list are shifted already: keep the shift"),
+        (lambda m, s, shift: times(-m, s, 1 / shift),
+         "the shift acts on noise levels and keeps its direction; only the sign of m turns")])

@@ -16,44 +16,71 @@ def ex1(
 ): # a Verdict
     "Exercise 1: how many numbers adapters have."
     cases = [([(320, 320)], 4), ([(320, 320), (768, 320)], 16), ([(10, 3)], 1), ([], 8)]
-    return compare("ex1", lambda l, r: float(fn(l, r)), cases, lambda l, r: float(r * sum(i + o for i, o in l)), hints=[
-        (lambda l, r: float(sum(i * o for i, o in l)), "that is the frozen matrices; A has rank x inputs numbers and B outputs x rank"),
-        (lambda l, r: float(r * sum(i * o for i, o in l)), "inputs and outputs never meet in one matrix: A is rank x inputs, B is outputs x rank"),
-        (lambda l, r: float(2 * r * sum(i for i, o in l)), "B has the outputs of its layer, not the inputs")])
+    def right(l, r): return float(r * sum(i + o for i, o in l))
+    return compare("ex1", lambda l, r: float(fn(l, r)), cases, right, hints=[
+        (lambda l, r: float(sum(i * o for i, o in l)),
+         "that is the frozen matrices; A has rank x inputs numbers and B outputs x rank"),
+        (lambda l, r: float(r * sum(i * o for i, o in l)),
+         "inputs and outputs never meet in one matrix: A is rank x inputs, B is outputs x rank"),
+        (lambda l, r: float(2 * r * sum(i for i, o in l)),
+         "B has the outputs of its layer, not the inputs")])
 
 # %% ../../nbs/check/lesson03.ipynb #47bbcd7f
+def _dropped(words, which, instead):
+    "The captions [b,L,d], and `instead` of them where `which` [b] says so."
+    return torch.where(which[:, None, None], instead, words)
+
 def ex2(
     fn, # (words [b,L,d], empty [L,d], u [b], p) -> [b,L,d]
 ): # a Verdict
     "Exercise 2: drop whole captions, each on its own."
     g = torch.Generator().manual_seed(0)
-    case = lambda b: (torch.randn(b, 3, 2, generator=g), torch.randn(3, 2, generator=g), torch.rand(b, generator=g), 0.4)
-    right = lambda words, empty, u, p: torch.where((u < p)[:, None, None], empty, words)
+    def case(b):
+        words = torch.randn(b, 3, 2, generator=g)
+        empty = torch.randn(3, 2, generator=g)
+        return words, empty, torch.rand(b, generator=g), 0.4
+    def right(words, empty, u, p): return _dropped(words, u < p, empty)
     return compare("ex2", fn, [case(4), case(7), case(5)], right, hints=[
-        (lambda words, empty, u, p: torch.where((u < p)[:, None, None], torch.zeros_like(words), words), "zeros are not what the pipeline gives for the prompt \"\": it embeds the empty caption, and guidance subtracts that"),
-        (lambda words, empty, u, p: torch.where((u < 1 - p)[:, None, None], empty, words), "p is the probability of dropping, not of keeping"),
-        (lambda words, empty, u, p: torch.where(u[0] < p, empty.expand_as(words), words), "one draw for the whole batch; each caption has its own")])
+        (lambda words, empty, u, p: _dropped(words, u < p, torch.zeros_like(words)),
+         "zeros are not what the pipeline gives for the prompt \"\": "
+         "it embeds the empty caption, and guidance subtracts that"),
+        (lambda words, empty, u, p: _dropped(words, u < 1 - p, empty),
+         "p is the probability of dropping, not of keeping"),
+        (lambda words, empty, u, p: torch.where(u[0] < p, empty.expand_as(words), words),
+         "one draw for the whole batch; each caption has its own")])
 
 # %% ../../nbs/check/lesson03.ipynb #fd0b2eec
 def ex3(
     fn, # (snr, gamma) -> weight of the v loss
 ): # a Verdict
     "Exercise 3: Min-SNR for a network that predicts v."
-    cases = [(torch.tensor([1e-4, 0.5, 5., 300.]), 5.), (torch.tensor([1., 2.]), 1.), (torch.tensor([0.]), 5.)]
+    cases = [
+        (torch.tensor([1e-4, 0.5, 5., 300.]), 5.),
+        (torch.tensor([1., 2.]), 1.),
+        (torch.tensor([0.]), 5.),
+    ]
     return compare("ex3", fn, cases, lambda s, y: s.clamp(max=y) / (s + 1), hints=[
-        (lambda s, y: s.clamp(max=y) / s, "that is the weight of the eps loss; a v loss is (snr + 1) times the x0 loss, an eps loss snr times"),
-        (lambda s, y: s.clamp(max=y), "that is the weight of the x0 loss"),
-        (lambda s, y: s.clamp(max=y) / s + 1, "the 1 belongs into the denominator")])
+        (lambda s, y: s.clamp(max=y) / s,
+         "that is the weight of the eps loss; "
+         "a v loss is (snr + 1) times the x0 loss, an eps loss snr times"),
+        (lambda s, y: s.clamp(max=y),
+         "that is the weight of the x0 loss"),
+        (lambda s, y: s.clamp(max=y) / s + 1,
+         "the 1 belongs into the denominator")])
 
 # %% ../../nbs/check/lesson03.ipynb #ca54c527
 def ex4(
     fn, # (alpha, rank, assumed) -> factor
 ): # a Verdict
     "Exercise 4: an adapter whose file has lost its alpha."
-    return compare("ex4", lambda a, r, x: float(fn(a, r, x)), [(16, 4, 4), (8, 8, 8), (1, 64, 64), (32, 16, 1)], lambda a, r, x: x / a, hints=[
-        (lambda a, r, x: a / r, "that is the factor in training; asked is how much of the trained change is left"),
-        (lambda a, r, x: a / x, "the other way round: what is used, over what was trained"),
-        (lambda a, r, x: x / r, "that is the factor in use; divide it by the one in training")])
+    cases = [(16, 4, 4), (8, 8, 8), (1, 64, 64), (32, 16, 1)]
+    return compare("ex4", lambda a, r, x: float(fn(a, r, x)), cases, lambda a, r, x: x / a, hints=[
+        (lambda a, r, x: a / r,
+         "that is the factor in training; asked is how much of the trained change is left"),
+        (lambda a, r, x: a / x,
+         "the other way round: what is used, over what was trained"),
+        (lambda a, r, x: x / r,
+         "that is the factor in use; divide it by the one in training")])
 
 # %% ../../nbs/check/lesson03.ipynb #3462663e
 def ex5(
@@ -62,17 +89,23 @@ def ex5(
     "Exercise 5: a schedule that ends in pure noise."
     from sdcourse.diffusion import alphas_cumprod
     from sdcourse.train.objective import zero_terminal_snr
-    return compare("ex5", fn, [(alphas_cumprod(),), (alphas_cumprod(10, schedule="linear", start=1e-3, end=0.2),)], zero_terminal_snr, tol=1e-9, hints=[
-        (lambda a: (a - a[-1]) * a[0] / (a[0] - a[-1]), "shift and scale the signal coefficient, the root of abar, and square again"),
-        (lambda a: (a.sqrt() - a[-1].sqrt()) ** 2, "it must also begin where it did: scale by s[0] / (s[0] - s[-1])"),
-        (lambda a: torch.cat([a[:-1], a[-1:] * 0]), "that changes one step and makes a jump; all of them have to move a little")])
+    cases = [(alphas_cumprod(),), (alphas_cumprod(10, schedule="linear", start=1e-3, end=0.2),)]
+    return compare("ex5", fn, cases, zero_terminal_snr, tol=1e-9, hints=[
+        (lambda a: (a - a[-1]) * a[0] / (a[0] - a[-1]),
+         "shift and scale the signal coefficient, the root of abar, and square again"),
+        (lambda a: (a.sqrt() - a[-1].sqrt()) ** 2,
+         "it must also begin where it did: scale by s[0] / (s[0] - s[-1])"),
+        (lambda a: torch.cat([a[:-1], a[-1:] * 0]),
+         "that changes one step and makes a jump; all of them have to move a little")])
 
 # %% ../../nbs/check/lesson03.ipynb #e0a2e140
 def ex6(
     fn, # (steps, micro-batch, accumulation, pictures) -> epochs
 ): # a Verdict
     "Exercise 6: how often each picture was seen."
-    return compare("ex6", lambda *a: float(fn(*a)), [(150, 1, 4, 100), (15_000, 1, 4, 25_000), (1000, 8, 1, 500)], lambda s, m, k, n: s * m * k / n, tol=1e-9, hints=[
+    def right(s, m, k, n): return s * m * k / n
+    cases = [(150, 1, 4, 100), (15_000, 1, 4, 25_000), (1000, 8, 1, 500)]
+    return compare("ex6", lambda *a: float(fn(*a)), cases, right, tol=1e-9, hints=[
         (lambda s, m, k, n: s * m / n, "an optimizer step sees micro-batch x accumulation pictures"),
         (lambda s, m, k, n: s / n, "a step sees more than one picture"),
         (lambda s, m, k, n: n / (s * m * k), "upside down: pictures seen, over pictures that there are")])

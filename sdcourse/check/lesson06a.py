@@ -20,11 +20,18 @@ def ex1(
     fn, # (x, p) -> tokens
 ): # a Verdict
     "Exercise 1: patchify by reshape and permute."
-    cases = [(torch.arange(16.0).view(1, 1, 4, 4), 2), (torch.arange(96.0).view(1, 2, 4, 12), 2), (torch.arange(24.0).view(2, 3, 2, 2), 1)]
+    cases = [
+        (torch.arange(16.0).view(1, 1, 4, 4), 2),
+        (torch.arange(96.0).view(1, 2, 4, 12), 2),
+        (torch.arange(24.0).view(2, 3, 2, 2), 1),
+    ]
     return compare("ex1", fn, cases, _tokens((0, 2, 4, 1, 3, 5)), hints=[
-        (_tokens((0, 2, 4, 3, 5, 1)), "the numbers of a patch are ordered (row, column, channel); we want the channel first"),
-        (_tokens((0, 4, 2, 1, 3, 5)), "the patches come column by column; we want row by row"),
-        (lambda x, p: x.reshape(len(x), -1, x.shape[1] * p * p), "a reshape alone cuts rows, not squares: split h and w into (count, p) first, then permute")])
+        (_tokens((0, 2, 4, 3, 5, 1)),
+         "the numbers of a patch are ordered (row, column, channel); we want the channel first"),
+        (_tokens((0, 4, 2, 1, 3, 5)),
+         "the patches come column by column; we want row by row"),
+        (lambda x, p: x.reshape(len(x), -1, x.shape[1] * p * p),
+         "a reshape alone cuts rows, not squares: split h and w into (count, p) first, then permute")])
 
 # %% ../../nbs/check/lesson06a.ipynb #43f7de11
 def ex2(
@@ -37,22 +44,28 @@ def ex2(
         (lambda dim: 4 * dim, "q, k, v and the output projection are missing: another 4 d^2 per token")])
 
 # %% ../../nbs/check/lesson06a.ipynb #2315394a
+def _rotated(x, cos, sin):
+    "Neighbouring pairs of numbers, turned."
+    a, b = x[..., 0::2], x[..., 1::2]
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+
+def _rotated_in_place(x, cos, sin):
+    "With the planted bug."
+    a, b = x[..., 0::2], x[..., 1::2]
+    a = a * cos - b * sin
+    return torch.stack([a, a * sin + b * cos], -1).flatten(-2)
+
 def ex3(
     fn, # (x, cos, sin) -> x, rotated
 ): # a Verdict
     "Exercise 3: the planted bug in the rotation."
-    def right(x, cos, sin):
-        a, b = x[..., 0::2], x[..., 1::2]
-        return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
-    def bug(x, cos, sin):
-        a, b = x[..., 0::2], x[..., 1::2]
-        a = a * cos - b * sin
-        return torch.stack([a, a * sin + b * cos], -1).flatten(-2)
     angle = torch.tensor([[0.0, 0.5], [1.0, 2.0]])
-    cases = [(torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 2.0, -1.0]]), angle.cos(), angle.sin())]
-    return compare("ex3", fn, cases, right, hints=[
-        (bug, "the second line uses the a that the first line has just changed"),
-        (lambda x, cos, sin: right(x, cos, -sin), "this turns the other way round: check where (1, 0) goes for a quarter turn")])
+    x = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 2.0, -1.0]])
+    return compare("ex3", fn, [(x, angle.cos(), angle.sin())], _rotated, hints=[
+        (_rotated_in_place,
+         "the second line uses the a that the first line has just changed"),
+        (lambda x, cos, sin: _rotated(x, cos, -sin),
+         "this turns the other way round: check where (1, 0) goes for a quarter turn")])
 
 # %% ../../nbs/check/lesson06a.ipynb #e7546a6d
 def ex4(
@@ -60,14 +73,18 @@ def ex4(
 ): # a Verdict
     "Exercise 4: the price of patch 1 instead of 2."
     return compare("ex4", fn, [()], lambda: 4.42, tol=0.15, hints=[
-        (lambda: 4, "four times the tokens, and four times the price for all but attention: that part grows with the square"),
-        (lambda: 16, "only attention grows with the square of the tokens; what is its share at 256 tokens?")])
+        (lambda: 4,
+         "four times the tokens, and four times the price for all but attention: "
+         "that part grows with the square"),
+        (lambda: 16,
+         "only attention grows with the square of the tokens; what is its share at 256 tokens?")])
 
 # %% ../../nbs/check/lesson06a.ipynb #be89bab8
 def _stretched(rows, cols): # angles with these two factors, each a function (size, trained)
     def fn(h, w, dim, trained):
         freqs = 100 ** (-torch.arange(dim // 4) / (dim // 4))
-        i, j = torch.arange(h)[:, None].expand(h, w) * rows(h, trained), torch.arange(w).expand(h, w) * cols(w, trained)
+        i = torch.arange(h)[:, None].expand(h, w) * rows(h, trained)
+        j = torch.arange(w).expand(h, w) * cols(w, trained)
         return torch.stack([i.flatten(), j.flatten()], 1)[..., None] * freqs
     return fn
 
@@ -77,7 +94,12 @@ def ex5(
     "Exercise 5: squeeze a larger grid into the range of positions that the model has seen."
     def squeeze(n, trained): return trained / n
     def none(n, trained): return 1
-    return compare("ex5", fn, [(4, 8, 8, 4), (2, 2, 8, 4), (4, 4, 16, 4)], _stretched(squeeze, squeeze), tol=1e-5, hints=[
-        (_stretched(none, none), "the positions still run beyond what the model has seen: multiply them by trained / size"),
-        (_stretched(lambda n, t: n / t, lambda n, t: n / t), "this stretches the positions further apart; the factor is the other way up"),
-        (_stretched(squeeze, none), "columns need their own factor: the grid is not always square")])
+    def inverse(n, trained): return n / trained
+    cases = [(4, 8, 8, 4), (2, 2, 8, 4), (4, 4, 16, 4)]
+    return compare("ex5", fn, cases, _stretched(squeeze, squeeze), tol=1e-5, hints=[
+        (_stretched(none, none),
+         "the positions still run beyond what the model has seen: multiply them by trained / size"),
+        (_stretched(inverse, inverse),
+         "this stretches the positions further apart; the factor is the other way up"),
+        (_stretched(squeeze, none),
+         "columns need their own factor: the grid is not always square")])

@@ -15,10 +15,14 @@ def ex1(
     fn, # (mean, standard deviation of the pixels) -> loss of a network that outputs 0
 ): # a Verdict
     "Exercise 1: the first loss of a training."
-    return compare("ex1", fn, [(0.0, 1.0), (-0.4, 0.75), (0.5, 0.2)], lambda m, s: 1 + m**2 + s**2, tol=1e-5, hints=[
-        (lambda m, s: 1 + s**2, "the pixels do not average to 0: what does E[x0^2] consist of?"),
-        (lambda m, s: m**2 + s**2, "the target is eps - x0; noise has a variance too"),
-        (lambda m, s: 1 - m**2 - s**2, "noise and picture are independent: variances add, whatever the sign")])
+    cases = [(0.0, 1.0), (-0.4, 0.75), (0.5, 0.2)]
+    return compare("ex1", fn, cases, lambda m, s: 1 + m**2 + s**2, tol=1e-5, hints=[
+        (lambda m, s: 1 + s**2,
+         "the pixels do not average to 0: what does E[x0^2] consist of?"),
+        (lambda m, s: m**2 + s**2,
+         "the target is eps - x0; noise has a variance too"),
+        (lambda m, s: 1 - m**2 - s**2,
+         "noise and picture are independent: variances add, whatever the sign")])
 
 # %% ../../nbs/check/lesson06b.ipynb #f3f3510e
 def ex2(
@@ -27,9 +31,13 @@ def ex2(
     "Exercise 2: evenly spread times."
     cases = [(torch.tensor(0.3), 4), (torch.tensor(0.9), 5), (torch.tensor(0.0), 2)]
     return compare("ex2", fn, cases, lambda u0, b: (u0 + torch.arange(b) / b) % 1, tol=1e-5, hints=[
-        (lambda u0, b: u0 + torch.arange(b) / b, "some leave [0,1): on a circle, what comes after 1?"),
-        (lambda u0, b: (u0 + torch.arange(b)) / b, "evenly spread, but image 0 only ever gets the first 1/b of [0,1): each image alone must be uniform"),
-        (lambda u0, b: (u0 + torch.linspace(0, 1, b)) % 1, "0 and 1 are the same point of the circle, so two images share a time: the distance is 1/b")])
+        (lambda u0, b: u0 + torch.arange(b) / b,
+         "some leave [0,1): on a circle, what comes after 1?"),
+        (lambda u0, b: (u0 + torch.arange(b)) / b,
+         "evenly spread, but image 0 only ever gets the first 1/b of [0,1): "
+         "each image alone must be uniform"),
+        (lambda u0, b: (u0 + torch.linspace(0, 1, b)) % 1,
+         "0 and 1 are the same point of the circle, so two images share a time: the distance is 1/b")])
 
 # %% ../../nbs/check/lesson06b.ipynb #39b4174e
 def _loss(clean, noise, sign=1):
@@ -46,12 +54,22 @@ def ex3(
     def model(x, t, y): return x * (1 + t + y)[:, None, None, None]
     g = torch.Generator().manual_seed(0)
     x0, eps = torch.randn(2, 3, 1, 2, 2, generator=g)
-    one, t = (lambda t: t), torch.tensor([0.1, 0.5, 0.9])
-    back = lambda t: 1 - t
-    return compare("ex3", fn, [(model, x0, eps, t, torch.tensor([0.0, 1.0, 2.0])), (model, x0, eps, t.flip(0), torch.zeros(3))], _loss(back, one), tol=1e-5, hints=[
-        (_loss(one, back), "this is the buggy one: at t = 1, what does the network see, and what does the sampler start from?"),
-        (_loss(one, back, sign=-1), "consistent, with 1 as data, as Lipman has it; our sampler starts at t = 1 with noise, so turn the path, not the target"),
-        (_loss(back, one, sign=-1), "the path is right; the target must be its slope, and with t growing the noise grows")])
+    t = torch.tensor([0.1, 0.5, 0.9])
+    def one(t): return t
+    def back(t): return 1 - t
+    cases = [
+        (model, x0, eps, t, torch.tensor([0.0, 1.0, 2.0])),
+        (model, x0, eps, t.flip(0), torch.zeros(3)),
+    ]
+    return compare("ex3", fn, cases, _loss(back, one), tol=1e-5, hints=[
+        (_loss(one, back),
+         "this is the buggy one: at t = 1, what does the network see, "
+         "and what does the sampler start from?"),
+        (_loss(one, back, sign=-1),
+         "consistent, with 1 as data, as Lipman has it; "
+         "our sampler starts at t = 1 with noise, so turn the path, not the target"),
+        (_loss(back, one, sign=-1),
+         "the path is right; the target must be its slope, and with t growing the noise grows")])
 
 # %% ../../nbs/check/lesson06b.ipynb #cbaa461f
 def ex4(
@@ -59,9 +77,13 @@ def ex4(
 ): # a Verdict
     "Exercise 4: what guidance costs."
     return compare("ex4", fn, [()], lambda: (40, 80, 60), hints=[
-        (lambda: (20, 40, 30), "Heun looks twice in each step: at its start and at its end"),
-        (lambda: (40, 80, 80), "outside the interval the pass without class is not needed"),
-        (lambda: (40, 40, 40), "guidance asks the network twice, with and without class; one larger batch is still two passes per image")])
+        (lambda: (20, 40, 30),
+         "Heun looks twice in each step: at its start and at its end"),
+        (lambda: (40, 80, 80),
+         "outside the interval the pass without class is not needed"),
+        (lambda: (40, 40, 40),
+         "guidance asks the network twice, with and without class; "
+         "one larger batch is still two passes per image")])
 
 # %% ../../nbs/check/lesson06b.ipynb #bfd68e66
 def ex5(
@@ -72,9 +94,16 @@ def ex5(
     from sdcourse.train.flow_dit import Config, Task
     def facts(over):
         cfg = resolve(Config, preset="tiny", overrides=over)
-        cfg.check(); Task(cfg).check()
-        return {"images within 1,500 x 64": cfg.batch_size * cfg.max_steps <= 96_000, "still digits": cfg.data == "digits"}
+        cfg.check()
+        Task(cfg).check()
+        return {
+            "images within 1,500 x 64": cfg.batch_size * cfg.max_steps <= 96_000,
+            "still digits": cfg.data == "digits",
+        }
     right = facts(dict(batch_size=64, max_steps=1500))
     return compare("ex5", lambda: facts(fn()), [()], lambda: right, hints=[
-        (lambda: right | {"images within 1,500 x 64": False}, "more images than this page has seen: lower batch_size or max_steps, or the comparison says nothing about the recipe"),
-        (lambda: right | {"still digits": False}, "the numbers are made for digits: keep --data digits")])
+        (lambda: right | {"images within 1,500 x 64": False},
+         "more images than this page has seen: lower batch_size or max_steps, "
+         "or the comparison says nothing about the recipe"),
+        (lambda: right | {"still digits": False},
+         "the numbers are made for digits: keep --data digits")])

@@ -16,28 +16,39 @@ def ex1(
     fn, # (d, heat) -> distance
 ): # a Verdict
     "Exercise 1: the distance of a model that is too timid, or too bold."
-    return compare("ex1", lambda d, h: float(fn(d, h)), [(32, 0.5), (1, 0.), (2048, 1.), (10, 1.5)], lambda d, h: d * (1 - h) ** 2, hints=[
-        (lambda d, h: d * (1 - h**2), "the covariance is h² times as large, and the distance compares widths, which are its root"),
-        (lambda d, h: d * (1 - h**2) ** 2, "this compares variances; the distance compares widths, their roots"),
-        (lambda d, h: (1 - h) ** 2, "that is one direction; there are d of them"),
-        (lambda d, h: d * (1 - h), "squared distance: (s1 - s2)²")])
+    cases = [(32, 0.5), (1, 0.), (2048, 1.), (10, 1.5)]
+    return compare("ex1", lambda d, h: float(fn(d, h)), cases, lambda d, h: d * (1 - h) ** 2, hints=[
+        (lambda d, h: d * (1 - h**2),
+         "the covariance is h² times as large, and the distance compares widths, which are its root"),
+        (lambda d, h: d * (1 - h**2) ** 2,
+         "this compares variances; the distance compares widths, their roots"),
+        (lambda d, h: (1 - h) ** 2,
+         "that is one direction; there are d of them"),
+        (lambda d, h: d * (1 - h),
+         "squared distance: (s1 - s2)²")])
 
 # %% ../../nbs/check/lesson07.ipynb #3ac86605
 def _mmd(a, b, own=False):
     "Squared MMD of a linear kernel; own: with the pairs of a picture with itself."
-    n, m, kaa, kbb = len(a), len(b), a @ a.T, b @ b.T
-    if own: return (kaa.mean() + kbb.mean() - 2 * (a @ b.T).mean()).item()
-    return ((kaa.sum() - kaa.trace()) / (n * (n - 1)) + (kbb.sum() - kbb.trace()) / (m * (m - 1)) - 2 * (a @ b.T).mean()).item()
+    def within(x): # mean of the kernel over the pairs of one set
+        n = len(x)
+        k = x @ x.T
+        return k.mean() if own else (k.sum() - k.trace()) / (n * (n - 1))
+    return (within(a) + within(b) - 2 * (a @ b.T).mean()).item()
 
 def ex2(
     fn, # (a [n,d], b [m,d]) -> squared MMD
 ): # a Verdict
     "Exercise 2: unbiased MMD with a linear kernel."
     g = torch.Generator().manual_seed(0)
-    cases = [(torch.randn(n, 3, generator=g).double(), torch.randn(m, 3, generator=g).double() + s) for n, m, s in ((5, 5, 0.), (4, 7, 1.), (2, 3, 0.))]
+    def normal(n): return torch.randn(n, 3, generator=g).double()
+    cases = [(normal(n), normal(m) + s) for n, m, s in ((5, 5, 0.), (4, 7, 1.), (2, 3, 0.))]
     return compare("ex2", lambda a, b: float(fn(a, b)), cases, _mmd, tol=1e-5, hints=[
-        (lambda a, b: _mmd(a, b, True), "with the diagonal this is the squared distance of the means, which is biased and never negative: leave the pairs of a picture with itself out, in the sum and in the number of pairs"),
-        (lambda a, b: _mmd(a, b) + (a @ b.T).mean().item(), "the mixed term counts twice: it stands for (a, b) and for (b, a)")])
+        (lambda a, b: _mmd(a, b, True),
+         "with the diagonal this is the squared distance of the means, which is biased and never negative: "
+         "leave the pairs of a picture with itself out, in the sum and in the number of pairs"),
+        (lambda a, b: _mmd(a, b) + (a @ b.T).mean().item(),
+         "the mixed term counts twice: it stands for (a, b) and for (b, a)")])
 
 # %% ../../nbs/check/lesson07.ipynb #67046f76
 def _trace(c1, c2):
@@ -49,35 +60,62 @@ def ex3(
 ): # a Verdict
     "Exercise 3: the root of a matrix is not the root of its entries."
     g = torch.Generator().manual_seed(0)
-    make = lambda d: torch.cov(torch.randn(d, 40, generator=g).double() + torch.randn(40, generator=g).double())
-    cases = [(make(3), make(3)), (make(5), make(5)), (torch.eye(4).double(), make(4))]
+    def normal(*shape): return torch.randn(*shape, generator=g).double()
+    def covariance(d): return torch.cov(normal(d, 40) + normal(40))
+    cases = [
+        (covariance(3), covariance(3)),
+        (covariance(5), covariance(5)),
+        (torch.eye(4).double(), covariance(4)),
+    ]
     return compare("ex3", lambda a, b: float(fn(a, b)), cases, _trace, tol=1e-5, hints=[
-        (lambda a, b: (a @ b).clamp(min=0).sqrt().trace().item(), "this takes the root of each entry. It is right only for diagonal matrices; a matrix R is the root of M when R @ R = M"),
-        (lambda a, b: (a @ b).trace().sqrt().item(), "the root of the trace is not the trace of the root: take the root of each eigenvalue, then add"),
-        (lambda a, b: torch.linalg.eigvals(a @ b).real.sum().item(), "these are the eigenvalues of the product; the root has their roots")])
+        (lambda a, b: (a @ b).clamp(min=0).sqrt().trace().item(),
+         "this takes the root of each entry. It is right only for diagonal matrices; "
+         "a matrix R is the root of M when R @ R = M"),
+        (lambda a, b: (a @ b).trace().sqrt().item(),
+         "the root of the trace is not the trace of the root: take the root of each eigenvalue, then add"),
+        (lambda a, b: torch.linalg.eigvals(a @ b).real.sum().item(),
+         "these are the eigenvalues of the product; the root has their roots")])
 
 # %% ../../nbs/check/lesson07.ipynb #8dc0da5e
 def ex4(
     fn, # (n) -> reported distance
 ): # a Verdict
     "Exercise 4: the same model at another N."
-    return compare("ex4", lambda n: float(fn(n)), [10_000, 20_000, 5_000, 50_000], lambda n: 8 + 4 * 10_000 / n, hints=[
-        (lambda n: 12 * 10_000 / n, "only the bias falls with N; the true distance stays"),
-        (lambda n: 12., "the distance of equal sets falls as 1/N, and this one holds that part too"),
-        (lambda n: 8., "that is the truth without bias; the report at finite N still has its share"),
-        (lambda n: 8 + 4 * (10_000 / n) ** 0.5, "the error of a mean falls as the root of N; what is *squared* here falls as 1/N")])
+    cases = [10_000, 20_000, 5_000, 50_000]
+    return compare("ex4", lambda n: float(fn(n)), cases, lambda n: 8 + 4 * 10_000 / n, hints=[
+        (lambda n: 12 * 10_000 / n,
+         "only the bias falls with N; the true distance stays"),
+        (lambda n: 12.,
+         "the distance of equal sets falls as 1/N, and this one holds that part too"),
+        (lambda n: 8.,
+         "that is the truth without bias; the report at finite N still has its share"),
+        (lambda n: 8 + 4 * (10_000 / n) ** 0.5,
+         "the error of a mean falls as the root of N; what is *squared* here falls as 1/N")])
 
 # %% ../../nbs/check/lesson07.ipynb #3659750d
+def _line(x, y):
+    "The slope of the fitted line and its value at 0."
+    return [float(c) for c in np.polyfit(x, y, 1)]
+
+def _line_over_inverse(n, d): return _line(1 / np.asarray(n, dtype=float), d)
+
 def ex5(
     fn, # (ns, distances) -> distance at infinite N
 ): # a Verdict
     "Exercise 5: extrapolate to infinitely many pictures."
-    at = lambda x, y: float(np.polyfit(x, y, 1)[-1])
-    cases = [([100, 200, 400], [5., 3., 2.]), ([1000, 2000, 3000, 5000], [9.1, 7.4, 6.9, 6.4]), ([10, 1000], [4., 4.])]
-    return compare("ex5", lambda n, d: float(fn(n, d)), cases, lambda n, d: at(1 / np.asarray(n, dtype=float), d), tol=1e-5, hints=[
-        (lambda n, d: at(np.asarray(n, dtype=float), d), "that is a line over N, read at N = 0: no pictures at all. Fit over 1/N, where infinity is at 0"),
-        (lambda n, d: float(np.polyfit(1 / np.asarray(n, dtype=float), d, 1)[0]), "this is the slope; the value at 1/N = 0 is the other coefficient"),
-        (lambda n, d: float(d[-1]), "the largest N still has its bias; the line tells how much")])
+    cases = [
+        ([100, 200, 400], [5., 3., 2.]),
+        ([1000, 2000, 3000, 5000], [9.1, 7.4, 6.9, 6.4]),
+        ([10, 1000], [4., 4.]),
+    ]
+    def right(n, d): return _line_over_inverse(n, d)[1]
+    return compare("ex5", lambda n, d: float(fn(n, d)), cases, right, tol=1e-5, hints=[
+        (lambda n, d: _line(np.asarray(n, dtype=float), d)[1],
+         "that is a line over N, read at N = 0: no pictures at all. Fit over 1/N, where infinity is at 0"),
+        (lambda n, d: _line_over_inverse(n, d)[0],
+         "this is the slope; the value at 1/N = 0 is the other coefficient"),
+        (lambda n, d: float(d[-1]),
+         "the largest N still has its bias; the line tells how much")])
 
 # %% ../../nbs/check/lesson07.ipynb #22067881
 def ex6(
@@ -85,6 +123,9 @@ def ex6(
 ): # a Verdict
     "Exercise 6: what pairing is worth."
     return compare("ex6", lambda r: float(fn(r)), [0., 0.5, 0.9, 0.97, -0.5], lambda r: 1 / (1 - r), hints=[
-        (lambda r: (1 / (1 - r)) ** 0.5, "that is how much wider the interval is; pictures go with its square"),
-        (lambda r: 1 / (1 - r**2), "the variance of the difference is s² + s² - 2 r s²: r, not r²"),
-        (lambda r: 1 / (2 - 2 * r), "without pairing the difference has twice the variance of one number: 2 s², not s²")])
+        (lambda r: (1 / (1 - r)) ** 0.5,
+         "that is how much wider the interval is; pictures go with its square"),
+        (lambda r: 1 / (1 - r**2),
+         "the variance of the difference is s² + s² - 2 r s²: r, not r²"),
+        (lambda r: 1 / (2 - 2 * r),
+         "without pairing the difference has twice the variance of one number: 2 s², not s²")])

@@ -15,20 +15,29 @@ def ex1(
     fn, # () -> B, steps, lr
 ): # a Verdict
     "Exercise 1: the batch per GPU, four times the GPUs."
-    return compare("ex1", lambda: [float(x) for x in fn()], [()], lambda: [1024., 25_000., 2e-4], tol=1e-9, hints=[
-        (lambda: [1024., 25_000., 4e-4], "that is the linear rule, which is for SGD; for Adam the factor is the root of the ratio of the batches"),
-        (lambda: [1024., 25_000., 1e-4], "the batch has grown four times and the learning rate not at all"),
-        (lambda: [1024., 100_000., 2e-4], "that many steps see four times as many images as before"),
-        (lambda: [256., 100_000., 1e-4], "the script's 32 is per GPU: how many images does one step see on 32 of them?")])
+    def numbers(): return [float(x) for x in fn()]
+    def right(): return [1024., 25_000., 2e-4]
+    return compare("ex1", numbers, [()], right, tol=1e-9, hints=[
+        (lambda: [1024., 25_000., 4e-4],
+         "that is the linear rule, which is for SGD; "
+         "for Adam the factor is the root of the ratio of the batches"),
+        (lambda: [1024., 25_000., 1e-4],
+         "the batch has grown four times and the learning rate not at all"),
+        (lambda: [1024., 100_000., 2e-4],
+         "that many steps see four times as many images as before"),
+        (lambda: [256., 100_000., 1e-4],
+         "the script's 32 is per GPU: how many images does one step see on 32 of them?")])
 
 # %% ../../nbs/check/lesson09.ipynb #3501bf2c
 def _balanced(order, tie=min):
     "Shards in some order, each to the rank that has least."
     def fn(sizes, world):
-        parts, load = [[] for _ in range(world)], [0] * world
+        parts = [[] for _ in range(world)]
+        load = [0] * world
         for i in order(sizes):
             r = tie(r for r in range(world) if load[r] == min(load))
-            parts[r].append(i); load[r] += sizes[i]
+            parts[r].append(i)
+            load[r] += sizes[i]
         return parts
     return fn
 
@@ -38,30 +47,49 @@ def largest_first(
     "Numbers of the shards, largest first, the earlier one on a tie."
     return sorted(range(len(sizes)), key=lambda i: (-sizes[i], i))
 
+def _dealt(order):
+    "Shards in some order, dealt out to one rank after another."
+    return lambda sizes, world: [list(order(sizes))[r::world] for r in range(world)]
+
 def ex2(
     fn, # (sizes, world) -> a list of `world` lists of shard numbers
 ): # a Verdict
     "Exercise 2: shards of different sizes."
+    def as_they_come(sizes): return range(len(sizes))
     cases = [([5, 9, 4, 7, 1, 6], 2), ([3, 3, 3, 3], 4), ([8, 1, 1, 1, 1, 9], 3), ([2], 3)]
     return compare("ex2", fn, cases, _balanced(largest_first), hints=[
-        (_balanced(lambda sizes: range(len(sizes))), "in the order they come the last one may be the largest, and nothing is left to balance it"),
-        (_balanced(largest_first, max), "balanced, but on a tie the lower number should have it: all ranks must come to the same plan"),
-        (lambda sizes, world: [list(range(len(sizes)))[r::world] for r in range(world)], "that is `mine`: every world-th shard, whatever its size"),
-        (lambda sizes, world: [largest_first(sizes)[r::world] for r in range(world)], "sorted and dealt out: rank 0 gets the larger one in every round")])
+        (_balanced(as_they_come),
+         "in the order they come the last one may be the largest, and nothing is left to balance it"),
+        (_balanced(largest_first, max),
+         "balanced, but on a tie the lower number should have it: all ranks must come to the same plan"),
+        (_dealt(as_they_come),
+         "that is `mine`: every world-th shard, whatever its size"),
+        (_dealt(largest_first),
+         "sorted and dealt out: rank 0 gets the larger one in every round")])
 
 # %% ../../nbs/check/lesson09.ipynb #10c2ee65
 def _first(flags): return min((f.index(True) for f in flags if True in f), default=len(flags[0]))
+
+def _together(more):
+    "All ranks leave `more` steps after the first flag, at the end of the training at the latest."
+    return lambda flags: [min(len(flags[0]), _first(flags) + more)] * len(flags)
 
 def ex3(
     fn, # (flags[rank][step]) -> steps done by each rank
 ): # a Verdict
     "Exercise 3: leaving at the same step."
-    no, yes = [False] * 6, [False, False, True, True, True, True]
+    no = [False] * 6
+    yes = [False, False, True, True, True, True]
     late = [False] * 5 + [True]
-    return compare("ex3", fn, [([yes, no],), ([no, no],), ([late, no],), ([[True] * 6, yes, no],)], lambda flags: [min(len(flags[0]), _first(flags) + 2)] * len(flags), hints=[
-        (lambda flags: [f.index(True) + 1 if True in f else len(f) for f in flags], "this is the buggy one: a rank that leaves alone lets the others wait for ever"),
-        (lambda flags: [min(len(flags[0]), _first(flags) + 1)] * len(flags), "together, but too early: at the end of step s the others have not heard yet, and nobody waits for the answer"),
-        (lambda flags: [_first(flags) + 2] * len(flags), "nobody does more steps than the training has")])
+    cases = [([yes, no],), ([no, no],), ([late, no],), ([[True] * 6, yes, no],)]
+    return compare("ex3", fn, cases, _together(2), hints=[
+        (lambda flags: [f.index(True) + 1 if True in f else len(f) for f in flags],
+         "this is the buggy one: a rank that leaves alone lets the others wait for ever"),
+        (_together(1),
+         "together, but too early: at the end of step s the others have not heard yet, "
+         "and nobody waits for the answer"),
+        (lambda flags: [_first(flags) + 2] * len(flags),
+         "nobody does more steps than the training has")])
 
 # %% ../../nbs/check/lesson09.ipynb #8739d2a1
 def ex4(
@@ -69,17 +97,28 @@ def ex4(
 ): # a Verdict
     "Exercise 4: a signal during a validation."
     return compare("ex4", fn, [()], lambda: (0, 700), hints=[
-        (lambda: (0, 0), "in (b) the validation ends at the time limit; 30 seconds later comes KILL, and a save takes 40"),
-        (lambda: (700, 700), "in (a) 5 seconds to leave, two steps, 40 to save: all of that fits into 120"),
-        (lambda: (0, 240), "the loop that does not look costs more than its own time: the save behind it does not fit in any more, so all since the last checkpoint is lost"),
-        (lambda: (2, 700), "the steps of the agreement are real steps: they are saved too")])
+        (lambda: (0, 0),
+         "in (b) the validation ends at the time limit; 30 seconds later comes KILL, and a save takes 40"),
+        (lambda: (700, 700),
+         "in (a) 5 seconds to leave, two steps, 40 to save: all of that fits into 120"),
+        (lambda: (0, 240),
+         "the loop that does not look costs more than its own time: "
+         "the save behind it does not fit in any more, so all since the last checkpoint is lost"),
+        (lambda: (2, 700),
+         "the steps of the agreement are real steps: they are saved too")])
 
 # %% ../../nbs/check/lesson09.ipynb #057b6a6a
 def ex5(
     fn, # (S, M) -> T, share
 ): # a Verdict
     "Exercise 5: how often to save."
-    return compare("ex5", lambda S, M: [float(x) for x in fn(S, M)], [(10., 86_400.), (40., 3_600.), (1., 1e6)], lambda S, M: [sqrt(2 * S * M), sqrt(2 * S / M)], tol=1e-6, hints=[
-        (lambda S, M: [sqrt(S * M), S / sqrt(S * M) + sqrt(S * M) / (2 * M)], "the derivative of T/(2M) is 1/(2M): where did the 2 go?"),
-        (lambda S, M: [sqrt(2 * S * M), sqrt(S / (2 * M))], "T is right; that is the share of saving alone, and the work done twice costs as much again"),
-        (lambda S, M: [sqrt(2 * S * M), S / M], "T is right; put it into S/T + T/(2M)")])
+    def numbers(S, M): return [float(x) for x in fn(S, M)]
+    def right(S, M): return [sqrt(2 * S * M), sqrt(2 * S / M)]
+    cases = [(10., 86_400.), (40., 3_600.), (1., 1e6)]
+    return compare("ex5", numbers, cases, right, tol=1e-6, hints=[
+        (lambda S, M: [sqrt(S * M), S / sqrt(S * M) + sqrt(S * M) / (2 * M)],
+         "the derivative of T/(2M) is 1/(2M): where did the 2 go?"),
+        (lambda S, M: [sqrt(2 * S * M), sqrt(S / (2 * M))],
+         "T is right; that is the share of saving alone, and the work done twice costs as much again"),
+        (lambda S, M: [sqrt(2 * S * M), S / M],
+         "T is right; put it into S/T + T/(2M)")])

@@ -31,26 +31,47 @@ def copy_images(
     cfg: CopyOptions,
 ) -> int: # 0
     "Lay the pictures of a data set out as generated ones lie."
-    from PIL import Image
     if cfg.link and cfg.size: raise UserError("--link and --size: a link cannot be resized; give one of them")
     if Path(out).exists(): raise UserError(f"{out}: is there already; choose another OUT")
-    found, new = pictures(data, cfg.split, max_samples=cfg.max_samples), Path(f"{out}.partial")
+    found = pictures(data, cfg.split, max_samples=cfg.max_samples)
     if cfg.link and not found.path(0): raise UserError(f"--link: {data} is no folder of picture files")
+    new = Path(f"{out}.partial")
     shutil.rmtree(new, ignore_errors=True)
-    home, final = new/cfg.split, Path(out).resolve()/cfg.split
-    home.mkdir(parents=True)
-    change, rows = Transform(cfg.size, cfg.crop) if cfg.size else None, []
-    for i in progress(range(len(found)), desc="copy", unit="picture"):
-        row = found.row(i)
-        name = re.sub(r"[^\w.-]", "_", str(row["id"])) + (found.path(i).suffix if cfg.link else ".png")
-        rows.append(dict(file_name=name) | _known(row))
-        if cfg.link: (home/name).symlink_to(os.path.relpath(found.path(i).resolve(), final))
-        elif change: Image.fromarray(change(found.image(i)).permute(1, 2, 0).numpy()).save(home/name)
-        else: found.image(i).save(home/name)
-    write_text(home/"metadata.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+    rows = _copied(found, new/cfg.split, Path(out).resolve()/cfg.split, cfg)
+    lines = [json.dumps(r, ensure_ascii=False) + "\n" for r in rows]
+    write_text(new/cfg.split/"metadata.jsonl", "".join(lines))
     new.rename(out)
     print(f"{out}: {len(rows):,} pictures")
     return 0
+
+def _copied(found, home, final, cfg):
+    "Lay every picture into `home`, which will be called `final`; the rows about them."
+    home.mkdir(parents=True)
+    lay = _linker(found, final) if cfg.link else _saver(found, cfg)
+    rows = []
+    for i in progress(range(len(found)), desc="copy", unit="picture"):
+        row = found.row(i)
+        suffix = found.path(i).suffix if cfg.link else ".png"
+        name = re.sub(r"[^\w.-]", "_", str(row["id"])) + suffix
+        lay(i, home/name)
+        rows.append(dict(file_name=name) | _known(row))
+    return rows
+
+def _linker(found, final):
+    "A function (number, file) that makes the file a link, right once its folder has become `final`."
+    def link(i, file): file.symlink_to(os.path.relpath(found.path(i).resolve(), final))
+    return link
+
+def _saver(found, cfg):
+    "A function (number, file) that writes the picture, resized where a size is asked for."
+    from PIL import Image
+    change = Transform(cfg.size, cfg.crop) if cfg.size else None
+    def save(i, file):
+        image = found.image(i)
+        if change: image = Image.fromarray(change(image).permute(1, 2, 0).numpy())
+        image.save(file)
+    return save
+
 
 def _known(row): # what is known of a picture, with its first caption as text
     kept = {k: v for k, v in row.items() if k not in ("texts", "file_name")}

@@ -30,15 +30,20 @@ def restored(
 ): # (task, its module)
     "What was trained, as it was after that step; `UserError` when the checkpoint and its run do not fit."
     from sdcourse.train.__main__ import TASKS, task_module
-    run = load_config(path.parent.parent/"config.yaml")
-    if run.get("task") not in TASKS: raise UserError(f"{path.parent.parent/'config.yaml'}: names no task of this package ({run.get('task')}); give an exported pipeline")
+    file = path.parent.parent/"config.yaml"
+    run = load_config(file)
+    if run.get("task") not in TASKS:
+        what = f"names no task of this package ({run.get('task')})"
+        raise UserError(f"{file}: {what}; give an exported pipeline")
     module = task_module(run["task"])
     task = module.Task(from_dict(module.Config, run["config"]))
     found = load_checkpoint(path)["tensors"]
     tensors = found["ema" if weights == "ema" and "ema" in found else "model"]
     model = task.build()
     model.load_state_dict(tensors, strict=False)
-    if lacking := {k for k, p in model.named_parameters() if p.requires_grad} ^ tensors.keys(): raise UserError(f"{path}: does not fit its task, e.g. {sorted(lacking)[0]}")
+    trained = {k for k, p in model.named_parameters() if p.requires_grad}
+    odd = sorted(trained ^ tensors.keys())
+    if odd: raise UserError(f"{path}: does not fit its task, e.g. {odd[0]}")
     return task, model.eval()
 
 # %% ../../nbs/commands/02_export.ipynb #6b05a6f1
@@ -49,9 +54,13 @@ class ExportOptions(Options):
     part: str = "" # of the pipeline, such as unet; empty: all of it
 
 def _part(task, model, name): # a component of the pipeline that can be saved by itself
-    if getattr(task.config, "lora_rank", 0): raise UserError("--part: this run trained adapters, which are files of their own; leave it out")
-    parts = {k: v for k, v in task.pipeline(model).components.items() if hasattr(v, "save_pretrained")} if hasattr(task, "pipeline") else {}
-    if name not in parts: raise UserError(f"--part {name}: this model has {', '.join(sorted(parts)) or 'no parts'}")
+    if getattr(task.config, "lora_rank", 0):
+        raise UserError("--part: this run trained adapters, which are files of their own; leave it out")
+    all_ = task.pipeline(model).components if hasattr(task, "pipeline") else {}
+    parts = {k: v for k, v in all_.items() if hasattr(v, "save_pretrained")}
+    if name not in parts:
+        have = ", ".join(sorted(parts)) or "no parts"
+        raise UserError(f"--part {name}: this model has {have}")
     return parts[name]
 
 def export(
@@ -73,4 +82,5 @@ def export(
         else: task.export(model, new)
         new.rename(out)
     finally: shutil.rmtree(new, ignore_errors=True)
-    return print(f"{out}: {cfg.part or task.title or task.name} of {path}") or 0
+    print(f"{out}: {cfg.part or task.title or task.name} of {path}")
+    return 0
