@@ -21,7 +21,6 @@ from sdcourse.evaluation.distances import kid, prdc
 from sdcourse.evaluation.metrics import (
     METRICS,
     Case,
-    Digits,
     clip_cosines,
     extractor_of,
     features_over,
@@ -38,7 +37,7 @@ N = 60
 
 def write(folder, noise=0.0, ids=None, size=8, order=None, extra=lambda i: {}, picture=lambda i: i):
     "Held-out digits with noise under the ids of the truth, in any order of rows."
-    data, place = Digits("test"), folder / "test"
+    data, place = open_set("digits", "test"), folder / "test"
     place.mkdir(parents=True)
     rows = []
     for i in order if order is not None else range(N):
@@ -95,7 +94,7 @@ def test_every_number_is_what_its_function_says_of_the_same_pictures(world, repo
     found, net = by_name(report[0]["a"]), extractor_of("tiny-digits")
     a, b = (
         net(pixels_of(open_set(world / "a"), list(range(N)))),
-        net(pixels_of(Digits("test"), list(range(360)))),
+        net(pixels_of(open_set("digits", "test"), list(range(360)))),
     )
     assert found["FD[tiny-digits]"].value == pytest.approx(frechet(a, b), rel=1e-6) and found[
         "KID[tiny-digits]"
@@ -131,7 +130,7 @@ def test_every_number_says_how_it_was_made(report):
 
 def test_the_floor_comes_from_other_real_pictures_at_the_same_n(world, report):
     found, net = by_name(report[0]["a"])["FD[tiny-digits]"], extractor_of("tiny-digits")
-    b, t = (features_over(net, Digits(s)) for s in ("test", "train"))
+    b, t = (features_over(net, open_set("digits", s)) for s in ("test", "train"))
     g = torch.Generator().manual_seed(0)
     want = [frechet(t[torch.randperm(len(t), generator=g)[:N]], b) for _ in range(5)]
     assert found.floor == pytest.approx(np.mean(want), rel=1e-6) and found.floor_high == pytest.approx(
@@ -166,11 +165,11 @@ def test_groups_widen_the_interval(tmp_path):
         tmp_path / "g",
         10,
         picture=lambda i: i // 6 * 6,
-        ids=lambda i: f"{Digits('test').ids[i // 6 * 6]}-{i % 6}",
-        extra=lambda i: dict(of=Digits("test").ids[i // 6 * 6]),
+        ids=lambda i: f"{open_set('digits', 'test').ids[i // 6 * 6]}-{i % 6}",
+        extra=lambda i: dict(of=open_set("digits", "test").ids[i // 6 * 6]),
     )
     data = open_set(tmp_path / "g")
-    assert len(set(blocks_of(data, Digits("test")))) == 10
+    assert len(set(blocks_of(data, open_set("digits", "test")))) == 10
     one, whole = (
         by_name(
             evaluate(
@@ -205,7 +204,7 @@ def test_any_batch_and_number_of_ranks_give_the_same_numbers(world, report, tmp_
 
 
 def test_memorisation_sees_copies(tmp_path):
-    train = Digits("train")
+    train = open_set("digits", "train")
     place = tmp_path / "c/test"
     place.mkdir(parents=True)
     for i in range(N):
@@ -385,7 +384,7 @@ def test_digits_drawn_in_this_process_get_the_numbers_of_the_command(world, repo
         torch.Generator().manual_seed(0),
         digits("train").tensors["label"],
     )
-    b, t = (features_over(net, Digits(s)) for s in ("test", "train"))
+    b, t = (features_over(net, open_set("digits", s)) for s in ("test", "train"))
     floors = []
     for order in [torch.randperm(len(t), generator=g) for _ in range(5)]:
         rows = [r for k in range(10) for r in order[label[order] == k][: (asked == k).sum()].tolist()]
@@ -423,8 +422,8 @@ def test_a_fid_of_few_pictures_is_refused_or_says_so(world, tmp_path, monkeypatc
     net = extractor_of("tiny-digits")
     net.name = "inception"  # as far as names go
     data = open_set(world / "a")
-    a, b = features_over(net, data), features_over(net, Digits("test"))
-    case = lambda **k: Case(data, Digits("test"), net, a, b, how=dict(net.how), draws=5, **k)
+    a, b = features_over(net, data), features_over(net, open_set("digits", "test"))
+    case = lambda **k: Case(data, open_set("digits", "test"), net, a, b, how=dict(net.how), draws=5, **k)
     refused("fd: FID of 60 images says nothing", lambda: measure(case(), ["fd"]))
     (n,), _ = measure(case(force=True), ["fd"])
     assert n.name == "FID" and "biased: N=60" in n.note

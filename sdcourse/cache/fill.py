@@ -95,6 +95,8 @@ class LatentJob:
         from sdcourse.dataset import Transform
         self.cfg = cfg
         self.data = _Data(data, cfg)
+        if cfg.mirror and not self.data.mirrors:
+            raise UserError(f"{data}: captions know left and right of its pictures; give --no-mirror")
         self.transform = Transform(cfg.size, cfg.crop)
         self.encoder = open_encoder("latents", cfg.model, device=device, precision=cfg.precision)
         self.key = self.encoder.key | self.transform.key | {"mirror": cfg.mirror}
@@ -104,7 +106,7 @@ class LatentJob:
         def row(data, i): return [data.ids[i], data.digest(i), data.row(i).get("label")]
         return {split: [row(data, i) for i in range(len(data))] for split, data in self.data.splits.items()}
 
-    def read(self, split, row): return self.transform(self.data.image(split, row))
+    def read(self, split, row): return self.data.square(split, row, self.transform)
 
     def encode(self, inputs, rows):
         out = moments(self.encoder, torch.stack(inputs), [r[0] for r in rows], mirror=self.cfg.mirror)
@@ -177,25 +179,34 @@ JOBS = {c.kind: c for c in (LatentJob, PromptJob, FeatureJob)}
 class _Data:
     "All splits of a data set, and where each id is."
     def __init__(self, source, cfg):
-        from sdcourse.dataset import pictures, splits
+        from sdcourse.dataset import DataSet
         self.source = source
         chosen = ("image_column", "caption_column", "label_column", "max_samples")
-        options = {name: getattr(cfg, name) for name in chosen}
-        self.splits = {split: pictures(source, split, **options) for split in splits(source)}
+        data = DataSet(source, **{name: getattr(cfg, name) for name in chosen})
+        self.splits = {split: data.pictures(split) for split in data.splits}
         first = next(iter(self.splits.values()))
         self.classes = first.classes
         self.licence = first.licence
+        self.mirrors = first.mirrors
         self._at = {}
 
-    def image(self, split, row):
-        "The picture of a row of the plan; `UserError` when it is not the one that was planned."
+    def find(self, split, row):
+        "(pictures, number) of a row of the plan; `UserError` when it is not the one that was planned."
         data = self.splits[split]
         if split not in self._at: self._at[split] = {str(k): i for i, k in enumerate(data.ids)}
         i = self._at[split].get(row[0])
         if i is None or data.digest(i) != row[1]:
             what = f"picture {row[0]} changed while it was cached"
             raise UserError(f"{self.source}: {what}; run the same command again")
+        return data, i
+
+    def image(self, split, row):
+        data, i = self.find(split, row)
         return data.image(i)
+
+    def square(self, split, row, transform):
+        data, i = self.find(split, row)
+        return data.squares([i], transform)[0]
 
 def _lines(path):
     if not path: return []

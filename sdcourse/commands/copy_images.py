@@ -67,9 +67,9 @@ def _saver(found, cfg):
     from PIL import Image
     change = Transform(cfg.size, cfg.crop) if cfg.size else None
     def save(i, file):
-        image = found.image(i)
-        if change: image = Image.fromarray(change(image).permute(1, 2, 0).numpy())
-        image.save(file)
+        if not change: return found.image(i).save(file)
+        square = found.squares([i], change)[0]
+        Image.fromarray(square.permute(1, 2, 0).numpy()).save(file)
     return save
 
 

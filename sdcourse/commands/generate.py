@@ -24,7 +24,7 @@ from ..models.files import DTYPES, files_id, local_folder, quiet
 @dataclass
 class GenerateOptions(JobOptions):
     "Options of `sdcourse generate MODEL OUT`."
-    data: str = "" # data set whose captions or classes are drawn; its ids become those of the pictures; digits: the built-in ones
+    data: str = "" # data set or built-in world whose captions or classes are drawn; its ids become those of the pictures
     split: str = "test" # of the data set, and of OUT
     prompts: str = "" # file with one prompt per line, or .jsonl with id and text or label
     classes: tuple[str, ...] = () # all, or names or numbers of classes
@@ -60,7 +60,6 @@ def rows_of_data(
     cfg: GenerateOptions, # data, split, columns, max_samples
 ) -> list: # dicts: id, and text, label or both
     "A row for each item of a data set."
-    if cfg.data == "digits": return _rows_of_digits(cfg)
     from sdcourse.dataset import pictures
     columns = dict(caption_column=cfg.caption_column, label_column=cfg.label_column)
     data = pictures(cfg.data, cfg.split, **columns, max_samples=cfg.max_samples)
@@ -71,13 +70,6 @@ def _row_of_item(item):
     if item["texts"]: row["text"] = item["texts"][0]
     if "label" in item: row["label"] = item["label"]
     return row
-
-def _rows_of_digits(cfg):
-    from sdcourse.data.sets.digits import digits
-    table = digits("train" if cfg.split == "train" else "test").tensors
-    rows = [dict(id=str(i), label=y) for i, y in zip(table["id"].tolist(), table["label"].tolist())]
-    if not cfg.max_samples: return rows
-    return rows[:: max(1, len(rows) // cfg.max_samples)][: cfg.max_samples]
 
 def rows_of_file(
     path, # one prompt per line, or .jsonl
