@@ -80,14 +80,14 @@ def write_table(
     command: str, # that makes the runs, for the head of the table
 ) -> str: # the table
     "table.md and table.json, whole or not at all; two that end at the same time write one after the other."
-    from sdcourse.engine.trackers import cell
+    from sdcourse.engine.trackers import table_cell
     Path(out).mkdir(parents=True, exist_ok=True)
     with open(Path(out) / ".table.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         all_ = rows(found, out)
         names = list(dict.fromkeys(k for r in all_ for k in r))
         line = lambda values: f"| {' | '.join(values)} |"
-        text = "\n".join([line(names), line(["---"] * len(names)), *(line(cell(r[n]) if r.get(n) is not None else "" for n in names) for r in all_)])
+        text = "\n".join([line(names), line(["---"] * len(names)), *(line(table_cell(r[n]) if r.get(n) is not None else "" for n in names) for r in all_)])
         write_text(Path(out) / "table.md", f"`{command}`\n\n{text}\n")
         write_json(Path(out) / "table.json", all_)
     return text
