@@ -21,7 +21,8 @@ class Verb(NamedTuple):
     options: str = "" # a dataclass of that module; empty: there are none; WORDS: the function takes all words as they are
     through: str = "" # module:function of (function, *places, options), which calls it
 
-WORDS, PREPARE = "words", "sdcourse.data.prepare:command"
+WORDS = "words"
+PREPARE = "sdcourse.data.prepare:command"
 VERBS = { # what is typed: its row
     "train": Verb("train a model: sdcourse train TASK --preset tiny", "TASK", "sdcourse.train.__main__:train_task", WORDS),
     "sweep": Verb("train a task once for each combination of options, and make one table", "TASK", "sdcourse.commands.sweep:sweep", WORDS),
@@ -39,7 +40,8 @@ VERBS = { # what is typed: its row
                              "sdcourse.data.sets.imagenet:prepare_imagenet", "ImageNetOptions", PREPARE),
     "prepare photos": Verb("installed photographs as a table for `prepare unsplash`", "OUT",
                            "sdcourse.data.sets.photos:prepare_photos", "PhotosOptions", PREPARE),
-    "prepare faces": Verb("drawn faces in CelebA's original layouts", "OUT", "sdcourse.data.sets.faces:prepare_faces", "FacesOptions", PREPARE),
+    "prepare faces": Verb("drawn faces in CelebA's original layouts", "OUT",
+                          "sdcourse.data.sets.faces:prepare_faces", "FacesOptions", PREPARE),
     "prepare scenes": Verb("drawn scenes with captions", "OUT", "sdcourse.data.sets.scenes:prepare_scenes", "ScenesOptions", PREPARE),
     "prepare digits": Verb("handwritten digits in ImageNet's layouts", "OUT",
                            "sdcourse.data.sets.imagenet:prepare_digits", "DigitsOptions", PREPARE),
@@ -90,9 +92,11 @@ def choose(
     argv: list, # the words after `sdcourse`
 ) -> tuple: # (verb, the words after it; None: a help page is wanted)
     "Find the verb; `UserError` names the nearest."
-    verb, words = "", list(argv)
+    verb = ""
+    words = list(argv)
     while words and not _asks(words[:1]):
-        found, what = choices(verb), VERBS[verb].places.lower() if verb else "verb"
+        found = choices(verb)
+        what = VERBS[verb].places.lower() if verb else "verb"
         if words[0] not in found: raise UserError(f"unknown {what} {words[0]!r}: {nearest(words[0], found)}")
         verb = f"{verb} {words.pop(0)}".lstrip()
         if VERBS[verb].call: return verb, words
@@ -103,13 +107,15 @@ def split(
     places: str, # what stands before the options, such as "MODEL OUT" or "MODEL …"
     verb: str, # for the error
 ) -> tuple: # (one text per place, or one list for …; the options)
-    "Take the places off the front; `UserError` unless they are as many as the verb wants. A wish for help needs none."
+    "Take the places off the front; `UserError` unless as many as the verb wants. A wish for help needs none."
     n = next((i for i, w in enumerate(words) if w.startswith("-")), len(words))
     given, options = words[:n], words[n:]
     if _asks(options): return [], options
     if places.endswith("…") and given: return [given], options
     if n == len(places.split()): return given, options
-    raise UserError(f"sdcourse {verb}: expected {places or 'no words'} and then options, got {' '.join(given) or 'nothing'} (see sdcourse {verb} --help)")
+    got = " ".join(given) or "nothing"
+    raise UserError(f"sdcourse {verb}: expected {places or 'no words'} and then options, got {got} "
+                    f"(see sdcourse {verb} --help)")
 
 def run(
     argv: list, # the words after `sdcourse`

@@ -32,7 +32,8 @@ class Range:
     def __contains__(self, x): return self.least <= x <= self.most and self.above < x < self.below
 
     def __str__(self):
-        ends = {"greater than": self.above, "at least": self.least, "at most": self.most, "less than": self.below}
+        ends = {"greater than": self.above, "at least": self.least,
+                "at most": self.most, "less than": self.below}
         return " and ".join(f"{how} {end}" for how, end in ends.items() if math.isfinite(end))
 
 Positive = Annotated[T, Range(above=0)]
@@ -68,7 +69,7 @@ def fixed(
 def notes(
     cls, # a dataclass
 ) -> dict: # field -> help text
-    "The comments beside the fields of `cls` and of the classes that it inherits from; empty for those in a notebook cell."
+    "The comments beside the fields of `cls` and of its base classes; empty for those in a notebook cell."
     from fastcore.docments import docments
     found = {f.name: "" for f in fields(cls)}
     for c in filter(is_dataclass, reversed(cls.__mro__)):
@@ -83,34 +84,45 @@ def _describe(kind):
     "What a value of this type looks like, for help pages and errors."
     base, args = get_origin(kind), get_args(kind)
     if base is Literal: return "one of " + ", ".join(map(str, args))
-    if base is tuple: return "values a,b,…" if args[-1] is ... else f"{len(args)} values " + ",".join("abcdef"[:len(args)])
+    if base is tuple and args[-1] is ...: return "values a,b,…"
+    if base is tuple: return f"{len(args)} values " + ",".join("abcdef"[:len(args)])
     return {bool: "true or false", int: "a whole number", float: "a number", str: "text"}[kind]
 
 def _convert(kind, value):
     "`value` (from Python, YAML or a shell) as `kind`; `ValueError` when it does not fit."
     base, args = get_origin(kind), get_args(kind)
-    if base is tuple:
-        items = value.split(",") if isinstance(value, str) else list(value)
-        return tuple(_convert(k, v) for k, v in zip([args[0]] * len(items) if args[-1] is ... else args, items, strict=True))
+    if base is tuple: return _convert_items(args, value)
     if kind is bool and isinstance(value, str): value = {"true": True, "false": False}.get(value, value)
     if base is Literal and value in args or kind in (bool, str) and type(value) is kind: return value
     if kind is float and type(value) in (int, float, str) and math.isfinite(float(value)): return float(value)
     if kind is int and type(value) in (int, str): return int(value)
     raise ValueError(value)
 
+def _convert_items(kinds, value):
+    "A tuple, from text with commas or from a sequence; `kinds` may end in …"
+    items = value.split(",") if isinstance(value, str) else list(value)
+    if kinds[-1] is ...: kinds = [kinds[0]] * len(items)
+    return tuple(_convert(k, v) for k, v in zip(kinds, items, strict=True))
+
+def _place(key, where):
+    "How an error names a value: as an option, with its file, or by its key alone."
+    if where == "--": return _option(str(key))
+    return f"{where}: {key}" if where else str(key)
+
 def _typed(cls, d, where=""):
     "The values of `d`, checked against the fields of `cls`."
     known = kinds(cls)
     out = {}
     for key, value in d.items():
-        name = _option(str(key)) if where == "--" else f"{where}: {key}" if where else str(key)
+        name = _place(key, where)
         if key not in known: raise UserError(f"{name}: unknown option; {nearest(str(key), known)}")
         kind = known[key]
         try: out[key] = _convert(kind.type, value)
         except (ValueError, TypeError):
             hint = f"; {nearest(str(value), get_args(kind.type))}" if get_origin(kind.type) is Literal else ""
             raise UserError(f"{name}: expected {_describe(kind.type)}, got {value!r}{hint}") from None
-        if kind.range != Range() and out[key] not in kind.range: raise UserError(f"{name} {out[key]}: must be {kind.range}")
+        if kind.range != Range() and out[key] not in kind.range:
+            raise UserError(f"{name} {out[key]}: must be {kind.range}")
     return out
 
 def from_dict(
@@ -133,15 +145,19 @@ def load_config(
 ) -> dict: # its content; a run's has the keys config, versions, git_commit …
     "Read a YAML mapping; `UserError` when it is missing or broken."
     try: found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError): raise UserError(f"{path}: cannot be read; give an existing YAML file") from None
-    except yaml.YAMLError as e: raise UserError(f"{path}: not valid YAML ({' '.join(str(e).split())})") from None
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"{path}: cannot be read; give an existing YAML file") from None
+    except yaml.YAMLError as e:
+        why = " ".join(str(e).split())
+        raise UserError(f"{path}: not valid YAML ({why})") from None
     if not isinstance(found, dict): raise UserError(f"{path}: expected a mapping of options")
     return found
 
 def _layers(cls, preset, file):
     "Values from the preset and the file, typed."
     presets = getattr(cls, "presets", {"tiny": {}})
-    if preset not in presets: raise UserError(f"--preset {preset}: unknown preset; {nearest(preset, presets)}")
+    if preset not in presets:
+        raise UserError(f"--preset {preset}: unknown preset; {nearest(preset, presets)}")
     found = load_config(file) if file else {}
     stored = found["config"] if isinstance(found.get("config"), dict) else found
     return _typed(cls, presets[preset], f"preset {preset}") | _typed(cls, stored, str(file))
@@ -163,35 +179,50 @@ class _Parser(argparse.ArgumentParser):
 def _add_options(parser, cls, base):
     "One option per field, in two groups: fixed for a run, and free."
     said = notes(cls)
-    groups = [parser.add_argument_group(title) for title in ("fixed for a run", "may change when a run resumes")]
+    titles = ("fixed for a run", "may change when a run resumes")
+    groups = [parser.add_argument_group(title) for title in titles]
     for name, kind in kinds(cls).items():
         add = groups[kind.free].add_argument
         no = _option("no_" + name)
         flag = kind.type is bool
         what = ", ".join(filter(None, [_describe(kind.type), str(kind.range), f"or {no}" * flag]))
         text = f"{said[name]} [{what}; default {getattr(base, name)!r}]".lstrip().replace("%", "%%")
-        add(_option(name), dest=name, help=text, metavar="X", **(dict(nargs="?", const="true") if flag else {}))
+        more = dict(nargs="?", const="true") if flag else {}
+        add(_option(name), dest=name, help=text, metavar="X", **more)
         if flag: add(no, dest=name, action="store_const", const="false", help=argparse.SUPPRESS)
 
+def _common(cls, prog):
+    "The parser of what is not a field: the preset, the file, and the wish to see the options."
+    parser = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS, prog=prog)
+    names = ", ".join(getattr(cls, "presets", ["tiny"]))
+    parser.add_argument("--preset", default="tiny", metavar="X",
+                        help=f"named set of values: {names} [default tiny]")
+    parser.add_argument("--config", default=None, metavar="FILE",
+                        help="YAML file with options, or the config.yaml of a run")
+    parser.add_argument("--print-config", action="store_true", default=False,
+                        help="print the resolved options as YAML and stop")
+    return parser
+
+def _unknown(word, parser):
+    "The error for a word that is no option, or no option of this parser."
+    hint = "options start with --"
+    if word.startswith("-"): hint = nearest(word, [o for a in parser._actions for o in a.option_strings])
+    return UserError(f"{word}: unknown option; {hint}")
+
+# %% ../nbs/91_config.ipynb #b2c78b10
 def parse_args(
     cls, # a dataclass
     argv: list, # what follows the command
     prog: str, # the command, for the help page
 ): # (an instance of cls, namespace with preset, config and print_config)
     "Options of `cls` from `argv`; `--help` shows the defaults of the chosen preset."
-    common = _Parser(add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS, prog=prog)
-    common.add_argument("--preset", default="tiny", help=f"named set of values: {', '.join(getattr(cls, 'presets', ['tiny']))} [default tiny]", metavar="X")
-    common.add_argument("--config", default=None, help="YAML file with options, or the config.yaml of a run", metavar="FILE")
-    common.add_argument("--print-config", action="store_true", default=False, help="print the resolved options as YAML and stop")
+    common = _common(cls, prog)
     chosen, _ = common.parse_known_args(argv)
     shown = _layers(cls, chosen.preset, chosen.config)
     parser = _Parser(prog=prog, parents=[common], allow_abbrev=False, argument_default=argparse.SUPPRESS)
     _add_options(parser, cls, from_dict(cls, shown))
     args, rest = parser.parse_known_args(argv)
-    if rest:
-        word = rest[0].split("=")[0]
-        valid = nearest(word, [o for a in parser._actions for o in a.option_strings]) if word.startswith("-") else "options start with --"
-        raise UserError(f"{word}: unknown option; {valid}")
+    if rest: raise _unknown(rest[0].split("=")[0], parser)
     given = {k: v for k, v in vars(args).items() if k not in vars(chosen)}
     return from_dict(cls, shown | _typed(cls, given, "--")), chosen
 
@@ -205,7 +236,7 @@ class TrainConfig(Options):
     max_seconds: Free[NonNegative[float]] = 0.0 # save and stop after this time, seconds; 0: never
     stop_before: Free[NonNegative[float]] = 60.0 # save and stop so long before the end of a SLURM job, seconds; a tenth of the job at most
     requeue_code: Free[int] = 0 # exit code of a run that was stopped before its end, but not by a file STOP; slurm/train.sbatch sets 75
-    hang_seconds: Free[NonNegative[float]] = 1800.0 # end the processes of a launcher when no rank makes progress for so long, seconds; 0: never
+    hang_seconds: Free[NonNegative[float]] = 1800.0 # end a launcher's processes when no rank makes progress for so long, seconds; 0: never
     batch_size: Positive[int] = 128 # images per optimizer step over all ranks (DiT and SiT: 256)
     micro_batch: Free[NonNegative[int]] = 0 # images per forward pass on one device; 0: no accumulation
     optimizer: str = "adamw" # adamw, or the import path of a class: package.Class
@@ -243,15 +274,24 @@ class TrainConfig(Options):
         for wrong, text in _COMBINATIONS:
             if wrong(self, world): raise UserError(text.format(c=self, world=world))
 
-_COMBINATIONS = [
-    (lambda c, n: c.batch_size < n, "--batch-size {c.batch_size}: fewer images than the {world} ranks; use --batch-size {world} or more, or fewer ranks"),
-    (lambda c, n: c.lr_end > c.lr, "--lr-end {c.lr_end}: greater than --lr {c.lr}; give a value from 0 to {c.lr}"),
-    (lambda c, n: c.lr_end and c.lr_schedule == "constant", "--lr-end {c.lr_end}: has no effect with --lr-schedule constant; use cosine or linear"),
-    (lambda c, n: c.precision == "fp16" and c.device == "cpu", "--precision fp16: needs a GPU; on a CPU use --precision bf16 or fp32"),
-    (lambda c, n: not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", c.device), "--device {c.device}: unknown; use auto, cpu, cuda, cuda:0 or mps"),
-    (lambda c, n: c.optimizer != "adamw" and "." not in c.optimizer, "--optimizer {c.optimizer}: unknown; use adamw or an import path such as torch.optim.SGD"),
-    (lambda c, n: c.resume not in ("auto", "never") and not Path(c.resume).is_dir(), "--resume {c.resume}: no such folder; use auto, never or a checkpoint folder"),
-    (lambda c, n: not re.fullmatch(r"|([\w.-]+/)?[\w.-]+", c.push_to_hub), "--push-to-hub {c.push_to_hub}: not a repository id; write name or owner/name"),
+_COMBINATIONS = [ # what is wrong with a config c on n ranks, and how it is said
+    (lambda c, n: c.batch_size < n,
+     "--batch-size {c.batch_size}: fewer images than the {world} ranks; "
+     "use --batch-size {world} or more, or fewer ranks"),
+    (lambda c, n: c.lr_end > c.lr,
+     "--lr-end {c.lr_end}: greater than --lr {c.lr}; give a value from 0 to {c.lr}"),
+    (lambda c, n: c.lr_end and c.lr_schedule == "constant",
+     "--lr-end {c.lr_end}: has no effect with --lr-schedule constant; use cosine or linear"),
+    (lambda c, n: c.precision == "fp16" and c.device == "cpu",
+     "--precision fp16: needs a GPU; on a CPU use --precision bf16 or fp32"),
+    (lambda c, n: not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", c.device),
+     "--device {c.device}: unknown; use auto, cpu, cuda, cuda:0 or mps"),
+    (lambda c, n: c.optimizer != "adamw" and "." not in c.optimizer,
+     "--optimizer {c.optimizer}: unknown; use adamw or an import path such as torch.optim.SGD"),
+    (lambda c, n: c.resume not in ("auto", "never") and not Path(c.resume).is_dir(),
+     "--resume {c.resume}: no such folder; use auto, never or a checkpoint folder"),
+    (lambda c, n: not re.fullmatch(r"|([\w.-]+/)?[\w.-]+", c.push_to_hub),
+     "--push-to-hub {c.push_to_hub}: not a repository id; write name or owner/name"),
 ]
 
 # %% ../nbs/91_config.ipynb #f5ec5de4
@@ -276,10 +316,12 @@ def run_diff(
     old: dict, # from `load_config`
     new_cfg, # a dataclass instance
 ) -> list: # lines "lr: 0.001 -> 0.0003", empty when nothing matters
-    "Which fixed options differ from those of an older run; one that the older run did not know counts with its default."
+    "Which fixed options differ from an older run's; one that it did not know counts with its default."
     known = kinds(type(new_cfg))
-    old, new = _plain(type(new_cfg)()) | old.get("config", old), _plain(new_cfg)
-    return [f"{k}: {old[k]} -> {new.get(k, 'no such option')}" for k in old if k not in new or not known[k].free and old[k] != new[k]]
+    old = _plain(type(new_cfg)()) | old.get("config", old)
+    new = _plain(new_cfg)
+    changed = [k for k in old if k not in new or not known[k].free and old[k] != new[k]]
+    return [f"{k}: {old[k]} -> {new.get(k, 'no such option')}" for k in changed]
 
 # %% ../nbs/91_config.ipynb #90ab5535
 def check_run_folder(
@@ -289,13 +331,18 @@ def check_run_folder(
     "Make the run folder, or refuse one that is foreign, cannot be written, or would be overwritten."
     path = Path(path)
     if path.exists() and not path.is_dir(): raise UserError(f"{path}: is a file; choose another --out")
-    found = [p for p in path.glob("[!.]*") if p.suffix not in (".out", ".err", ".log")]  # SLURM opens its logs first
+    logs = (".out", ".err", ".log") # SLURM opens its logs first
+    found = [p for p in path.glob("[!.]*") if p.suffix not in logs]
     ours = (path/"config.yaml").is_file() and "config" in load_config(path/"config.yaml")
-    if found and not ours: raise UserError(f"{path}: holds files that are not of a run ({found[0].name} …); choose another --out")
+    if found and not ours:
+        raise UserError(f"{path}: holds files that are not of a run ({found[0].name} …); "
+                        "choose another --out")
     if resume == "never" and any(path.glob("checkpoints/step-*")):
-        raise UserError(f"{path}: has checkpoints, and --resume never would overwrite them; choose another --out or remove the folder")
+        raise UserError(f"{path}: has checkpoints, and --resume never would overwrite them; "
+                        "choose another --out or remove the folder")
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path): pass
-    except OSError as e: raise UserError(f"{path}: cannot be written ({e.strerror}); choose another --out") from None
+    except OSError as e:
+        raise UserError(f"{path}: cannot be written ({e.strerror}); choose another --out") from None
     return path

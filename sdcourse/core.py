@@ -43,15 +43,21 @@ def differences(
     new: dict, # facts of what is wanted
 ) -> str: # "size: 512 -> 256, …"; empty when they agree
     "What differs between two sets of options."
-    return ", ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in {**old, **new} if old.get(k) != new.get(k))
+    changed = [k for k in {**old, **new} if old.get(k) != new.get(k)]
+    return ", ".join(f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in changed)
+
+_REMEDIES = {errno.ENOSPC: "free some space",
+             errno.EDQUOT: "your quota is used up",
+             errno.EFBIG: "a limit on file sizes is in force (ulimit -f)"}
 
 def disk_error(
     e: OSError, # what the system said
     folder, # where
 ) -> UserError: # the same in one line, with the remedy
     "No space, no permission, a broken disk: what is done is kept."
-    remedy = {errno.ENOSPC: "free some space", errno.EDQUOT: "your quota is used up", errno.EFBIG: "a limit on file sizes is in force (ulimit -f)"}.get(e.errno, "see to it")
-    return UserError(f"{e.filename or folder}: {e.strerror or e}; {remedy} and run the command again, what is done is kept")
+    remedy = _REMEDIES.get(e.errno, "see to it")
+    return UserError(f"{e.filename or folder}: {e.strerror or e}; {remedy} and run the command again, "
+                     "what is done is kept")
 
 # %% ../nbs/90_core.ipynb #634484fa
 def fsync_path(
@@ -101,7 +107,8 @@ def read_json(
     "Read a JSON file; `UserError` when it is missing or broken."
     try: return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError: raise UserError(f"{path}: no such file") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e: raise UserError(f"{path}: not valid JSON ({e})") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as e:
+        raise UserError(f"{path}: not valid JSON ({e})") from None
 
 # %% ../nbs/90_core.ipynb #bbcb0616
 def sha256(
@@ -124,24 +131,29 @@ def versions(
 
 def git_commit() -> str: # 40 digits, with "+changes" when the tree differs from it; "" outside a checkout
     "The commit of the checkout that this package is imported from."
-    def git(*args): return subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True, timeout=10)
+    def git(*words):
+        command = ["git", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10)
     try: head = git("rev-parse", "HEAD")
     except (OSError, subprocess.TimeoutExpired): return ""
     if head.returncode: return ""
-    return head.stdout.strip() + ("+changes" if git("status", "--porcelain", "-uno").stdout.strip() else "")
+    changed = git("status", "--porcelain", "-uno").stdout.strip()
+    return head.stdout.strip() + ("+changes" if changed else "")
 
 # %% ../nbs/90_core.ipynb #f5ad71c9
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3 # names of settings in glibc's malloc.h
+M_TRIM_THRESHOLD = -1 # names of settings in glibc's malloc.h
+M_MMAP_THRESHOLD = -3
 
 def use_cpu(
     threads: int = 0, # CPU threads; 0: as they are
     device: str = "cpu", # kind of device that computes
 ):
-    "Set torch's threads and, where the CPU computes, have glibc keep freed memory (blocks up to 1 GiB, `mallopt`). Elsewhere than on glibc: threads only."
+    "Set torch's threads; on a CPU, have glibc, if any, keep freed memory, blocks up to 1 GiB (`mallopt`)."
     import torch
     if threads: torch.set_num_threads(threads)
     if device == "cpu" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        for setting, size in ((M_MMAP_THRESHOLD, 2**30), (M_TRIM_THRESHOLD, 2**31 - 1)): libc.mallopt(setting, size)
+        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 # %% ../nbs/90_core.ipynb #1501b488
 def _content(path):
@@ -161,7 +173,9 @@ def code_id(
 def lesson_folder(
     lesson: str, # name of a notebook in the current folder, without suffix
 ) -> Path: # an absolute path; the folder exists
-    "A temporary folder for a lesson's files; where `SDCOURSE_KEEP` is set, one that is found again while package, lesson and versions are the same."
+    """A temporary folder for a lesson's files; where `SDCOURSE_KEEP` is set, one that is found again
+    while package, lesson and versions are the same.
+    """
     if not (root := os.environ.get("SDCOURSE_KEEP")):
         _temporary.append(tempfile.TemporaryDirectory(prefix=lesson))
         return Path(_temporary[-1].name).resolve()

@@ -54,7 +54,9 @@ def alphas_cumprod(
     elif schedule == "cosine":
         f = torch.cos((torch.arange(n + 1, dtype=torch.float64) / n + 0.008) / 1.008 * math.pi / 2) ** 2
         betas = (1 - f[1:] / f[:-1]).clamp(max=0.999)
-    else: raise UserError(f"schedule {schedule!r} is unknown, {nearest(schedule, ['scaled_linear', 'linear', 'cosine'])}")
+    else:
+        known = ["scaled_linear", "linear", "cosine"]
+        raise UserError(f"schedule {schedule!r} is unknown, {nearest(schedule, known)}")
     return (1 - betas).cumprod(0)
 
 # %% ../nbs/00_diffusion.ipynb #75866267
@@ -79,12 +81,13 @@ def convert(
     have: str, # kind of `pred`: "x0" | "eps" | "v" (alpha eps - sigma x0) | "flow" (eps - x0)
     want: str, # kind of the answer
 ): # the same prediction, said as `want`, [b,...]
-    "Solve x = alpha x0 + sigma eps, pred = p x0 + q eps; it divides by 0 where `have` says nothing about `want`."
+    "Solve x = alpha x0 + sigma eps, pred = p x0 + q eps; divides by 0 where `have` says nothing of `want`."
     for kind in (have, want):
         if kind not in KINDS: raise UserError(f"prediction {kind!r} is unknown, {nearest(kind, KINDS)}")
     if have == want: return pred
     alpha, sigma = like(alpha, x), like(sigma, x)
-    (p, q), (p2, q2) = KINDS[have](alpha, sigma), KINDS[want](alpha, sigma)
+    p, q = KINDS[have](alpha, sigma)
+    p2, q2 = KINDS[want](alpha, sigma)
     det = alpha * q - sigma * p
     # one fraction, so that an eps-guess at sigma = 0 still gives a finite x0
     return ((q2 * alpha - p2 * sigma) * pred + (p2 * q - q2 * p) * x) / det
@@ -122,7 +125,7 @@ def min_snr_weight(
     *,
     prediction: str = "eps", # what the loss compares: "x0" | "eps" | "v" | "flow"
 ): # loss weight, same shape, finite everywhere
-    "The weight that makes any loss equal to `min(snr, gamma)` times the x0 loss (Hang et al. 2023, section 3.4)."
+    "The weight that makes any loss `min(snr, gamma)` times the x0 loss (Hang et al. 2023, section 3.4)."
     capped = snr.clamp(max=gamma)
     if prediction == "x0": return capped
     if prediction == "eps": return (gamma / snr).clamp(max=1)
@@ -146,7 +149,8 @@ def _mode_pdf(d, t):
     for _ in range(50): # bisection: _mode grows with u
         mid = (lo + hi) / 2
         below = _mode(d, mid) < t
-        lo, hi = torch.where(below, mid, lo), torch.where(below, hi, mid)
+        lo = torch.where(below, mid, lo)
+        hi = torch.where(below, hi, mid)
     return 1 / (1 + d.scale - d.scale * math.pi / 2 * torch.sin(math.pi * lo))
 
 def _logit_normal_pdf(d, t):
@@ -168,7 +172,7 @@ T_MIN = 1e-4 # training keeps its times in [T_MIN, 1-T_MIN]
 
 @dataclass(frozen=True)
 class Density:
-    "How often each time is trained: `logit(t) ~ N(mean, std)` or another law, then `shift_time`. Here 1 is noise."
+    "How often each time is trained: `logit(t) ~ N(mean, std)` or another law, then `shift_time`; 1 is noise."
     name: str = "logit-normal" # "logit-normal" | "uniform" | "mode" | "cosmap" (Esser et al. 2024, section 3.1)
     mean: float = 0.0 # m of logit-normal; m > 0 trains more noise
     std: float = 1.0 # s of logit-normal
@@ -176,9 +180,12 @@ class Density:
     scale: float = 1.29 # of mode, in [-1, 1.75]; > 0 favours the middle
 
     def __post_init__(self):
-        if self.name not in _PDFS: raise UserError(f"density {self.name!r} is unknown, {nearest(self.name, _PDFS)}")
-        if not (self.std > 0 and self.shift > 0): raise UserError(f"density: std {self.std} and shift {self.shift} must be above 0")
-        if not -1 <= self.scale <= 1.75: raise UserError(f"density: scale {self.scale} must be in [-1, 1.75], else mode is not one-to-one")
+        if self.name not in _PDFS:
+            raise UserError(f"density {self.name!r} is unknown, {nearest(self.name, _PDFS)}")
+        if not (self.std > 0 and self.shift > 0):
+            raise UserError(f"density: std {self.std} and shift {self.shift} must be above 0")
+        if not -1 <= self.scale <= 1.75:
+            raise UserError(f"density: scale {self.scale} must be in [-1, 1.75], else mode is not one-to-one")
 
     def sample(self,
         u, # uniform draws in [0,1], [b]
@@ -229,10 +236,12 @@ def renoise(
 
 # %% ../nbs/00_diffusion.ipynb #2a37ee71
 def _step(sampler, noise, churn):
-    if sampler not in SAMPLERS: raise UserError(f"sampler {sampler!r} is unknown, {nearest(sampler, SAMPLERS)}")
+    if sampler not in SAMPLERS:
+        raise UserError(f"sampler {sampler!r} is unknown, {nearest(sampler, SAMPLERS)}")
     if not 0 <= churn <= 1: raise UserError(f"churn {churn} must be in [0,1]")
     if sampler != "stochastic": return SAMPLERS[sampler], 0.0
-    if churn and noise is None: raise UserError("sampler 'stochastic' needs noise: a function i -> standard normal noise of step i")
+    if churn and noise is None:
+        raise UserError("sampler 'stochastic' needs noise: a function i -> standard normal noise of step i")
     return SAMPLERS[sampler], churn
 
 # %% ../nbs/00_diffusion.ipynb #d8e3d563

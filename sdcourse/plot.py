@@ -32,7 +32,8 @@ def figure_png(
     image = Image.open(raw).convert("RGB")
     photo = any(ax.get_images() for ax in fig.axes)
     dither = Image.Dither.FLOYDSTEINBERG if photo else Image.Dither.NONE
-    image.quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=dither).save(small, "PNG", optimize=True)
+    few = image.quantize(256, method=Image.Quantize.MAXCOVERAGE, kmeans=1, dither=dither)
+    few.save(small, "PNG", optimize=True)
     shown = {k: round(v * 100 / dpi) for k, v in zip(("width", "height"), image.size)}
     return base64.b64encode(small.getvalue()).decode(), shown
 
@@ -64,6 +65,11 @@ def to_uint8(
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
 
 # %% ../nbs/92_plot.ipynb #1e602f32
+def _enlarged(images, min_size):
+    "Each pixel as a square, so that the height reaches `min_size`."
+    k = max(1, math.ceil(min_size / images.shape[2]))
+    return images.repeat_interleave(k, 2).repeat_interleave(k, 3)
+
 def image_grid(
     images, # see `to_uint8`
     *,
@@ -73,14 +79,13 @@ def image_grid(
 ): # one PIL image, "L" or "RGB"
     "All images on one white sheet, row by row."
     from PIL import Image
-    images = to_uint8(images)
-    k = max(1, math.ceil(min_size / images.shape[2]))
-    images = images.repeat_interleave(k, 2).repeat_interleave(k, 3)
+    images = _enlarged(to_uint8(images), min_size)
     n, c, h, w = images.shape
     nrows, ncols = math.ceil(n / ncols), min(n, ncols)
     sheet = torch.full((c, nrows * (h + pad) + pad, ncols * (w + pad) + pad), 255, dtype=torch.uint8)
     for i, image in enumerate(images):
-        y, x = pad + i // ncols * (h + pad), pad + i % ncols * (w + pad)
+        y = pad + i // ncols * (h + pad)
+        x = pad + i % ncols * (w + pad)
         sheet[:, y : y + h, x : x + w] = image
     return Image.fromarray(sheet[0].numpy() if c == 1 else sheet.permute(1, 2, 0).contiguous().numpy())
 
@@ -89,7 +94,8 @@ def _panels(n, ncols, *, size, title):
     plt = pyplot()
     ncols = min(n, ncols)
     nrows = math.ceil(n / ncols)
-    fig, axes = plt.subplots(nrows, ncols, figsize=(size[0] * ncols, size[1] * nrows + 0.3 * bool(title)), squeeze=False, layout="constrained")
+    figsize = (size[0] * ncols, size[1] * nrows + 0.3 * bool(title))
+    fig, axes = plt.subplots(nrows, ncols, figsize=figsize, squeeze=False, layout="constrained")
     if title: fig.suptitle(title, fontsize=10)
     plt.close(fig)
     return fig, axes.ravel()
@@ -105,10 +111,12 @@ def show_images(
 ): # a matplotlib Figure
     "Images in a grid, each with its title."
     images = to_uint8(images)
-    fig, axes = _panels(len(images), ncols, size=(size, size * (1.25 if titles is not None else 1)), title=title)
+    height = size * (1.25 if titles is not None else 1)
+    fig, axes = _panels(len(images), ncols, size=(size, height), title=title)
     for ax in axes: ax.axis("off")
     for i, (image, ax) in enumerate(zip(images, axes)):
-        ax.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        shown = image.permute(1, 2, 0).squeeze(-1).numpy()
+        ax.imshow(shown, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         if titles is not None: ax.set_title(str(titles[i]), fontsize=8)
     return fig
 
@@ -126,7 +134,8 @@ def show_points(
     for ax in axes[len(clouds) :]: ax.axis("off")
     for ax, (name, points) in zip(axes, clouds.items()):
         ax.scatter(*points.detach().cpu().numpy().T, s=2, lw=0, alpha=0.5, color=COLORS.get(color, color))
-        for role, at in (marks or {}).items(): ax.scatter(*at.cpu().numpy().T, s=40, marker="x", color=COLORS.get(role, role), lw=2)
+        for role, at in (marks or {}).items():
+            ax.scatter(*at.cpu().numpy().T, s=40, marker="x", color=COLORS.get(role, role), lw=2)
         ax.set(xlim=(-lim, lim), ylim=(-lim, lim), aspect="equal", xlabel="first coordinate")
         ax.set_title(name, fontsize=9)
         if ax is axes[0]: ax.set_ylabel("second coordinate")
@@ -141,6 +150,12 @@ def _finish(ax, title, *, legend):
     return ax
 
 # %% ../nbs/92_plot.ipynb #7fc6b197
+def _colors(names):
+    "A colour for each name: its own in `COLORS`, else the next one that nobody has."
+    taken = {COLORS.get(n) for n in names}
+    free = iter([c for c in CYCLE if c not in taken] + CYCLE * len(names))
+    return [COLORS.get(n) or next(free) for n in names]
+
 def plot_curves(
     curves: dict, # name -> (x, y) or (x, y, low, high): a line and its band
     xlabel: str, # with the unit
@@ -155,13 +170,12 @@ def plot_curves(
     "Labelled lines; names that stand in `COLORS` have their colour, others the next free one."
     plt = pyplot()
     if ax is None: _, ax = plt.subplots(figsize=(5.5, 3.2), layout="constrained")
-    free = iter([c for c in CYCLE if c not in {COLORS.get(n) for n in curves}] + CYCLE * len(curves))
-    for name, (x, y, *band) in curves.items():
-        color = COLORS.get(name) or next(free)
+    for color, (name, (x, y, *band)) in zip(_colors(curves), curves.items()):
         x, y, *band = (torch.as_tensor(v).detach().cpu().numpy() for v in (x, y, *band))
         ax.plot(x, y, color=color, label=name, marker=marker, ms=4, lw=1.8)
         if band: ax.fill_between(x, *band, color=color, alpha=0.2, lw=0)
-    ax.set(xlabel=xlabel, ylabel=ylabel, xscale="log" if logx else "linear", yscale="log" if logy else "linear")
+    ax.set(xlabel=xlabel, xscale="log" if logx else "linear")
+    ax.set(ylabel=ylabel, yscale="log" if logy else "linear")
     return _finish(ax, title, legend=len(curves) > 1)
 
 # %% ../nbs/92_plot.ipynb #64a2a3fa

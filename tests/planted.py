@@ -67,7 +67,7 @@ PLANTED = {
     ],
     ('sdcourse/engine/optim.py', 'tests/test_optim.py'): [
         ('the schedule ends one step late', 'max(1, cfg.max_steps - 1 - cfg.warmup_steps)', 'max(1, cfg.max_steps - cfg.warmup_steps)', 'test_lr_ends_at_the_configured_value_in_the_last_step'),
-        ('a NaN reaches the weights', 'None, bad.float()', 'None, torch.zeros_like(bad).float()', 'test_a_bad_step_leaves_weights_and_moments'),
+        ('a NaN reaches the weights', 'optimizer.found_inf = bad.float()', 'optimizer.found_inf = torch.zeros_like(bad).float()', 'test_a_bad_step_leaves_weights_and_moments'),
         ('EMA with the decay on the wrong side', 'torch._foreach_lerp_(self.params, self.source, 1 - d)', 'torch._foreach_lerp_(self.params, self.source, d)', 'test_ema_closed_form_after_1000_steps'),
         ('EMA without warm-up', 'd = min(self.decay, (1 + step) / (10 + step))', 'd = self.decay', 'test_ema_closed_form_after_1000_steps'),
         ('EMA copies frozen weights', 'twin = copy.deepcopy(module, frozen)', 'twin = copy.deepcopy(module)', 'test_ema_shares_frozen_weights'),
@@ -75,7 +75,7 @@ PLANTED = {
         ('bf16 master weights pass', 'if p.requires_grad and p.dtype != dtype:', 'if p.requires_grad and not p.is_floating_point():', 'test_low_precision_master_weights_are_refused'),
     ],
     ('sdcourse/core.py', 'tests/test_loop.py'): [
-        ('freed memory goes back to the system', '(M_TRIM_THRESHOLD, 2**31 - 1)): libc.mallopt(setting, size)', '(M_TRIM_THRESHOLD, 2**31 - 1)): pass', 'test_freed_memory_stays_where_the_cpu_computes'),
+        ('freed memory goes back to the system', '        libc.mallopt(M_MMAP_THRESHOLD, 2**30)\n        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)\n', '        pass\n', 'test_freed_memory_stays_where_the_cpu_computes'),
         ('the host of a GPU keeps what it held once', 'if device == "cpu" and hasattr(', 'if hasattr(', 'test_freed_memory_stays_where_the_cpu_computes'),
     ],
     ('sdcourse/__init__.py', 'tests/test_loop.py'): [
@@ -90,10 +90,10 @@ PLANTED = {
         ('a finished run trains one more step', '        while run.step < cfg.max_steps:', '        while run.step <= cfg.max_steps:', 'test_what_a_run_leaves_behind'),
         ('other settings resume silently', '    if diff and not cfg.force:', '    if False:', 'test_resume_with_other_settings_is_refused'),
         ('wrong pairs are not noticed', 'if not np.array_equal(np.asarray(batch["id"]), expected):', 'if len(batch["id"]) != len(expected):', 'test_wrong_pairing_is_noticed'),
-        ('validation looks at the raw weights', 'run.best.training, run.best.eval()', 'run.module.training, run.module.eval()', 'test_validation_uses_the_average_and_fixed_noise'),
-        ('validation noise moves', 'draws = Draws(run.cfg.seed, 0, range(rows[0]', 'draws = Draws(run.cfg.seed, run.step, range(rows[0]', 'test_validation_uses_the_average_and_fixed_noise'),
+        ('validation looks at the raw weights', '    was_training = run.best.training\n    module = run.best.eval()\n', '    was_training = run.module.training\n    module = run.module.eval()\n', 'test_validation_uses_the_average_and_fixed_noise'),
+        ('validation noise moves', 'draws = Draws(run.cfg.seed, 0, at,', 'draws = Draws(run.cfg.seed, run.step, at,', 'test_validation_uses_the_average_and_fixed_noise'),
         ('a failing validation ends the run', '    except Exception as e:\n        log.warning("validation', '    except KeyError as e:\n        log.warning("validation', 'test_a_failing_validation_warns_and_training_goes_on'),
-        ('two histories in one folder', 'if int(p.name[5:]) > checkpoint', 'if False and int(p.name[5:]) > checkpoint', 'test_a_branch_needs_its_own_folder'),
+        ('two histories in one folder', 'if int(p.name[5:]) > step and', 'if False and int(p.name[5:]) > step and', 'test_a_branch_needs_its_own_folder'),
         ('a missing average is made up', '        if saved.keys() != tensors.keys():', '        if saved and saved.keys() != tensors.keys():', 'test_keys_must_fit_the_model'),
         ('a host sync in the step', '    guarded_step(run.optimizer, bad)', '    guarded_step(run.optimizer, bad); loss.mean().item()', 'test_no_host_read_inside_the_step'),
     ],
@@ -104,11 +104,11 @@ PLANTED = {
         ('a stop by a person is requeued', '0 if asked else run.cfg.requeue_code)', 'run.cfg.requeue_code)', 'test_every_way_to_stop'),
         ('a stopped run looks finished to the scheduler', '0 if asked else run.cfg.requeue_code)', '0)', 'test_every_way_to_stop'),
         ('a resume takes the threads that it finds', 'cfg.threads or before.get("threads", 0)', 'cfg.threads', 'test_a_resume_keeps_the_number_of_threads'),
-        ('dropout is not seeded', '        torch.manual_seed(key(cfg.seed, "dropout", s, i, run.ranks.rank))\n', '', 'test_resumed_equals_uninterrupted'),
+        ('dropout is not seeded', '    torch.manual_seed(key(cfg.seed, "dropout", s, i, run.ranks.rank))\n', '', 'test_resumed_equals_uninterrupted'),
         ('EMA is not restored', '        for name, tensors in self.tensors().items():', '        for name, tensors in list(self.tensors().items())[:1]:', 'test_resumed_equals_uninterrupted'),
         ('optimizer is not restored', '        self.optimizer.load_state_dict(checkpoint["objects"]["optimizer"])\n', '', 'test_resumed_equals_uninterrupted'),
         ('the log window is not restored', '        self.meter.load(state["meter"], self.ranks.main)\n', '', 'test_resumed_equals_uninterrupted'),
-        ('data start anew on resume', 'self.micros, self.step, cfg.max_steps, getattr', 'self.micros, 0, cfg.max_steps, getattr', 'test_resumed_equals_uninterrupted'),
+        ('data start anew on resume', 'self.micros, self.step, cfg.max_steps, pairs', 'self.micros, 0, cfg.max_steps, pairs', 'test_resumed_equals_uninterrupted'),
         ('a resume proves its checkpoint twice', 'path, checkpoint, skipped = load_latest(root, need=need)', 'path, checkpoint, skipped = load_latest(root) and load_latest(root, need=need)', 'test_a_resume_hashes_each_byte_once'),
     ],
     ('sdcourse/engine/stop.py', 'tests/test_resume.py'): [
@@ -120,17 +120,17 @@ PLANTED = {
         ('shards are split by the local rank', 'return units[self.rank::self.world]', 'return units[self.local_rank::self.world]', 'test_whole_units_go_to_each_global_rank_once'),
         ('ranks of srun train alone', '    if env.get("SLURM_STEP_ID"):', '    if env.get("SLURM_STEP"):', 'test_the_three_ways'),
         ('a batch script without srun trains alone', '    for k in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):', '    for k in ():', 'test_a_wrong_environment_names_the_variable'),
-        ('a partial environment is filled up', '        if not env.get(name): raise', '        if not env.get(name): continue\n        if False: raise', 'test_a_partial_environment_names_the_variable'),
-        ('a rank beyond the world passes', '    if launch.rank >= launch.world: raise', '    if launch.rank > launch.world: raise', 'test_a_wrong_environment_names_the_variable'),
+        ('a partial environment is filled up', '        if not env.get(name):\n', '        if not env.get(name): continue\n        if False:\n', 'test_a_partial_environment_names_the_variable'),
+        ('a rank beyond the world passes', '    if launch.rank >= launch.world:', '    if launch.rank > launch.world:', 'test_a_wrong_environment_names_the_variable'),
         ('the first host loses its zeros', 'r"\\[([^\\],-]+)[^\\]]*\\]"', 'r"\\[0*([^\\],-]+)[^\\]]*\\]"', 'test_first_host'),
         ('all jobs of a node share a port', '10_000 + (7 * job + step) % 20_000', '29_500', 'test_ports_are_outside_the_ephemeral_range_and_differ_between_neighbours'),
-        ('two ranks on one GPU pass', 'if (first := found.index(place)) < r:', 'if (first := found.index(place)) > r:', 'test_the_gpu_of_a_rank'),
+        ('two ranks on one GPU pass', '        if first < r:', '        if first > r:', 'test_the_gpu_of_a_rank'),
     ],
     ('sdcourse/engine/dist.py', 'tests/test_ranks.py'): [
         ('the stop flag is not agreed on', 'dist.ReduceOp.MAX', 'dist.ReduceOp.MIN', 'test_a_flag_on_one_rank_stops_both_at_the_same_step'),
     ],
     ('sdcourse/engine/dist.py', 'tests/test_faults.py'): [
-        ('a lost rank is a page of trace', '    if ranks.world > 1 and isinstance(e, RuntimeError) and (', '    if False and (', 'test_a_killed_rank'),
+        ('a lost rank is a page of trace', '    if ranks.world > 1 and _by_another(e):', '    if False and _by_another(e):', 'test_a_killed_rank'),
         ('a full disk is known to rank 0 only', '        found = self.gather(error)\n', '        found = [error]\n', 'test_a_full_disk'),
         ('ranks with other options train together', '            if a == b: continue\n', '            continue\n', 'test_ranks_that_do_not_agree_are_refused'),
     ],
@@ -140,7 +140,7 @@ PLANTED = {
         ('a rank that fails to validate is not waited for', '    total, seen = run.ranks.total(sums).tolist()\n', '    total, seen = run.ranks.total(sums).tolist() if sums[1] else (0., 0.)\n', 'test_validation_tracker_and_hub_may_fail_on_one_rank'),
     ],
     ('sdcourse/engine/watchdog.py', 'tests/test_faults.py'): [
-        ('waiting counts as hanging', 'return idle > self.seconds and all(now - since > self.seconds / 2 for _, since in self.others.values())', 'return idle > self.seconds', 'test_waiting_for_a_slow_rank_is_no_hang'),
+        ('waiting counts as hanging', 'return idle > self.seconds and quiet', 'return idle > self.seconds', 'test_waiting_for_a_slow_rank_is_no_hang'),
         ('a hang is never noticed', 'if self._stuck(): return self._give_up()', 'self._stuck()', 'test_a_rank_that_hangs'),
         ('nobody says where the others stand', '        if self.store and idle > self.seconds / 2: self._look()\n', '        if False: pass\n', 'test_a_frozen_rank'),
     ],
@@ -208,7 +208,7 @@ PLANTED = {
         ('checkpoint: a resume finds first and loads then', '    return _newest(root, partial(load_checkpoint, need=need))', '    folder, skipped = latest_checkpoint(root)\n    return folder, folder and load_checkpoint(folder, need=need), skipped', 'test_bytes_of_a_save_and_of_a_resume'),
         ('checkpoint: safetensors are read twice', 'data = path.read_bytes() if keep else None', 'data = path.read_bytes() and path.read_bytes() if keep else None', 'test_bytes_of_a_save_and_of_a_resume'),
         ('checkpoint: a resume passes over what lacks a part', '        raise UserError(f"{folder}: it holds no', '        raise _Broken(f"{folder}: it holds no', 'test_unlisted_files_are_not_loaded_and_needed_ones_are_asked_for'),
-        ('checkpoint: manifest not compared with its canonical text', '== _dump(m := json.loads(raw)).encode() and', 'and (m := json.loads(raw)) and', 'test_every_flipped_byte_is_seen'),
+        ('checkpoint: manifest not compared with its canonical text', 'same = raw == _dump(m).encode() and', 'same = raw and m and', 'test_every_flipped_byte_is_seen'),
         ('checkpoint: sizes not compared', 'if size != want["bytes"]:', 'if False:', 'test_odd_manifests_are_refused'),
         ('checkpoint: old one deleted in place', '    os.rename(folder, tmp)\n    shutil.rmtree(tmp,', '    shutil.rmtree(folder,', 'test_order_of_a_save'),
         ('checkpoint: needed parts not asked for', 'if missing := [name for name in need', 'if missing := [name for name in ()', 'test_unlisted_files_are_not_loaded_and_needed_ones_are_asked_for'),
@@ -234,15 +234,15 @@ PLANTED = {
         ('bool is accepted as a number', '    if kind is int and type(value) in (int, str): return int(value)', '    if kind is int: return int(value)', 'test_yaml_mistakes_name_file_and_key'),
     ],
     ('sdcourse/engine/trackers.py', 'tests/test_trackers.py'): [
-        ('resume keeps rows after the checkpoint', 'if row["step"] <= step))', 'if True))', 'test_resume_drops_newer_rows_and_steps_stay_monotone'),
-        ("resume drops the checkpoint's own row", 'if row["step"] <= step))', 'if row["step"] < step))', 'test_resume_drops_newer_rows_and_steps_stay_monotone'),
+        ('resume keeps rows after the checkpoint', 'if row["step"] <= step]', 'if True]', 'test_resume_drops_newer_rows_and_steps_stay_monotone'),
+        ("resume drops the checkpoint's own row", 'if row["step"] <= step]', 'if row["step"] < step]', 'test_resume_drops_newer_rows_and_steps_stay_monotone'),
         ('torn last line is kept', 'text.split("\\n")[:-1]', 'filter(None, text.split("\\n"))', 'test_a_torn_last_line_is_dropped_and_the_rest_stays_byte_for_byte'),
         ('NaN is written into JSON', '        line = json.dumps(_finite(row), allow_nan=False)', '        line = json.dumps(row, default=float)', 'test_numbers_that_json_cannot_hold_become_null'),
-        ('metrics are rewritten in place', 'if self.path.is_file(): write_text(self.path, ', 'if self.path.is_file(): self.path.write_text(', 'test_truncate_is_atomic'),
+        ('metrics are rewritten in place', 'write_text(self.path, "".join(kept))', 'self.path.write_text("".join(kept))', 'test_truncate_is_atomic'),
         ('a failing tracker stops the run', '        except Exception as e:\n            self.backend = None', '        except ValueError as e:\n            self.backend = None', 'test_a_failing_tracker_warns_once_and_is_off'),
         ('tensorboard keeps both halves', 'purge_step=step + 1 if step else None', 'purge_step=None', 'test_tensorboard_is_read_back_without_duplicates_after_a_resume'),
         ('resumed wandb run gets a new id', 'id=run_id, resume="allow"', 'id=None, resume="allow"', 'test_wandb_offline_and_resumed_under_the_same_id'),
-        ('a failed push loses the run', '    except Exception as e:\n        log.warning("not pushed', '    except ValueError as e:\n        log.warning("not pushed', 'test_a_failed_push_is_a_warning_that_says_how_to_repeat'),
+        ('a failed push loses the run', '    except Exception as e:\n        why = " ".join(str(e).split())[:200]\n        log.warning("not pushed', '    except ValueError as e:\n        why = " ".join(str(e).split())[:200]\n        log.warning("not pushed', 'test_a_failed_push_is_a_warning_that_says_how_to_repeat'),
         ('card shows a local path', 'Path(v).name if isinstance(v, str) and os.path.isabs(v) else v', 'v', 'test_card_has_valid_front_matter_and_all_parts'),
     ],
     ('sdcourse/train/__main__.py', 'tests/test_cli.py'): [
@@ -276,7 +276,7 @@ PLANTED = {
     ],
     ('sdcourse/plot.py', 'tests/test_plot.py'): [
         ('bytes truncated, not rounded', '    return ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)', '    return ((images.float().clamp(-1, 1) + 1) * 127.5).to(torch.uint8)', 'test_bytes_are_rounded_and_clipped'),
-        ('sheet fills columns first', '        y, x = pad + i // ncols * (h + pad), pad + i % ncols * (w + pad)', '        y, x = pad + i % nrows * (h + pad), pad + i // nrows * (w + pad)', 'test_sheet_holds_every_image_in_order'),
+        ('sheet fills columns first', '        y = pad + i // ncols * (h + pad)\n        x = pad + i % ncols * (w + pad)\n', '        y = pad + i % nrows * (h + pad)\n        x = pad + i // nrows * (w + pad)\n', 'test_sheet_holds_every_image_in_order'),
     ],
     ('sdcourse/models/dit.py', 'tests/test_dit.py'): [
         ('rope turns rows and columns by the same place', '    places = (rows, cols) if axes == 2 else (rows * w + cols,)', '    places = (cols, cols) if axes == 2 else (rows * w + cols,)', 'test_rope_by_hand'),
@@ -662,7 +662,7 @@ PLANTED = {
     ('sdcourse/engine/loop.py', 'tests/test_dataset.py'): [
         ('loop: the data set is never asked for positions', 'getattr(self.data, "by_position", False)', 'False', 'test_the_engine_trains_on_random_crops_and_resumes_bitwise'),
         ('loop: held-out crops have no position', 'if getattr(data, "by_position", False) else chunks', 'if False else chunks', 'test_the_engine_trains_on_random_crops_and_resumes_bitwise'),
-        ('loop: an error of a worker is a page of traceback', 'raise UserError(str(e).strip().splitlines()[-1]', 'raise UserError(str(e)', 'test_training_goes_on_without_the_bad_ones_or_says_which'),
+        ('loop: an error of a worker is a page of traceback', 'said = str(e).strip().splitlines()[-1]', 'said = str(e)', 'test_training_goes_on_without_the_bad_ones_or_says_which'),
     ],
     ('sdcourse/data/shards.py', 'tests/test_dataset.py'): [
         ('shards: class names stay behind', 'if classes.is_file(): write_json', 'if False: write_json', 'test_a_folder_and_its_tars_give_the_same_items_bitwise'),
@@ -1005,7 +1005,7 @@ PLANTED = {
     ],
     ('sdcourse/engine/order.py', 'tests/test_buckets.py'): [
         ('buckets: each cycle begins with the same items', 'first = (cycle * len(self.members[b]) + int(self.before[at]))', 'first = (cycle * 0 + int(self.before[at]))', 'test_every_batch_is_of_one_bucket_and_no_item_is_lost'),
-        ('buckets: turns are not spread', 'turns = np.argsort(due, kind="stable")', 'turns = np.arange(len(due))', 'test_every_batch_is_of_one_bucket_and_no_item_is_lost'),
+        ('buckets: turns are not spread', 'return np.argsort(due, kind="stable")', 'return np.arange(len(due))', 'test_every_batch_is_of_one_bucket_and_no_item_is_lost'),
     ],
     ('sdcourse/train/latent.py', 'tests/test_sampling_weights.py'): [
         ('weights: ignored', 'if split == "train" and self.weights: data.weights', 'if False: data.weights', 'test_caches'),

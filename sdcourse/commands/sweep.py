@@ -109,9 +109,9 @@ def _state(folder, last): # of a run, by its folder and its last numbers
 
 def _markdown(rows):
     "A table with a column for every name in the rows."
-    from sdcourse.engine.trackers import cell
+    from sdcourse.engine.trackers import table_cell
     def line(values): return f"| {' | '.join(values)} |"
-    def cells(row): return ["" if row.get(n) is None else cell(row[n]) for n in names]
+    def cells(row): return ["" if row.get(n) is None else table_cell(row[n]) for n in names]
     names = list(dict.fromkeys(name for row in rows for name in row))
     return "\n".join([line(names), line(["---"] * len(names)), *(line(cells(row)) for row in rows)])
 

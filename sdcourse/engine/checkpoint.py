@@ -47,12 +47,13 @@ def _numbers(tensor):
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 def _put_tensors(file, named):
-    "Write tensors as the library does: wide dtypes first, so that each number lies at a multiple of its size."
+    "Write tensors as the library does: wide dtypes first, so each number lies at a multiple of its size."
     order = sorted(named, key=lambda name: (-named[name].element_size(), name))
     header = {}
     end = 0
     for name in order:
-        tensor, start = named[name], end
+        tensor = named[name]
+        start = end
         end += tensor.nbytes
         place = dict(shape=list(tensor.shape), data_offsets=[start, end])
         header[name] = dict(dtype=_dtype_name(tensor.dtype)) | place
@@ -106,17 +107,29 @@ class _Broken(UserError): "What lies there is not what was saved."
 
 def _broken(path, why): return _Broken(f"{path}: {why}; restore this file or resume from another checkpoint")
 
-def _manifest(folder):
-    "The files that the manifest of `folder` vouches for: name -> sha256, bytes."
-    path = folder/"manifest.json"
-    try: same = (raw := path.read_bytes()) == _dump(m := json.loads(raw)).encode() and all(v.keys() == {"sha256", "bytes"} for v in m["files"].values())
+def _read_manifest(path):
+    "A manifest that is exactly the text which we would write."
+    try:
+        raw = path.read_bytes()
+        m = json.loads(raw)
+        same = raw == _dump(m).encode() and all(v.keys() == {"sha256", "bytes"} for v in m["files"].values())
     except OSError as e: raise _broken(path, e.strerror) from None
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError): same = False
     if not same: raise _broken(path, "altered")
-    if m.get("format") != 1: raise _broken(path, f"format {m.get('format')!r} is unknown to this version, which reads 1")
-    if folder.resolve().name != f"step-{str(m.get('step')).zfill(8)}": raise _broken(path, f"it belongs to step {m.get('step')!r}")
+    return m
+
+def _manifest(folder):
+    "The files that the manifest of `folder` vouches for: name -> sha256, bytes."
+    path = folder/"manifest.json"
+    m = _read_manifest(path)
+    version = m.get("format")
+    if version != 1: raise _broken(path, f"format {version!r} is unknown to this version, which reads 1")
+    step = m.get("step")
+    if folder.resolve().name != f"step-{str(step).zfill(8)}":
+        raise _broken(path, f"it belongs to step {step!r}")
     foreign = [n for n in m["files"] if not re.fullmatch(r"(?a:\w+)\.(safetensors|pt|json)", n)]
-    if foreign or "state.json" not in m["files"]: raise _broken(path, f"foreign file name {foreign[0]!r}" if foreign else "it lists no state.json")
+    if foreign: raise _broken(path, f"foreign file name {foreign[0]!r}")
+    if "state.json" not in m["files"]: raise _broken(path, "it lists no state.json")
     return m["files"]
 
 def _listed(folder):
@@ -149,7 +162,8 @@ def verify_checkpoint(
 # %% ../../nbs/engine/03_checkpoint.ipynb #fb656ca3
 def _steps(root):
     "All folders that call themselves checkpoints, highest step first."
-    found = [p for p in Path(root).iterdir() if re.fullmatch(r"step-\d+", p.name)] if Path(root).exists() else []
+    if not Path(root).exists(): return []
+    found = [p for p in Path(root).iterdir() if re.fullmatch(r"step-\d+", p.name)]
     return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
 
 def _defect(folder, look):
@@ -158,7 +172,7 @@ def _defect(folder, look):
     except _Broken as e: return str(e)
 
 def _newest(root, look):
-    "The first checkpoint that `look` does not find broken, what it returned, and a reason for each newer one."
+    "The first checkpoint that `look` finds whole, what it returned, and a reason for each newer one."
     skipped = []
     for folder in _steps(root):
         try: return folder, look(folder), skipped
@@ -185,7 +199,8 @@ def _alive(pid):
 def _sweep(root):
     "Remove what dead processes left half-done."
     for p in root.iterdir():
-        if (owner := re.fullmatch(r"\.step-\d+(?:\.old)?\.(\d{1,9})\.tmp", p.name)) and not _alive(int(owner[1])): shutil.rmtree(p, ignore_errors=True)
+        owner = re.fullmatch(r"\.step-\d+(?:\.old)?\.(\d{1,9})\.tmp", p.name)
+        if owner and not _alive(int(owner[1])): shutil.rmtree(p, ignore_errors=True)
 
 def _discard(folder):
     "Take a checkpoint away: at once by name, then its files."
@@ -210,9 +225,10 @@ def save_checkpoint(
     state: dict, # plain JSON, without NaN
     keep: int = 2, # checkpoints to leave, this one included, at least 1; older ones are judged by manifest and sizes
 ) -> Path: # the checkpoint, root/step-00000100
-    "Save whole or not at all, then prune. A valid checkpoint of this step is left as it is; `UserError` when the disk refuses."
+    "Save whole or not at all, then prune; a valid one of this step stays. `UserError` when the disk refuses."
     if keep < 1: raise UserError(f"keep={keep}: keep at least 1 checkpoint")
-    root, final = Path(root), Path(root)/f"step-{step:08}"
+    root = Path(root)
+    final = root/f"step-{step:08}"
     tmp = root/f".{final.name}.{os.getpid()}.tmp"
     try:
         root.mkdir(parents=True, exist_ok=True)

@@ -34,6 +34,7 @@ class Launch:
     port: int = 0 # its port
     by: str = field(default="", compare=False) # "torchrun" (accelerate launch too), "srun", or "" for a process that was started alone
 
+# %% ../../nbs/09_cluster.ipynb #77b185f2
 def first_host(
     nodes: str, # SLURM's short form: "n[1-2]", "gpu-a[007-010,12],gpu-b3"
 ) -> str: # "n1", "gpu-a007"
@@ -52,7 +53,10 @@ def free_port(
 def _numbers(env, names):
     "The variables `names` as whole numbers; `UserError` names the first that is missing or none."
     for name in names:
-        if not env.get(name): raise UserError(f"{name} is not set but {next(k for k in (*RANK_VARIABLES, *STEP_VARIABLES) if env.get(k))} is: start with torchrun, accelerate launch or srun, or unset all of {', '.join(RANK_VARIABLES)}")
+        if not env.get(name):
+            other = next(k for k in (*RANK_VARIABLES, *STEP_VARIABLES) if env.get(k))
+            raise UserError(f"{name} is not set but {other} is: start with torchrun, accelerate launch "
+                            f"or srun, or unset all of {', '.join(RANK_VARIABLES)}")
         if not env[name].isdigit(): raise UserError(f"{name}={env[name]}: must be a whole number")
     return [int(env[name]) for name in names]
 
@@ -60,48 +64,74 @@ def _checked(names, launch):
     "A launch whose numbers go together."
     rank, world, local = names
     if launch.world < 1: raise UserError(f"{world}=0: at least one process is needed")
-    if launch.rank >= launch.world: raise UserError(f"{rank}={launch.rank} but {world}={launch.world}: ranks go from 0 to {launch.world - 1}")
-    if launch.local_rank > launch.rank: raise UserError(f"{local}={launch.local_rank} is greater than {rank}={launch.rank}: the number on a machine never is")
+    if launch.rank >= launch.world:
+        raise UserError(f"{rank}={launch.rank} but {world}={launch.world}: "
+                        f"ranks go from 0 to {launch.world - 1}")
+    if launch.local_rank > launch.rank:
+        raise UserError(f"{local}={launch.local_rank} is greater than {rank}={launch.rank}: "
+                        "the number on a machine never is")
     return launch
+
+# %% ../../nbs/09_cluster.ipynb #dc48ec3a
+def _by_torchrun(env):
+    "This process by the variables of torchrun and accelerate launch."
+    rank, world, local = _numbers(env, RANK_VARIABLES[:3])
+    addr = env.get("MASTER_ADDR", "")
+    if world > 1 and not addr:
+        raise UserError("MASTER_ADDR is not set but WORLD_SIZE is: export the name of rank 0's host")
+    port = _numbers(env, ("MASTER_PORT",))[0] if world > 1 else 0
+    return _checked(RANK_VARIABLES[:3], Launch(rank, world, local, addr, port, "torchrun"))
+
+def _by_srun(env):
+    "This process by the variables of a bare srun."
+    rank, world, local = _numbers(env, STEP_VARIABLES[:3])
+    for k in STEP_VARIABLES[3:]:
+        if not env.get(k):
+            raise UserError(f"{k} is not set but SLURM_STEP_ID is: start with srun, "
+                            "and do not clean the environment")
+    if env.get("MASTER_PORT"): [port] = _numbers(env, ("MASTER_PORT",))
+    else: port = free_port(*_numbers(env, ("SLURM_JOB_ID", "SLURM_STEP_ID")))
+    addr = env.get("MASTER_ADDR") or first_host(env["SLURM_STEP_NODELIST"])
+    return _checked(STEP_VARIABLES[:3], Launch(rank, world, local, addr, port, "srun"))
+
+# %% ../../nbs/09_cluster.ipynb #b7a47ef2
+def _alone(env):
+    "Refuse to run alone where several processes were meant."
+    for k in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+        n = env.get(k) or "1"
+        if n != "1":
+            raise UserError(f"{k}={n} but neither RANK nor SLURM_STEP_ID is set: each of {n} processes "
+                            f"would train alone; start them with srun or torchrun, or unset {k}")
+    if env.get("MASTER_PORT"):
+        raise UserError("MASTER_PORT is set but RANK is not: start with torchrun or srun "
+                        "(accelerate launch --cpu starts one process only), or unset MASTER_PORT")
 
 def launched(
     env=os.environ, # the environment
 ) -> Launch:
-    "Who this process is: by torchrun's variables, else by srun's, else alone. `UserError` for a wrong or partial environment."
-    if any(env.get(k) for k in RANK_VARIABLES[:3]):
-        rank, world, local = _numbers(env, RANK_VARIABLES[:3])
-        if world > 1 and not env.get("MASTER_ADDR"): raise UserError("MASTER_ADDR is not set but WORLD_SIZE is: export the name of rank 0's host")
-        port = _numbers(env, ("MASTER_PORT",))[0] if world > 1 else 0
-        return _checked(RANK_VARIABLES[:3], Launch(rank, world, local, env.get("MASTER_ADDR", ""), port, "torchrun"))
-    if env.get("SLURM_STEP_ID"):
-        rank, world, local = _numbers(env, STEP_VARIABLES[:3])
-        for k in STEP_VARIABLES[3:]:
-            if not env.get(k): raise UserError(f"{k} is not set but SLURM_STEP_ID is: start with srun, and do not clean the environment")
-        port = _numbers(env, ("MASTER_PORT",))[0] if env.get("MASTER_PORT") else free_port(*_numbers(env, ("SLURM_JOB_ID", "SLURM_STEP_ID")))
-        return _checked(STEP_VARIABLES[:3], Launch(rank, world, local, env.get("MASTER_ADDR") or first_host(env["SLURM_STEP_NODELIST"]), port, "srun"))
+    "Who this process is: by torchrun's variables, else srun's, else alone. `UserError` if wrong or partial."
+    if any(env.get(k) for k in RANK_VARIABLES[:3]): return _by_torchrun(env)
+    if env.get("SLURM_STEP_ID"): return _by_srun(env)
     _alone(env)
     return Launch()
-
-def _alone(env):
-    "Refuse to run alone where several processes were meant."
-    for k in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        if (env.get(k) or "1") != "1": raise UserError(f"{k}={env[k]} but neither RANK nor SLURM_STEP_ID is set: each of {env[k]} processes would train alone; start them with srun or torchrun, or unset {k}")
-    if env.get("MASTER_PORT"): raise UserError("MASTER_PORT is set but RANK is not: start with torchrun or srun (accelerate launch --cpu starts one process only), or unset MASTER_PORT")
 
 # %% ../../nbs/09_cluster.ipynb #23bce83b
 def pick_device(
     name: str = "auto", # auto, cpu, cuda, cuda:N or mps
     local_rank: int = 0, # of this process on its machine
 ) -> torch.device:
-    "The GPU of this local rank where there is one, else the CPU. MPS only when asked for: its numbers differ."
+    "The GPU of this local rank if there is one, else the CPU. MPS only when asked for: its numbers differ."
     if name == "auto": name = "cuda" if torch.cuda.is_available() else "cpu"
     try: device = torch.device(name)
-    except RuntimeError: raise UserError(f"--device {name}: unknown; use auto, cpu, cuda, cuda:0 or mps") from None
+    except RuntimeError:
+        raise UserError(f"--device {name}: unknown; use auto, cpu, cuda, cuda:0 or mps") from None
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device {name}: this torch ({torch.__version__}) sees no CUDA GPU; use --device cpu or install a CUDA build")
+        raise UserError(f"--device {name}: this torch ({torch.__version__}) sees no CUDA GPU; "
+                        "use --device cpu or install a CUDA build")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("--device mps: not available here; use --device cpu")
-    return torch.device("cuda", gpu_of(local_rank, torch.cuda.device_count())) if name == "cuda" else device
+    if name != "cuda": return device
+    return torch.device("cuda", gpu_of(local_rank, torch.cuda.device_count()))
 
 def gpu_of(
     local_rank: int, # of this process on its machine
@@ -109,13 +139,16 @@ def gpu_of(
 ) -> int: # index of its GPU
     "One GPU per rank: that of its local rank, or the only one that SLURM shows it (`--gpus-per-task=1`)."
     if visible == 1: return 0
-    if local_rank >= visible: raise UserError(f"local rank {local_rank} has no GPU: this process sees {visible}; start as many processes per node as there are GPUs")
+    if local_rank >= visible:
+        raise UserError(f"local rank {local_rank} has no GPU: this process sees {visible}; "
+                        "start as many processes per node as there are GPUs")
     return local_rank
 
 # %% ../../nbs/09_cluster.ipynb #b8569a3b
 LOST = 69 # exit code of a rank whose peer is gone (EX_UNAVAILABLE of sysexits.h)
 class LostRank(UserError): code = LOST
 
+# %% ../../nbs/09_cluster.ipynb #618db140
 @dataclass(frozen=True)
 class Ranks:
     "This process among all of them."
@@ -161,8 +194,10 @@ class Ranks:
         for r, b in enumerate(found):
             a = found[0]
             if a == b: continue
-            if isinstance(a, dict) and isinstance(b, dict): what, a, b = next((k, a[k], b.get(k)) for k in a if a[k] != b.get(k))
-            raise UserError(f"rank {r} has another {what} than rank 0 ({b} instead of {a}): all ranks need the same options and a file system that all nodes share")
+            if isinstance(a, dict) and isinstance(b, dict):
+                what, a, b = next((k, a[k], b.get(k)) for k in a if a[k] != b.get(k))
+            raise UserError(f"rank {r} has another {what} than rank 0 ({b} instead of {a}): "
+                            "all ranks need the same options and a file system that all nodes share")
 
     @contextmanager
     def together(self):
@@ -172,7 +207,9 @@ class Ranks:
         except UserError as e: error = str(e)
         found = self.gather(error)
         first = next((r for r, e in enumerate(found) if e), None)
-        if first is not None: raise UserError(found[first] + (f" (rank {first})" if None in found else ""))
+        if first is None: return
+        alone = f" (rank {first})" if None in found else ""
+        raise UserError(found[first] + alone)
 
 # %% ../../nbs/09_cluster.ipynb #57c962c9
 def join(
@@ -187,48 +224,62 @@ def join(
     if me not in _met: _met[me] = _meet(me, mine, timeout, meet)
     store, control = _met[me]
     ranks = Ranks(me.rank, me.world, me.local_rank, mine, control, store)
-    _own_gpus(ranks.gather((socket.gethostname(), str(torch.cuda.get_device_properties(mine).uuid) if mine.type == "cuda" else me.rank)))
+    gpu = str(torch.cuda.get_device_properties(mine).uuid) if mine.type == "cuda" else me.rank
+    _own_gpus(ranks.gather((socket.gethostname(), gpu)))
     return ranks
 
+def _own_gpus(found):
+    "Refuse two ranks on one GPU; found: (host, GPU) by rank."
+    for r, place in enumerate(found):
+        first = found.index(place)
+        if first < r:
+            raise UserError(f"ranks {first} and {r} are on the same GPU of {place[0]}: "
+                            "start as many processes per node as there are GPUs")
+
+# %% ../../nbs/09_cluster.ipynb #fb170c14
 _met = {} # once per process, for a group cannot be made anew in the same place
 
 def _meet(me, device, timeout, meet):
     "Find the other ranks: (store, CPU group for facts)."
     from torch.distributed.rendezvous import rendezvous
-    os.environ |= dict(zip(RANK_VARIABLES, map(str, (me.rank, me.world, me.local_rank, me.addr, me.port)))) # for libraries that read them
-    seconds = lambda x: timedelta(seconds=x)
-    try: store = next(rendezvous("env://", timeout=seconds(meet)))[0]
+    values = map(str, (me.rank, me.world, me.local_rank, me.addr, me.port))
+    os.environ |= dict(zip(RANK_VARIABLES, values)) # for libraries that read them
+    try: store = next(rendezvous("env://", timeout=timedelta(seconds=meet)))[0]
     except dist.DistError as e: raise _unmet(me, meet, str(e)) from e
     gpu = device.type == "cuda"
     if gpu: torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", store=dist.PrefixStore("train", store), rank=me.rank, world_size=me.world, timeout=seconds(timeout)) # NCCL itself begins with the first gradient
-    control = dist.new_group(backend="gloo", timeout=seconds(timeout))
+    limit = timedelta(seconds=timeout)
+    backend = "cpu:gloo,cuda:nccl" if gpu else "gloo" # NCCL itself begins with the first gradient
+    own = dist.PrefixStore("train", store)
+    dist.init_process_group(backend, store=own, rank=me.rank, world_size=me.world, timeout=limit)
+    control = dist.new_group(backend="gloo", timeout=limit)
     atexit.register(_leave)
     return store.clone(), control
 
 def _leave():
-    "Let go of groups and store while Python still stands; their threads abort the process when they outlive it."
+    "Let go of groups and store while Python stands; their threads abort the process when they outlive it."
     dist.destroy_process_group()
     _met.clear()
     gc.collect()
 
+# %% ../../nbs/09_cluster.ipynb #57454bb4
 def _unmet(me, meet, why):
     "The error of ranks that did not find each other."
-    if "EADDRINUSE" in why or "in use" in why: return LostRank(f"port {me.port} of {me.addr} is taken by another program: export another MASTER_PORT")
-    return LostRank(f"rank {me.rank} of {me.world} met not all others at {me.addr}:{me.port} within {meet:g} s: look whether every rank started, and whether all nodes reach that address (MASTER_ADDR, MASTER_PORT)")
-
-def _own_gpus(found):
-    "Refuse two ranks on one GPU; found: (host, GPU) by rank."
-    for r, place in enumerate(found):
-        if (first := found.index(place)) < r: raise UserError(f"ranks {first} and {r} are on the same GPU of {place[0]}: start as many processes per node as there are GPUs")
+    if "EADDRINUSE" in why or "in use" in why:
+        return LostRank(f"port {me.port} of {me.addr} is taken by another program: "
+                        "export another MASTER_PORT")
+    return LostRank(f"rank {me.rank} of {me.world} met not all others at {me.addr}:{me.port} "
+                    f"within {meet:g} s: look whether every rank started, "
+                    "and whether all nodes reach that address (MASTER_ADDR, MASTER_PORT)")
 
 # %% ../../nbs/09_cluster.ipynb #3bfe9091
 class Agreement:
-    "Lets all ranks leave at the same step: flag in step s, answer after step s + 1. One process needs no agreement."
+    "Lets all ranks leave at the same step: flag in step s, answer after step s + 1; one process needs none."
     def __init__(self,
         group=None, # CPU (gloo) process group, or None for a single process
     ):
-        self.group, self.pending = group, None
+        self.group = group
+        self.pending = None
 
     def __call__(self,
         raised: bool, # this rank's flag at the end of a step
@@ -250,7 +301,8 @@ class Agreement:
         self.pending = None
 
 # %% ../../nbs/09_cluster.ipynb #6cb7a79b
-REQUEUE = 75 # exit code of a run that wants to go on later (EX_TEMPFAIL of sysexits.h); slurm/job.sh asks for it
+# exit code of a run that wants to go on later (EX_TEMPFAIL of sysexits.h); slurm/job.sh asks for it
+REQUEUE = 75
 
 _jobs = itertools.count() # all ranks begin the same jobs in the same order
 
@@ -261,11 +313,14 @@ class Job:
     flag: StopFlag # raised by a signal, a file or a deadline, on this rank
     watch: Watch # ends the process when no rank makes progress
 
-    def __post_init__(self): self.agree, self.note = Agreement(self.ranks.control), f"stop {next(_jobs)}"
+    def __post_init__(self):
+        self.agree = Agreement(self.ranks.control)
+        self.note = f"stop {next(_jobs)}"
 
     def raised(self) -> bool:
-        "Whether any rank has been asked to stop, as far as this one knows; for loops that the others do not walk in step."
-        store, raised = self.ranks.store, self.flag.raised()
+        "Whether any rank was asked to stop, as far as this one knows; for loops that ranks walk out of step."
+        store = self.ranks.store
+        raised = self.flag.raised()
         if store is None: return raised
         if raised: store.set(self.note, self.flag.reason)
         elif store.check([self.note]): self.flag.raise_(store.get(self.note).decode())
@@ -282,10 +337,34 @@ class Job:
         self.watch.beat(doing)
 
     def reason(self) -> str:
-        "Why the work was stopped, on any rank; \"\" if it was not. Every rank calls it, after the last `stop`."
+        "Why the work was stopped, on any rank; \"\" if it was not. Each rank calls it after the last `stop`."
         self.agree.finish()
         return next(filter(None, self.ranks.gather(self.flag.reason)), "")
 
+# %% ../../nbs/09_cluster.ipynb #861cf8fa
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO) # the disk is full, or refuses
+
+def _by_another(e):
+    "Whether a collective operation failed, which another rank's end explains."
+    if not isinstance(e, RuntimeError): return False
+    if isinstance(e, dist.DistError): return True
+    return re.search(r"gloo|NCCL|Connection (closed|reset)|Broken pipe", str(e)) is not None
+
+def _fault(e, ranks, doing):
+    "The world's refusal behind an exception as one line; None for a mistake of ours, which keeps its trace."
+    if isinstance(e, UserError): return None
+    line = (str(e).splitlines() or [""])[0]
+    said = re.sub(r"^\[[^\]]*\] *", "", line)[:160]
+    more = "what was saved is intact and the same command goes on"
+    if ranks.world > 1 and _by_another(e):
+        return LostRank(f"rank {ranks.rank} lost the others while {doing} ({said}): "
+                        f"another rank ended, look in its log for why; {more}")
+    if getattr(e, "errno", None) in _DISK or "No space left" in str(e):
+        where = getattr(e, "filename", None) or doing
+        why = getattr(e, "strerror", None) or said
+        return UserError(f"{where}: {why}; {more} once that is mended")
+
+# %% ../../nbs/09_cluster.ipynb #f1b90074
 @contextmanager
 def job(
     folder=None, # where a file STOP is looked for
@@ -295,21 +374,12 @@ def job(
     margin: float = 60., # seconds to leave before the end of a SLURM job
     hang_seconds: float = 1800., # give up when no rank makes progress for so long; 0: never. Alone: never
 ):
-    "Everything that a long command needs: `with job(out) as j: …` on one process, under torchrun, accelerate launch or srun."
+    "What a long command needs: `with job(out) as j: …`, alone or under torchrun, accelerate launch or srun."
     with StopFlag(folder, max_seconds, margin) as flag:
         ranks = join(device, timeout=2 * hang_seconds or 24 * 3600.)
-        with Watch(ranks.rank, ranks.world, seconds=hang_seconds if launched().by else 0., store=ranks.store) as watch:
+        seconds = hang_seconds if launched().by else 0.
+        with Watch(ranks.rank, ranks.world, seconds=seconds, store=ranks.store) as watch:
             try: yield Job(ranks, flag, watch)
             except Exception as e:
                 if fault := _fault(e, ranks, watch.doing): raise fault from e
                 raise
-
-def _fault(e, ranks, doing):
-    "The world's refusal behind an exception as one line; None when the mistake is ours, which keeps its trace."
-    if isinstance(e, UserError): return None
-    said = re.sub(r"^\[[^\]]*\] *", "", (str(e).splitlines() or [""])[0])[:160]
-    more = "what was saved is intact and the same command goes on"
-    if ranks.world > 1 and isinstance(e, RuntimeError) and (isinstance(e, dist.DistError) or re.search(r"gloo|NCCL|Connection (closed|reset)|Broken pipe", str(e))):
-        return LostRank(f"rank {ranks.rank} lost the others while {doing} ({said}): another rank ended, look in its log for why; {more}")
-    if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO) or "No space left" in str(e):
-        return UserError(f"{getattr(e, 'filename', None) or doing}: {getattr(e, 'strerror', None) or said}; {more} once that is mended")

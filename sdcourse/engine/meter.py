@@ -12,11 +12,11 @@ import torch
 BUCKETS = 10 # of t in [0, 1]
 
 class Meter:
-    "Sums on the device between two log lines. All of it goes into the checkpoint, so a resumed run logs the same numbers."
+    "Sums on the device between two log lines; checkpoints keep them, so a resumed run logs the same numbers."
     def __init__(self,
         device="cpu", # where the training computes
     ):
-        new = lambda *shape: torch.zeros(*shape, dtype=torch.float64, device=device)
+        def new(*shape): return torch.zeros(*shape, dtype=torch.float64, device=device)
         self.losses = new(2, BUCKETS) # sum and number, of this rank's samples since the last look
         self.norms = new(2) # sum and number, over good steps since the last look
         self.bad = new(4) # bad steps in all, in a row now, most in a row, step number of the last one
@@ -36,28 +36,34 @@ class Meter:
         self.losses[1] += here.sum(0)
         self.norms += torch.stack([torch.where(bad, 0., norm).double(), (~bad).double()])
         row = (self.bad[1] + 1) * bad
-        self.bad = torch.stack([self.bad[0] + bad, row, torch.maximum(self.bad[2], row), torch.where(bad, float(step), self.bad[3])])
+        most = torch.maximum(self.bad[2], row)
+        last = torch.where(bad, float(step), self.bad[3])
+        self.bad = torch.stack([self.bad[0] + bad, row, most, last])
 
     def read(self,
         total=lambda x: x, # sums a tensor over ranks
     ) -> dict: # loss, loss_by_t, grad_norm, skipped, bad_in_a_row, last_bad_step
         "One transfer to the host; starts a new window."
         losses, counts, norms, bad = [v.tolist() for v in (*total(self.losses.clone()), self.norms, self.bad)]
-        self.losses.zero_(); self.norms.zero_()
-        mean = lambda x, n: x / n if n else None
-        return dict(loss=mean(sum(losses), sum(counts)), loss_by_t=[mean(x, n) for x, n in zip(losses, counts)],
-                    grad_norm=mean(*norms), skipped=int(bad[0]), bad_in_a_row=int(bad[2]), last_bad_step=int(bad[3]))
+        self.losses.zero_()
+        self.norms.zero_()
+        def mean(x, n): return x / n if n else None
+        by_t = [mean(x, n) for x, n in zip(losses, counts)]
+        return dict(loss=mean(sum(losses), sum(counts)), loss_by_t=by_t, grad_norm=mean(*norms),
+                    skipped=int(bad[0]), bad_in_a_row=int(bad[2]), last_bad_step=int(bad[3]))
 
     def state(self,
         total=lambda x: x, # sums a tensor over ranks
     ) -> dict: # plain lists, for the checkpoint
         "What `load` needs."
-        return dict(losses=total(self.losses.clone()).tolist(), norms=self.norms.tolist(), bad=self.bad.tolist())
+        losses = total(self.losses.clone())
+        return dict(losses=losses.tolist(), norms=self.norms.tolist(), bad=self.bad.tolist())
 
     def load(self,
         state: dict, # from `state`
         main: bool = True, # whether this rank takes the sums (one rank must, only one may)
     ):
         "Continue the window of a checkpoint."
-        for name, values in state.items(): getattr(self, name).copy_(torch.tensor(values, dtype=torch.float64))
+        for name, values in state.items():
+            getattr(self, name).copy_(torch.tensor(values, dtype=torch.float64))
         if not main: self.losses.zero_()

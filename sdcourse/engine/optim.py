@@ -26,13 +26,17 @@ def lr_at(
     return cfg.lr_end + (cfg.lr - cfg.lr_end) * left
 
 # %% ../../nbs/engine/01_optim.ipynb #0948ddd7
+def _fastest(device):
+    "The precision that `auto` means."
+    if device.type != "cuda": return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
 def resolve_precision(
     precision: str, # auto, fp32, bf16, fp16 or fp64
     device: torch.device, # where the run computes
 ): # (autocast dtype or None, dtype of the weights)
     "bf16 where it is native, else fp16 on older GPUs, fp32 on a CPU; fp16 on a CPU is refused."
-    if precision == "auto":
-        precision = "fp32" if device.type != "cuda" else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if precision == "auto": precision = _fastest(device)
     if precision == "fp16" and device.type == "cpu":
         raise UserError("--precision fp16 needs a GPU; on a CPU use --precision bf16 or fp32")
     autocast = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
@@ -45,7 +49,8 @@ def check_master_weights(
     "Refuse trainable tensors of another dtype: small updates would be rounded away."
     for name, p in module.named_parameters():
         if p.requires_grad and p.dtype != dtype:
-            raise UserError(f"trainable tensor {name} is {p.dtype}, not {dtype}: load the model in float32 and let autocast choose the rest")
+            raise UserError(f"trainable tensor {name} is {p.dtype}, not {dtype}: "
+                            "load the model in float32 and let autocast choose the rest")
 
 # %% ../../nbs/engine/01_optim.ipynb #32ed1759
 def build_optimizer(
@@ -58,11 +63,13 @@ def build_optimizer(
     groups = [dict(params=[p for p in params if p.ndim >= 2], weight_decay=cfg.weight_decay),
               dict(params=[p for p in params if p.ndim < 2], weight_decay=0.)]
     groups = [g for g in groups if g["params"]]
-    if cfg.optimizer == "adamw": return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
+    if cfg.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
     path, _, name = cfg.optimizer.rpartition(".")
     try: cls = getattr(importlib.import_module(path), name)
     except (ImportError, AttributeError, ValueError) as e:
-        raise UserError(f"--optimizer {cfg.optimizer}: cannot import it ({e}); use adamw or package.Class") from None
+        wrong = f"--optimizer {cfg.optimizer}: cannot import it ({e})"
+        raise UserError(f"{wrong}; use adamw or package.Class") from None
     return cls(groups, lr=cfg.lr)
 
 def guarded_step(
@@ -71,7 +78,8 @@ def guarded_step(
 ):
     "One step, or none where `bad`. Fused optimizers decide on the device; others cost one host sync."
     if optimizer.defaults.get("fused"):
-        optimizer.grad_scale, optimizer.found_inf = None, bad.float()
+        optimizer.grad_scale = None
+        optimizer.found_inf = bad.float()
         optimizer.step()
     elif not bad.item(): optimizer.step()
 
@@ -86,7 +94,7 @@ def clip_gradients(
 
 # %% ../../nbs/engine/01_optim.ipynb #047f5056
 class EMA:
-    "Exponential moving average of a module's trainable parameters, held in `self.module` (eval mode, no gradients)."
+    "Exponential moving average of a module's trainable parameters: `self.module` (eval mode, no gradients)."
     def __init__(self,
         module: nn.Module, # what is trained; its frozen tensors are shared
         decay: float, # upper limit of the decay, in [0, 1)

@@ -17,17 +17,23 @@ import torch
 # %% ../../nbs/engine/00_order.ipynb #8ddb0630
 BLOCK = 16 # positions that share one generator
 
+def _word(part):
+    "A whole number as it is; of a name the first 64 bits of its SHA-256."
+    if not isinstance(part, str): return part
+    return int.from_bytes(hashlib.sha256(part.encode()).digest()[:8], "little")
+
 def key(
     *parts, # whole numbers >= 0 and names, in order
 ) -> int: # 64 hashed bits
     "A seed that depends on every bit of `parts` (numpy's `SeedSequence`)."
-    words = [int.from_bytes(hashlib.sha256(p.encode()).digest()[:8], "little") if isinstance(p, str) else p for p in parts]
-    entropy = np.array([len(words), *words], dtype=np.uint64).view(np.uint32) # two 32-bit words each, so that (1,) and (1, 0) and (1 << 32,) stay apart
+    words = [_word(p) for p in parts]
+    # two 32-bit words each, so that (1,) and (1, 0) and (1 << 32,) stay apart
+    entropy = np.array([len(words), *words], dtype=np.uint64).view(np.uint32)
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0])
 
 # %% ../../nbs/engine/00_order.ipynb #c37cbf9b
 class Draws:
-    "Random numbers for rows `rows` of the global batch of step `step`: pure functions of (seed, step, stream, row)."
+    "Random numbers for some rows of a step's global batch: pure functions of (seed, step, stream, row)."
     def __init__(self,
         seed: int, # of the run
         step: int, # optimizer step, from 0
@@ -36,12 +42,17 @@ class Draws:
         dtype=torch.float32, # float32 numbers are drawn, then converted
         scope: str = "train", # "train", "validate" …: draws of other scopes are independent
     ):
-        self.seed, self.step, self.rows, self.scope = seed, step, rows, scope
-        self.device, self.dtype = torch.device(device), dtype
+        self.seed = seed
+        self.step = step
+        self.rows = rows
+        self.scope = scope
+        self.device = torch.device(device)
+        self.dtype = dtype
 
     def _blocks(self, fill, stream, shape):
         "Whole blocks around our rows, cut to them."
-        first, last = self.rows.start // BLOCK, -(-self.rows.stop // BLOCK)
+        first = self.rows.start // BLOCK
+        last = -(-self.rows.stop // BLOCK)
         g = torch.Generator(self.device)
         def block(b):
             g.manual_seed(key(self.seed, self.scope, self.step, stream, b))
@@ -90,7 +101,8 @@ def weighted_epoch(
     epoch: int, # from 0
 ): # int64 array of n items, some of them several times
     "Systematic resampling: item i appears floor or ceil of n*w_i/sum(w) times, then everything is shuffled."
-    n, w = len(weights), np.asarray(weights, dtype=np.float64)
+    n = len(weights)
+    w = np.asarray(weights, dtype=np.float64)
     edges = np.cumsum(w) * (n / w.sum())
     edges[-1] = n
     shift = _random_bits(1, seed, "comb", epoch)[0] / 2**64
@@ -108,7 +120,8 @@ class Order:
     @lru_cache(maxsize=4)
     def epoch(self, e: int): # int64 array of n items
         "The items of epoch `e` in their order."
-        return permutation(self.seed, e, self.n) if self.weights is None else weighted_epoch(self.weights, self.seed, e)
+        if self.weights is None: return permutation(self.seed, e, self.n)
+        return weighted_epoch(self.weights, self.seed, e)
 
     def items(self,
         start: int, # first position
@@ -116,8 +129,8 @@ class Order:
     ): # int64 array of stop - start items
         "The items at positions start … stop - 1; they may straddle epochs."
         parts = range(start // self.n, -(-stop // self.n))
-        lo, hi = start - parts.start * self.n, stop - parts.start * self.n
-        return np.concatenate([self.epoch(e) for e in parts])[lo:hi]
+        first = parts.start * self.n
+        return np.concatenate([self.epoch(e) for e in parts])[start - first:stop - first]
 
 # %% ../../nbs/engine/00_order.ipynb #e901f35f
 def rank_rows(
@@ -137,6 +150,12 @@ def micro_rows(
     return [rows[i:i + size] for i in range(0, len(rows), size)]
 
 # %% ../../nbs/engine/00_order.ipynb #4ac37d6a
+def _turns(sizes, seed):
+    "The turns of a cycle in their order, by number: bucket b has sizes[b] of them, evenly spread."
+    shift = _random_bits(len(sizes), seed, "turns") / 2**64
+    due = np.concatenate([(np.arange(n) + u) / n for n, u in zip(sizes, shift)])
+    return np.argsort(due, kind="stable")
+
 class BucketOrder:
     "An endless stream in which all items of one step come from one bucket."
     def __init__(self,
@@ -144,14 +163,16 @@ class BucketOrder:
         batch: int, # global batch
         seed: int, # of the run
     ):
-        self.groups, self.batch, self.n = np.asarray(groups), batch, len(groups)
+        self.groups = np.asarray(groups)
+        self.batch = batch
+        self.n = len(groups)
         self.members = [np.flatnonzero(self.groups == g) for g in np.unique(self.groups)]
         self.streams = [Order(len(m), key(seed, "bucket", int(self.groups[m[0]]))) for m in self.members]
-        shift = _random_bits(len(self.members), seed, "turns") / 2**64
-        due = np.concatenate([(np.arange(len(m)) + u) / len(m) for m, u in zip(self.members, shift)])
-        turns = np.argsort(due, kind="stable")
-        self.turn = np.repeat(np.arange(len(self.members)), [len(m) for m in self.members])[turns] # bucket of each step of a cycle
-        self.before = np.concatenate([np.arange(len(m)) for m in self.members])[turns] # how many turns it has had in this cycle
+        sizes = [len(m) for m in self.members]
+        turns = _turns(sizes, seed)
+        # bucket of each step of a cycle, and how many turns it has had in this cycle
+        self.turn = np.repeat(np.arange(len(sizes)), sizes)[turns]
+        self.before = np.concatenate([np.arange(n) for n in sizes])[turns]
 
     def items(self,
         start: int, # first position
@@ -159,7 +180,8 @@ class BucketOrder:
     ): # int64 array of stop - start items
         "The items at positions of one step."
         step = start // self.batch
-        if (stop - 1) // self.batch != step: raise ValueError(f"positions {start} to {stop} belong to two steps of {self.batch}")
+        if (stop - 1) // self.batch != step:
+            raise ValueError(f"positions {start} to {stop} belong to two steps of {self.batch}")
         cycle, at = divmod(step, self.n)
         b = self.turn[at]
         first = (cycle * len(self.members[b]) + int(self.before[at])) * self.batch - step * self.batch
@@ -172,7 +194,8 @@ def order_of(
 ): # `Order` or `BucketOrder`
     "The stream that a data set asks for."
     groups = getattr(data, "groups", None)
-    return Order(len(data), seed, getattr(data, "weights", None)) if groups is None else BucketOrder(groups, batch, seed)
+    if groups is not None: return BucketOrder(groups, batch, seed)
+    return Order(len(data), seed, getattr(data, "weights", None))
 
 # %% ../../nbs/engine/00_order.ipynb #8a2a7a9a
 @dataclass(frozen=True)
@@ -191,7 +214,8 @@ class Plan:
             items = self.order.items(first, first + self.batch)
             for rows in self.micros:
                 mine = items[rows.start:rows.stop].tolist()
-                yield list(zip(mine, range(first + rows.start, first + rows.stop))) if self.positions else mine
+                at = range(first + rows.start, first + rows.stop)
+                yield list(zip(mine, at)) if self.positions else mine
 
     def __len__(self): return len(self.micros) * (self.stop - self.start)
 
@@ -210,7 +234,8 @@ def drawn(
     *, together: int = 50, # pictures in one call
 ): # [n,c,h,w] in [-1,1], on the CPU
     "Pictures of all conditions, in pieces; picture i depends on seeds[i] and conditions[i] only."
-    seeds, parts = list(seeds), []
+    seeds = list(seeds)
+    parts = []
     for i in range(0, len(conditions), together):
         mine = slice(i, i + together)
         parts.append(draw(list(conditions[mine]), image_generators(seeds[mine])).cpu())

@@ -20,8 +20,9 @@ def state_bytes(
     ema: bool = True, # whether an average is kept
 ) -> int: # bytes, without activations
     "Weights, gradients, two Adam moments and the average."
-    size = lambda p: p.numel() * p.element_size()
-    return sum(size(p) * ((5 if ema else 4) if p.requires_grad else 1) for p in module.parameters())
+    copies = 5 if ema else 4
+    def size(p): return p.numel() * p.element_size() * (copies if p.requires_grad else 1)
+    return sum(size(p) for p in module.parameters())
 
 def free_memory(
     device: torch.device, # where the run computes
@@ -37,15 +38,18 @@ def peak_memory(
     "The most that this process has used so far."
     if device.type == "cuda": return torch.cuda.max_memory_allocated(device) / 1e9
     import resource, sys
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024 # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 # %% ../../nbs/engine/08_preflight.ipynb #6be2d133
-PEAK = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12, "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12}
+PEAK = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+        "4090": 165e12, "3090": 71e12, "V100": 125e12, "T4": 65e12} # part of a GPU's name -> FLOP/s
 
 @cache
 def _measured(device, dtype, threads):
     "The best of five matrix products, FLOP/s."
-    a = torch.randn(768, 768, dtype=dtype, device=device, generator=torch.Generator(device).manual_seed(0))
+    g = torch.Generator(device).manual_seed(0)
+    a = torch.randn(768, 768, dtype=dtype, device=device, generator=g)
     best = float("inf")
     for _ in range(5):
         start = time.perf_counter()
@@ -66,23 +70,52 @@ def peak_flops(
     return _measured(device, dtype, torch.get_num_threads())
 
 # %% ../../nbs/engine/08_preflight.ipynb #edaaf18a
+def _model_line(run):
+    trained = sum(p.numel() for p in run.params)
+    total = sum(p.numel() for p in run.module.parameters())
+    weights, compute = (str(dtype)[6:] for dtype in (run.dtype, run.autocast_dtype or run.dtype))
+    return (f"model: {human(trained)} trainable of {human(total)} parameters, "
+            f"weights {weights}, compute {compute} on {run.device}")
+
+def _batch_line(run):
+    batch = run.cfg.batch_size
+    micro = max(map(len, run.micros))
+    world = run.ranks.world
+    parts = len(run.micros)
+    uneven = "" if micro * world * parts == batch else " (uneven)"
+    return f"batch: {batch} = micro {micro} x ranks {world} x accumulation {parts}{uneven}"
+
+def _data_line(run):
+    cfg = run.cfg
+    n = len(run.data)
+    epochs = cfg.max_steps * cfg.batch_size / n
+    cold = ", all of them warm-up: lower --warmup-steps" if cfg.warmup_steps >= cfg.max_steps else ""
+    return f"data: {n} items; {cfg.max_steps} steps are {epochs:.3g} epochs{cold}"
+
+def _free_disk(folder):
+    "Bytes that can still be written where `folder` is or will be."
+    there = Path(folder).absolute()
+    while not there.exists(): there = there.parent
+    return shutil.disk_usage(there).free
+
+# %% ../../nbs/engine/08_preflight.ipynb #8bac83af
 def preflight(
     run, # a `sdcourse.engine.loop.Run`
     folder, # the run folder
     checkpoint: int, # bytes of one checkpoint
 ) -> list: # lines to log
     "Say what will run; refuse what does not fit into memory or on the disk."
-    cfg, n, world = run.cfg, len(run.data), run.ranks.world
-    need, free = state_bytes(run.module, run.ema is not None), free_memory(run.device)
-    disk, there = (cfg.keep + 1) * checkpoint, Path(folder).absolute()
-    while not there.exists(): there = there.parent
-    room = shutil.disk_usage(there).free
-    if need > free: raise UserError(f"weights, gradients and optimizer need {human(need, 'B')} but {run.device} has {human(free, 'B')} free: choose a smaller model, or a LoRA")
-    if disk > room: raise UserError(f"{cfg.out}: {cfg.keep} + 1 checkpoints need {human(disk, 'B')} but the disk has {human(room, 'B')} free: lower --keep or choose another --out")
-    trained = sum(p.numel() for p in run.params)
-    total = sum(p.numel() for p in run.module.parameters())
-    micro = max(map(len, run.micros))
-    return [f"model: {human(trained)} trainable of {human(total)} parameters, weights {str(run.dtype)[6:]}, compute {str(run.autocast_dtype or run.dtype)[6:]} on {run.device}",
-            f"batch: {cfg.batch_size} = micro {micro} x ranks {world} x accumulation {len(run.micros)}" + ("" if micro * world * len(run.micros) == cfg.batch_size else " (uneven)"),
-            f"data: {n} items; {cfg.max_steps} steps are {cfg.max_steps * cfg.batch_size / n:.3g} epochs" + (", all of them warm-up: lower --warmup-steps" if cfg.warmup_steps >= cfg.max_steps else ""),
-            f"memory: {human(need, 'B')} for weights and optimizer + activations, {human(free, 'B')} free; disk: {human(disk, 'B')} for checkpoints, {human(room, 'B')} free"]
+    cfg = run.cfg
+    memory = state_bytes(run.module, run.ema is not None)
+    disk = (cfg.keep + 1) * checkpoint
+    free = free_memory(run.device)
+    room = _free_disk(folder)
+    if memory > free:
+        raise UserError(f"weights, gradients and optimizer need {human(memory, 'B')} "
+                        f"but {run.device} has {human(free, 'B')} free: choose a smaller model, or a LoRA")
+    if disk > room:
+        raise UserError(f"{cfg.out}: {cfg.keep} + 1 checkpoints need {human(disk, 'B')} but the disk has "
+                        f"{human(room, 'B')} free: lower --keep or choose another --out")
+    needs = (f"memory: {human(memory, 'B')} for weights and optimizer + activations, "
+             f"{human(free, 'B')} free; disk: {human(disk, 'B')} for checkpoints, {human(room, 'B')} free")
+    return [_model_line(run), _batch_line(run), _data_line(run), needs]

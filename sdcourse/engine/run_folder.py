@@ -17,7 +17,7 @@ from ..config import save_config
 from ..core import UserError
 from .optim import lr_at
 from .preflight import peak_flops, peak_memory
-from .trackers import Metrics, cell, model_card, push_to_hub, read_metrics, tracker
+from .trackers import Metrics, model_card, push_to_hub, read_metrics, table_cell, tracker
 
 # %% ../../nbs/engine/06_run_folder.ipynb #99485e43
 def prepare_folder(
@@ -25,7 +25,9 @@ def prepare_folder(
     folder: Path, # run folder; it exists
 ):
     "Write down what will be trained."
-    save_config(folder / "config.yaml", run.cfg, dict(task=run.task.name, threads=torch.get_num_threads(), world=run.ranks.world, device=str(run.device), facts=run.task.facts()))
+    facts = dict(task=run.task.name, threads=torch.get_num_threads(), world=run.ranks.world,
+                 device=str(run.device), facts=run.task.facts())
+    save_config(folder / "config.yaml", run.cfg, facts)
     (folder / "samples").mkdir(exist_ok=True)
 
 def picture_path(
@@ -48,23 +50,31 @@ class Recorder:
         run, # a `sdcourse.engine.loop.Run`
         folder: Path, # run folder
     ):
-        self.run, self.folder, self.metrics = run, folder, Metrics(folder)
-        self.tracker = tracker(run.cfg.tracker if run.ranks.main else "none", folder, asdict(run.cfg), step=run.step)
+        self.run = run
+        self.folder = folder
+        self.metrics = Metrics(folder)
+        kind = run.cfg.tracker if run.ranks.main else "none"
+        self.tracker = tracker(kind, folder, asdict(run.cfg), step=run.step)
         if run.ranks.main: self.metrics.truncate(run.step)
-        self.flops, self.peak = run.task.flops(run.module), peak_flops(run.device, run.dtype)
+        self.flops = run.task.flops(run.module)
+        self.peak = peak_flops(run.device, run.dtype)
         self.mark()
 
     def mark(self):
         "Start the clock of the next row."
-        self.since, self.time, self.run.waited = self.run.step, time.perf_counter(), 0.
+        self.since = self.run.step
+        self.time = time.perf_counter()
+        self.run.waited = 0.
 
     def read(self) -> dict:
         "Everything since the last row; asks the device once."
-        run, cfg = self.run, self.run.cfg
+        run = self.run
+        cfg = run.cfg
         row = run.meter.read(run.ranks.total)
         seconds = time.perf_counter() - self.time
         rate = (run.step - self.since) * cfg.batch_size / seconds
-        row |= dict(lr=lr_at(run.step - 1, cfg), images_per_s=rate, mfu=rate * self.flops / (self.peak * run.ranks.world), seconds=seconds,
+        mfu = rate * self.flops / (self.peak * run.ranks.world)
+        row |= dict(lr=lr_at(run.step - 1, cfg), images_per_s=rate, mfu=mfu, seconds=seconds,
                     peak_memory_gb=peak_memory(run.device), data_wait=run.waited / seconds)
         self.mark()
         self.refuse_divergence(row.pop("bad_in_a_row"), row.pop("last_bad_step"))
@@ -75,12 +85,16 @@ class Recorder:
         last: int, # number of the last one
     ):
         "`UserError` with the ids of the last bad batch after too many bad steps in a row."
-        run, batch = self.run, range(self.run.cfg.batch_size)
+        run = self.run
         run.meter.bad[2] = run.meter.bad[1]
         if bad < run.cfg.max_bad_steps: return
-        ids = np.asarray(run.data.ids)[run.items(last, batch)].tolist()
-        raise UserError(f"{bad} steps in a row had a non-finite loss or gradient, the last one step {last} with items {ids[:16]}{'…' if len(ids) > 16 else ''}: "
-                        "lower --lr, set --clip 1, or look at these items; the checkpoints before are unharmed")
+        items = run.items(last, range(run.cfg.batch_size))
+        ids = np.asarray(run.data.ids)[items].tolist()
+        more = "…" if len(ids) > 16 else ""
+        raise UserError(f"{bad} steps in a row had a non-finite loss or gradient, "
+                        f"the last one step {last} with items {ids[:16]}{more}: "
+                        "lower --lr, set --clip 1, or look at these items; "
+                        "the checkpoints before are unharmed")
 
     def write(self,
         row: dict, # from `read`, from validation, or both
@@ -92,14 +106,16 @@ class Recorder:
         if not run.ranks.main: return row
         self.metrics.log(row)
         self.tracker.log(row, run.step)
-        if (picture := picture_path(self.folder, run.step)).exists(): self.tracker.images(picture, run.step)
+        picture = picture_path(self.folder, run.step)
+        if picture.exists(): self.tracker.images(picture, run.step)
         return row
 
     def left(self,
         steps: int, # done since the clock started
     ) -> str:
         "A guess of the time to the end."
-        seconds = (time.perf_counter() - self.time) / steps * (self.run.cfg.max_steps - self.run.step)
+        to_do = self.run.cfg.max_steps - self.run.step
+        seconds = (time.perf_counter() - self.time) / steps * to_do
         return f"{seconds / 60:.2g} min" if seconds > 60 else f"{seconds:.2g} s"
 
 # %% ../../nbs/engine/06_run_folder.ipynb #afe88f29
@@ -109,11 +125,15 @@ def finish(
     row: dict, # the last metrics
 ):
     "Export the averaged weights, write the model card, push when asked."
-    cfg, task, picture, tmp = run.cfg, run.task, picture_path(folder, run.step), folder / ".export.tmp"
+    cfg = run.cfg
+    task = run.task
+    tmp = folder / ".export.tmp"
     for old in (tmp, folder / "export"): shutil.rmtree(old, ignore_errors=True)
     task.export(run.best, tmp)
     tmp.rename(folder / "export")
-    model_card(folder, title=task.title or task.name, steps=run.step, config=asdict(cfg), metrics={k: v for k, v in row.items() if k not in ("step", "loss_by_t")},
+    picture = picture_path(folder, run.step)
+    metrics = {k: v for k, v in row.items() if k not in ("step", "loss_by_t")}
+    model_card(folder, title=task.title or task.name, steps=run.step, config=asdict(cfg), metrics=metrics,
                image=picture if picture.exists() else None, **task.card())
     if cfg.push_to_hub: push_to_hub(folder, cfg.push_to_hub)
 
@@ -129,10 +149,13 @@ class Result:
 
     def summary(self) -> str:
         "Where everything is, and the last numbers."
-        head = f"stopped by {self.stopped} at step {self.step} of {self.max_steps}: the same command goes on" if self.stopped else f"finished {self.step} steps"
+        head = f"finished {self.step} steps"
+        if self.stopped:
+            where = f"step {self.step} of {self.max_steps}"
+            head = f"stopped by {self.stopped} at {where}: the same command goes on"
         places = dict(samples="samples", metrics="metrics.jsonl", model="export", card="README.md")
         rows = {k: self.out / v for k, v in places.items() if (self.out / v).exists()}
         hidden = ("step", "samples", "loss_by_t")
-        rows |= {k: cell(v) for k, v in (self.metrics or {}).items() if k not in hidden}
+        rows |= {k: table_cell(v) for k, v in (self.metrics or {}).items() if k not in hidden}
         wide = max(map(len, rows), default=0)
         return "\n".join([head, *(f"{k:<{wide}} {v}" for k, v in rows.items())])

@@ -16,7 +16,7 @@ STOP_FILE = "STOP" # in the run folder
 def end_of_job(
     margin: float = 60., # seconds before the end, but never more than a tenth of what is left
 ) -> float: # seconds from now, infinity outside a SLURM job
-    "When to stop so that a checkpoint fits in before SLURM ends the job: `SLURM_JOB_END_TIME`, seconds since 1970."
+    "When to stop so that a checkpoint fits in before the job ends: `SLURM_JOB_END_TIME`, seconds since 1970."
     end = os.environ.get("SLURM_JOB_END_TIME", "")
     left = float(end) - time.time() if end.isdigit() else float("inf")
     return left - min(margin, 0.1 * max(left, 0))
@@ -30,8 +30,11 @@ class StopFlag:
     ):
         self.file = Path(folder) / STOP_FILE if folder else None
         now = time.monotonic()
-        self.deadlines = {"deadline": now + (max_seconds or float("inf")), "end of the job": now + end_of_job(margin)}
-        self.reason, self._looked, self._old = "", 0., {}
+        self.deadlines = {"deadline": now + (max_seconds or float("inf")),
+                          "end of the job": now + end_of_job(margin)}
+        self.reason = ""
+        self._looked = 0.
+        self._old = {}
 
     def raise_(self,
         reason: str, # for the log
@@ -59,7 +62,8 @@ class StopFlag:
         if threading.current_thread() is threading.main_thread():
             self._old = {s: signal.signal(s, self._heard) for s in SIGNALS}
         for old in self._old.values():
-            if isinstance(outer := getattr(old, "__self__", None), StopFlag): self.raise_(outer.reason)
+            outer = getattr(old, "__self__", None)
+            if isinstance(outer, StopFlag): self.raise_(outer.reason)
         return self
 
     def __exit__(self, *_):

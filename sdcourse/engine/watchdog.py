@@ -20,7 +20,7 @@ def whereabouts(
     return " < ".join(f"{os.path.basename(c.filename)}:{c.lineno} {c.name}" for c in calls)
 
 class Watch:
-    "Ends this process when no rank has made progress for `seconds`, a fifth later at most. Use it as a context manager."
+    "Ends this process when no rank has made progress for `seconds`, a fifth later at most; use it by `with`."
     def __init__(self,
         rank: int = 0, # of this process
         world: int = 1, # number of processes
@@ -28,15 +28,25 @@ class Watch:
         store=None, # a torch.distributed store that all ranks share; None for one process
         leave=os._exit, # called with the exit code; the main thread cannot be asked
     ):
-        self.rank, self.world, self.seconds, self.store, self.leave = rank, world, seconds, store, leave
-        self.beats, self.doing, self.since = 0, "starting", time.monotonic()
-        self.others, self.done, self.main = {}, threading.Event(), threading.get_ident()
+        self.rank = rank
+        self.world = world
+        self.seconds = seconds
+        self.store = store
+        self.leave = leave
+        self.beats = 0
+        self.doing = "starting"
+        self.since = time.monotonic()
+        self.others = {} # rank -> (its last note, since when it says that)
+        self.done = threading.Event()
+        self.main = threading.get_ident()
 
     def beat(self,
         doing: str, # what begins now: "reading data of step 57"
     ):
         "A sign of life; costs less than a microsecond."
-        self.beats, self.doing, self.since = self.beats + 1, doing, time.monotonic()
+        self.beats += 1
+        self.doing = doing
+        self.since = time.monotonic()
 
     def _tell(self):
         "Leave a note for the others."
@@ -56,14 +66,24 @@ class Watch:
         idle = now - self.since
         if self.store and idle > self.seconds / 2: self._look()
         else: self.others = {}
-        return idle > self.seconds and all(now - since > self.seconds / 2 for _, since in self.others.values())
+        quiet = all(now - since > self.seconds / 2 for _, since in self.others.values())
+        return idle > self.seconds and quiet
+
+    def _notes(self):
+        "What is known of the others, at most eight of those that spoke and eight of those that did not."
+        silent = sorted(set(range(self.world)) - {self.rank} - set(self.others))
+        for r, ((_, host, doing), _) in sorted(self.others.items())[:8]:
+            yield f"rank {r} on {host}, when last heard, was {doing}"
+        for r in silent[:8]: yield f"rank {r} has said nothing"
 
     def _give_up(self):
         "Say where everybody stands, then leave."
-        idle, silent = time.monotonic() - self.since, sorted(set(range(self.world)) - {self.rank} - set(self.others))
-        notes = [f"rank {r} on {host}, when last heard, was {doing}" for r, ((_, host, doing), _) in sorted(self.others.items())[:8]] + [f"rank {r} has said nothing" for r in silent[:8]]
-        print(f"error: no progress for {idle:.0f} s: rank {self.rank} on {socket.gethostname()} is {self.doing} (at {whereabouts(self.main)})" + "".join(f"; {n}" for n in notes)
-              + f"; giving up with exit code {HUNG}, the checkpoints are intact and the same command goes on (--hang-seconds {self.seconds:g})", file=sys.stderr, flush=True)
+        idle = time.monotonic() - self.since
+        here = f"rank {self.rank} on {socket.gethostname()} is {self.doing} (at {whereabouts(self.main)})"
+        end = (f"giving up with exit code {HUNG}, the checkpoints are intact and the same command goes on "
+               f"(--hang-seconds {self.seconds:g})")
+        said = "; ".join([here, *self._notes(), end])
+        print(f"error: no progress for {idle:.0f} s: {said}", file=sys.stderr, flush=True)
         self.leave(HUNG)
 
     def _run(self):
@@ -71,7 +91,9 @@ class Watch:
             try:
                 if self.store: self._tell()
                 if self._stuck(): return self._give_up()
-            except RuntimeError: self.store = None # who keeps the store is gone; this rank will notice in its next collective, or here
+            except RuntimeError:
+                # who keeps the store is gone; this rank will notice in its next collective, or here
+                self.store = None
 
     def __enter__(self):
         self.thread = threading.Thread(target=self._run, name="watch", daemon=True)

@@ -47,7 +47,8 @@ def alone(
 # %% ../../nbs/engine/10_work.ipynb #099cd71f
 class LongWork:
     "Work in units, each done whole or not at all."
-    name, unit = "work", "unit" # of the progress bar: its title, and what it counts
+    name = "work" # title of the progress bar
+    unit = "unit" # what it counts
 
     def claim(self):
         "Write down what will be done; `UserError` when the folder holds something else. For the main rank."
@@ -96,14 +97,7 @@ def run_work(
     limits = dict(max_seconds=cfg.max_seconds, margin=cfg.stop_before, hang_seconds=cfg.hang_seconds)
     with job(out, device=cfg.device, **limits) as j, ExitStack() as held:
         use_cpu(cfg.threads, j.ranks.device.type)
-        todo = None
-        with j.ranks.together():
-            work = begin(j.ranks.device)
-            if j.ranks.main:
-                held.enter_context(alone(out))
-                work.claim()
-                todo = work.todo()
-        todo = j.ranks.gather(todo)[0]
+        work, todo = _begun(j.ranks, out, begin, held)
         with j.ranks.together(): _do_mine(j, work, j.ranks.mine(todo))
         left = j.ranks.gather(work.left())[0]
         notes = [note for found in j.ranks.gather(work.notes()) for note in found]
@@ -114,7 +108,19 @@ def run_work(
             j.flag.clear_file()
     return cfg.requeue_code if left and stopped != "file STOP" else 0
 
+def _begun(ranks, out, begin, held):
+    "The work, and what the main rank found undone; it claims the folder and holds it until `held` ends."
+    todo = None
+    with ranks.together():
+        work = begin(ranks.device)
+        if ranks.main:
+            held.enter_context(alone(out))
+            work.claim()
+            todo = work.todo()
+    return work, ranks.gather(todo)[0]
+
 def _do_mine(j, work, units):
+    "Do this rank's units; a refusal asks the others to stop."
     with progress(total=sum(map(work.size, units)), desc=work.name, unit=work.unit) as bar:
         def go_on(n):
             bar.update(n)
