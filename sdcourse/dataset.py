@@ -17,7 +17,7 @@ import torch
 from .core import UserError, log, nearest
 from .data.images import BadImage, centre_crop
 from .data.manifests import shown
-from .data.sets.worlds import WORLDS, WorldSet
+from .data.sets.worlds import BUILT_IN, WorldSet
 from .data.sources import FolderSet, HubSet, Source, TarsSet, split_of
 from .engine.order import key, permutation
 
@@ -150,7 +150,7 @@ class Pictures:
 def _opened(source):
     "The set that `source` names."
     folder = Path(source).expanduser()
-    if str(source) in WORLDS:
+    if str(source) in BUILT_IN:
         if folder.is_dir(): log.warning("%s: the built-in world; the folder of that name is ./%s", source, source)
         return WorldSet(str(source))
     if folder.is_dir(): return _opened_folder(folder)

@@ -1,4 +1,4 @@
-"""A line of code says one thing: at most 110 characters, and 140 for docments and rows of data; functions have
+"""A line of code says one thing: at most 110 characters, 140 for docments and rows of data; functions have
 one subject; a public name is defined once.
 """
 
