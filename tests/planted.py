@@ -1067,4 +1067,27 @@ PLANTED = {
     ('sdcourse/data/sets/worlds.py', 'tests/test_sd15.py'): [
         ('sd15: complete captions are all of them', '"complete": texts[3]', '"complete": texts[2]', 'test_complete_captions_say_everything'),
     ],
+    ('sdcourse/data/sets/worlds.py', 'tests/test_worlds.py'): [
+        ('worlds: a mirrored scene is as good', 'drawn, mirrors = True, False', 'drawn, mirrors = True, True', 'test_what_knows_left_and_right_is_not_mirrored'),
+        ('worlds: other scenes than their numbers say', 'facts(self.numbers[np.asarray(numbers)])', 'facts(self.numbers[np.asarray(numbers) - 1])', 'test_a_world_gives_what_its_files_give'),
+    ],
+    ('sdcourse/dataset.py', 'tests/test_worlds.py'): [
+        ('worlds: drawn large and made smaller', '        if self.drawn:\n', '        if False:\n', 'test_a_drawn_picture_is_drawn_in_its_size_and_not_made_smaller'),
+        ('worlds: a part has the pictures of the first ones', 'self._source.draw([self._number(i) for i in numbers],', 'self._source.draw(list(numbers),', 'test_a_part_of_a_world_is_spread_and_its_pictures_are_its_own'),
+        ('worlds: nothing is said of a folder with that name', 'if folder.is_dir(): log.warning(', 'if False: log.warning(', 'test_a_folder_with_the_name_of_a_world_is_named_otherwise'),
+        ('view: a split is opened each time', '        if split not in self._pictures:', '        if True:', 'test_a_split_is_opened_once'),
+    ],
+    ('sdcourse/cache/fill.py', 'tests/test_worlds.py'): [
+        ('worlds: a cache mirrors what knows left and right', 'if cfg.mirror and not self.data.mirrors:', 'if False:', 'test_what_knows_left_and_right_is_not_mirrored'),
+        ('worlds: a cache draws large and makes smaller', 'return data.squares([i], transform)[0]', 'return transform(data.image(i))', 'test_a_cache_of_a_world_trains_to_the_weights_of_drawing_in_each_step'),
+    ],
+    ('sdcourse/train/latent.py', 'tests/test_worlds.py'): [
+        ('tasks: the data set is opened for every use', '    @cached_property\n    def data(self):', '    @property\n    def data(self):', 'test_a_training_walks_its_folder_once'),
+    ],
+    ('sdcourse/cache/store.py', 'tests/test_worlds.py'): [
+        ('joined: items without captions pass until they are met', '        if lost:\n', '        if False:\n', 'test_items_without_a_row_of_captions_are_named'),
+    ],
+    ('sdcourse/cache/latents.py', 'tests/test_worlds.py'): [
+        ('latents: no world is a table of numbers', 'if train.table is None: return None', 'return None', 'test_the_flow_dit_takes_a_world_through_a_vae'),
+    ],
 }
