@@ -14,10 +14,10 @@ from typing import Literal
 import numpy as np
 import torch
 
-from .core import UserError, log, nearest
+from .core import UserError, nearest
 from .data.images import BadImage, centre_crop
 from .data.manifests import shown
-from .data.sets.worlds import BUILT_IN, WorldSet
+from .data.sets.worlds import world_named
 from .data.sources import FolderSet, HubSet, Source, TarsSet, split_of
 from .engine.order import key, permutation
 
@@ -149,10 +149,8 @@ class Pictures:
 # %% ../nbs/01_dataset.ipynb #b7cb7dca
 def _opened(source):
     "The set that `source` names."
-    folder = Path(source).expanduser()
-    if str(source) in BUILT_IN:
-        if folder.is_dir(): log.warning("%s: the built-in world; the folder of that name is ./%s", source, source)
-        return WorldSet(str(source))
+    world, folder = world_named(source), Path(source).expanduser()
+    if world: return world
     if folder.is_dir(): return _opened_folder(folder)
     if folder.with_name(folder.name + ".partial").is_dir():
         raise UserError(f"{folder}: was begun and not finished; run its command again")

@@ -1070,11 +1070,11 @@ PLANTED = {
     ('sdcourse/data/sets/worlds.py', 'tests/test_worlds.py'): [
         ('worlds: a mirrored scene is as good', 'drawn, mirrors = True, False', 'drawn, mirrors = True, True', 'test_what_knows_left_and_right_is_not_mirrored'),
         ('worlds: other scenes than their numbers say', 'facts(self.numbers[np.asarray(numbers)])', 'facts(self.numbers[np.asarray(numbers) - 1])', 'test_a_world_gives_what_its_files_give'),
+        ('worlds: nothing is said of a folder with that name', '    if folder.is_dir() and any(folder.iterdir()):', '    if False:', 'test_a_folder_with_the_name_of_a_world_is_not_taken_for_it'),
     ],
     ('sdcourse/dataset.py', 'tests/test_worlds.py'): [
         ('worlds: drawn large and made smaller', '        if self.drawn:\n', '        if False:\n', 'test_a_drawn_picture_is_drawn_in_its_size_and_not_made_smaller'),
         ('worlds: a part has the pictures of the first ones', 'self._source.draw([self._number(i) for i in numbers],', 'self._source.draw(list(numbers),', 'test_a_part_of_a_world_is_spread_and_its_pictures_are_its_own'),
-        ('worlds: nothing is said of a folder with that name', 'if folder.is_dir(): log.warning(', 'if False: log.warning(', 'test_a_folder_with_the_name_of_a_world_is_named_otherwise'),
         ('view: a split is opened each time', '        if split not in self._pictures:', '        if True:', 'test_a_split_is_opened_once'),
     ],
     ('sdcourse/cache/fill.py', 'tests/test_worlds.py'): [

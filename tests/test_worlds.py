@@ -89,11 +89,18 @@ def test_a_drawn_picture_is_drawn_in_its_size_and_not_made_smaller():
     assert not torch.equal(drawn, shrunk) and (drawn.float() - shrunk.float()).abs().mean() < 8
 
 
-def test_a_folder_with_the_name_of_a_world_is_named_otherwise(folder, tmp_path, monkeypatch, caplog):
-    (tmp_path / "scenes").symlink_to(folder)
+def test_a_folder_with_the_name_of_a_world_is_not_taken_for_it(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert len(pictures("scenes", "val")) == 256 and "./scenes" in caplog.text
-    assert len(pictures("./scenes", "val")) == 4
+    (tmp_path / "scenes").mkdir()  # empty: nobody can mean it
+    assert len(pictures("scenes", "val")) == 256
+    (tmp_path / "scenes").rmdir()
+    (tmp_path / "scenes").symlink_to(folder)
+    with pytest.raises(UserError, match="write world:scenes, or ./scenes for the folder"):
+        pictures("scenes", "val")
+    assert len(pictures("./scenes", "val")) == 4 and len(pictures("world:scenes", "val")) == 256
+    assert latent_source("world:digits").channels == 1
+    with pytest.raises(UserError, match="world:scene: no such world; did you mean 'scenes'"):
+        pictures("world:scene")
 
 
 # ---- trained on

@@ -15,7 +15,7 @@ from .encoders import open_encoder
 from .store import Cache, read_index
 from ..core import UserError, read_json
 from ..data.items import Items
-from ..data.sets.worlds import BUILT_IN, WorldSet
+from ..data.sets.worlds import world_named
 from ..dataset import DataSet, Squares, Transform
 from ..models.files import exact, vae_facts, vae_folder, weights_id
 
@@ -185,7 +185,7 @@ def latent_source(
     "Whichever fits the data; `UserError` in one line when none does."
     path = Path(data)
     if (path/"index.json").is_file() and "kind" in read_json(path/"index.json"): return CachedLatents(data, vae)
-    world = WorldSet(data) if data in BUILT_IN else None
+    world = world_named(data)
     if world and not vae and (table := _table_of(world)): return table
     if not world and not path.is_dir() and "/" not in str(data):
         raise UserError(f"--data {data}: no such folder; give a cache (sdcourse cache latents), or pictures and --vae")

@@ -20,8 +20,9 @@ def measure_world(
     n: int, # pictures (of scenes: of each kind of captions); 0: none
 ) -> dict: # name -> {"value", "n", "low", "high" ...}; empty where nothing can be counted
     "How well samples of a built-in world show what was asked."
-    if not n or data not in MEASURES: return {}
-    return named(MEASURES[data])(draw, n)
+    name = str(data).removeprefix("world:")
+    if not n or name not in MEASURES: return {}
+    return named(MEASURES[name])(draw, n)
 
 def measure_drawn_digits(
     draw, # (class numbers, seeds) -> pictures [n,1,8,8] in [-1,1]
