@@ -29,7 +29,7 @@ def halve(
 QUALITY = { # task: module:function of (name, root) -> what a model of it reaches on held-out data
     "nets": "sdcourse.evaluation.judges:quality",
     "sd15": "sdcourse.evaluation.adherence:quality",
-    "vae": "sdcourse.train.vae:quality",
+    "vae": "sdcourse.train.vae:vae_quality",
 }
 
 def install(

@@ -16,32 +16,53 @@ from ..core import UserError, log, nearest
 from ..engine.stop import SIGNALS, StopFlag
 
 # %% ../../nbs/train/06_main.ipynb #e8c92901
-TASKS = {"sd15": "sdcourse.train.sd15", "flow_dit": "sdcourse.train.flow_dit", "nets": "sdcourse.train.judge", "vae": "sdcourse.train.vae"}  # name -> module with Config and Task
+TASKS = { # name -> module with Config and Task
+    "sd15": "sdcourse.train.sd15",
+    "flow_dit": "sdcourse.train.flow_dit",
+    "nets": "sdcourse.train.judge",
+    "vae": "sdcourse.train.vae",
+}
+_HELP = """usage: python -m sdcourse.train TASK [options]
+
+tasks:
+{tasks}
+
+python -m sdcourse.train TASK --help   the options of a task"""
+
+def _first_line(module): # of its docstring
+    spec = find_spec(module)
+    if not spec: return ""
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    return (ast.get_docstring(tree) or "").split("\n")[0]
 
 def tasks_help() -> str: # the help page
     "Usage and one line per task, without importing a task."
-    def line(module):
-        spec = find_spec(module)
-        return (ast.get_docstring(ast.parse(Path(spec.origin).read_text(encoding="utf-8"))) or "").split("\n")[0] if spec else ""
-    rows = [f"  {name:12}{line(module)}" for name, module in TASKS.items()]
-    return "\n".join(["usage: python -m sdcourse.train TASK [options]", "", "tasks:", *rows, "", "python -m sdcourse.train TASK --help   the options of a task"])
+    rows = [f"  {name:12}{_first_line(module)}" for name, module in TASKS.items()]
+    return _HELP.format(tasks="\n".join(rows))
 
 # %% ../../nbs/train/06_main.ipynb #18ac4f35
 def task_module(
     task: str, # a key of `TASKS`
 ): # its module, with Config and Task
     "Import a task; `UserError` names the nearest."
-    if task not in TASKS: raise UserError(f"{task + ': unknown task' if task else 'no task given'}; {nearest(task, TASKS)}")
+    if task not in TASKS:
+        what = f"{task}: unknown task" if task else "no task given"
+        raise UserError(f"{what}; {nearest(task, TASKS)}")
     return importlib.import_module(TASKS[task])
 
+# %% ../../nbs/train/06_main.ipynb #8824fe72
 def _run(argv):
     "Parse, check, train, report."
-    if argv[:1] in (["-h"], ["--help"]): return print(tasks_help()) or 0
+    if argv[:1] in (["-h"], ["--help"]):
+        print(tasks_help())
+        return 0
     task, *rest = argv or [""]
     module = task_module(task)
     cfg, chosen = parse_args(module.Config, rest, f"python -m sdcourse.train {task}")
     cfg = replace(cfg, out=cfg.out or f"runs/{task}-{chosen.preset}")
-    if chosen.print_config: return print(to_yaml(cfg), end="") or 0
+    if chosen.print_config:
+        print(to_yaml(cfg), end="")
+        return 0
     from sdcourse.engine.dist import launched
     me = launched()
     cfg.check(me.world)
