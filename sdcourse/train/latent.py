@@ -118,7 +118,7 @@ class LatentModule(nn.Module):
 
 # %% ../../nbs/train/02_latent.ipynb #5fdbc601
 class LatentTask(Task):
-    "A task whose network learns latents. Subclasses have `latents` and `build`; `pipeline` and `images` draw."
+    "A task whose network learns latents. Subclasses have `latents`, `build`, `images`, often `pipeline`."
     latents_option = "data" # where latents come from
 
     def check(self):
