@@ -29,7 +29,7 @@ PLANTED = {
         ('floors: two modules know each other', 'import torch\n', 'import torch\nfrom .loop import step\n', 'test_no_circle'),
     ],
     ('sdcourse/models/shipped.py', 'tests/test_floors.py'): [
-        ('floors: a name above, as a text', 'LIMIT = 24_000_000', 'QUALITY = "sdcourse.train.vae:quality"\nLIMIT = 24_000_000', 'test_no_arrow_leads_up'),
+        ('floors: a name above, as a text', 'LIMIT = 24_000_000', 'QUALITY = "sdcourse.train.vae:vae_quality"\nLIMIT = 24_000_000', 'test_no_arrow_leads_up'),
     ],
     ('sdcourse/data/scan.py', 'tests/test_floors.py'): [
         ('floors: above, inside a function', '    from PIL import', '    from ..dataset import pictures\n    from PIL import', 'test_no_arrow_leads_up'),
@@ -980,7 +980,7 @@ PLANTED = {
         ('sd15: samples forget their prediction', 'text_encoder=module.text or text, unet=module.unet)', 'text_encoder=text, unet=self.unet())', 'test_export_draws_in_plain_diffusers_what_the_task_draws'),
         ('sd15: the end is no pure noise', 'if cfg.zero_terminal_snr: abar = zero_terminal_snr(abar)', 'pass', 'test_zero_terminal_snr_stays_finite_and_reaches_the_sampler'),
         ('sd15: the sampler begins before the end', 'timestep_spacing="trailing"', 'timestep_spacing="leading"', 'test_zero_terminal_snr_stays_finite_and_reaches_the_sampler'),
-        ('sd15: the rate is multiplied again', 'self.lr, self.scale_lr = self.lr * self.batch_size, False', 'self.lr, self.scale_lr = self.lr * self.batch_size, True', 'test_lr_grows_with_the_batch'),
+        ('sd15: the rate is multiplied again', 'self.scale_lr = False', 'self.scale_lr = True', 'test_lr_grows_with_the_batch'),
         ('sd15: adapters of the text encoder are forgotten', 'save_lora(folder, unet=module.unet, text=module.text)', 'save_lora(folder, unet=module.unet, text=None)', 'test_lora_of_both_networks_comes_out_as_it_was_trained'),
     ],
     ('sdcourse/models/home.py', 'tests/test_sd15.py'): [

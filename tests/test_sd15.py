@@ -122,7 +122,7 @@ def test_autoencoder_reconstructs_held_out_pictures():
     "Asked: 26 dB for scenes and faces, 22 dB for photographs."
     test = vae.worlds("test", 32).tensors
     rows = torch.cat([(test["world"] == k).nonzero()[:100, 0] for k in range(3)])
-    found = vae.measured(load_shipped("tiny-vae"), {k: v[rows] for k, v in test.items()})
+    found = vae.psnr_of_worlds(load_shipped("tiny-vae"), {k: v[rows] for k, v in test.items()})
     assert (
         found["psnr_scenes"]["value"] > 36
         and found["psnr_faces"]["value"] > 30
@@ -149,7 +149,7 @@ def test_pictures_come_back_as_bytes():
 
     x = torch.tensor([0, 100, 255], dtype=torch.uint8).view(1, 3, 1, 1)
     assert vae.reconstructed(Half(), x).flatten().tolist() == [64, 114, 191]
-    found = vae.measured(Half(), dict(pixels=x.expand(4, 3, 12, 12), world=torch.tensor([0, 0, 1, 2])))
+    found = vae.psnr_of_worlds(Half(), dict(pixels=x.expand(4, 3, 12, 12), world=torch.tensor([0, 0, 1, 2])))
     assert abs(found["psnr_scenes"]["value"] - 10 * np.log10(255**2 / ((64**2 + 14**2 + 64**2) / 3))) < 1e-6
 
 

@@ -34,7 +34,7 @@ def halve(
 QUALITY = { # task: module:function of (name, root) -> what a model of it reaches on held-out data
     "nets": "sdcourse.evaluation.judges:judge_quality",
     "sd15": "sdcourse.evaluation.adherence:adherence_quality",
-    "vae": "sdcourse.train.vae:quality",
+    "vae": "sdcourse.train.vae:vae_quality",
 }
 
 _AS_SHIPPED = """

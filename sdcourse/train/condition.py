@@ -38,7 +38,8 @@ class Classes:
         n: int, # classes; n itself is the empty one
         cond_drop: float, # probability of dropping
     ):
-        self.n, self.cond_drop = n, cond_drop
+        self.n = n
+        self.cond_drop = cond_drop
 
     def __call__(self,
         batch: dict, # label [b], or none
@@ -56,7 +57,8 @@ class PictureFeatures:
         column: str, # pooled or tokens
         cond_drop: float, # probability of dropping
     ):
-        self.column, self.cond_drop = column, cond_drop
+        self.column = column
+        self.cond_drop = cond_drop
 
     def __call__(self,
         batch: dict, # with that column, [b,d] or [b,l,d]
@@ -76,7 +78,8 @@ class CaptionOptions:
     cond_drop: BelowOne[float] = 0.1 # probability of training without the caption (SD 1.5: 0.1; finetune-sd and MindONE: none)
     refusals: ClassVar[tuple] = (
         (lambda c: c.prompts and (c.train_text or getattr(c, "lora_text", False)),
-         "--prompts with --train-text or --lora-text: cached embeddings would not change with the text encoder; leave one of them out"),
+         "--prompts with --train-text or --lora-text: cached embeddings would not change "
+         "with the text encoder; leave one of them out"),
     )
 
 # %% ../../nbs/train/01_condition.ipynb #db4736fc
@@ -87,10 +90,13 @@ class Captions:
         parts: tuple = ("text_encoder",), # of its encoders
         columns: tuple = ("text_encoder.hidden",), # of their embeddings that a network takes
     ):
-        self.home, self.parts, self.columns = home, parts, columns
+        self.home = home
+        self.parts = parts
+        self.columns = columns
 
     @cached_property
-    def encoder(self): return open_encoder("prompts", self.home, only=self.parts)
+    def encoder(self): # opened when it is first needed
+        return open_encoder("prompts", self.home, only=self.parts)
 
     def part(self,
         name: str = "text_encoder", # of the folder

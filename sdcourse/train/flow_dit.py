@@ -41,7 +41,7 @@ PRESETS = dict(
 @dataclass
 class Config(SampleOptions, FlowOptions, PictureOptions, TrainConfig):
     "Options of the flow DiT; see `TrainConfig` for those that all tasks share."
-    data: str = "digits" # a cache of latents | pictures (data folder, tars, hub name, world), which --vae encodes | digits, as pixels | synthetic
+    data: str = "digits" # cache of latents | pictures (folder, tars, hub name, world), which --vae encodes | digits, as pixels | synthetic
     size: str = "tiny/2" # model: tiny, S, B, L, XL or 452M, with patch 1, 2, 4 or 8 (Peebles & Xie 2023, table 1)
     position: Literal["rope2d", "rope2d+sincos", "rope1d", "sincos"] = "rope2d" # how tokens know their place
     mlp: Literal["swiglu", "gelu"] = "swiglu" # kind of MLP (DiT: gelu)
@@ -59,7 +59,7 @@ class Config(SampleOptions, FlowOptions, PictureOptions, TrainConfig):
 
 # %% ../../nbs/06b_flow_dit.ipynb #b15a1ce1
 class FlowMatching(LatentModule):
-    "Rectified flow for a class-conditional model: the mean squared error of the velocity, one number per image."
+    "Rectified flow for a class-conditional model: mean squared error of the velocity, one number per image."
     def __init__(self,
         dit: nn.Module, # predicts the velocity, as `sdcourse.models.dit.DiT`
         config: Config, # density, cond_drop
@@ -83,7 +83,7 @@ def synthetic_latents(
     side: int = 32, # its height and width
     classes: int = 1000, # labels are 0 … classes - 1
 ) -> Items: # id [n]; mean, std [n,2,c,h,w]; label [n]
-    "Random numbers in the format of cached latents, to measure speed and to test; nothing can be learned from them."
+    "Random numbers in the format of cached latents, to measure speed and to test; there is nothing to learn."
     g = torch.Generator().manual_seed(0)
     mean = torch.randn(n, 2, channels, side, side, generator=g)
     label = torch.randint(classes, (n,), generator=g)
@@ -101,8 +101,9 @@ class Task(LatentTask):
             classes = tuple(f"class {i}" for i in range(1000))
             train, held_out = (synthetic_latents(n, *cfg.latent) for n in (512, 32))
             return TableLatents(train, held_out, classes=classes, licence="none: random numbers")
-        how = dict(transform=Transform(cfg.image_size, cfg.crop), encode_batch=cfg.encode_batch, seed=cfg.seed)
         columns = dict(image_column=cfg.image_column, max_samples=cfg.max_samples)
+        transform = Transform(cfg.image_size, cfg.crop)
+        how = dict(transform=transform, encode_batch=cfg.encode_batch, seed=cfg.seed)
         return latent_source(cfg.data, cfg.vae, columns=columns, **how)
 
     @property
@@ -115,9 +116,11 @@ class Task(LatentTask):
             known = "use tiny, S, B, L, XL or 452M with patch 1, 2, 4 or 8, e.g. B/2"
             raise UserError(f"--size {cfg.size}: unknown; {known}")
         if cfg.vae: vae_folder(cfg.vae)
-        if 0 < cfg.num_samples < 6: raise UserError(f"--num-samples {cfg.num_samples}: give six or more; 0: none")
-        cfg.time_density()
-        side, patch = self.latents.side, int(cfg.size.split("/")[1])
+        if 0 < cfg.num_samples < 6:
+            raise UserError(f"--num-samples {cfg.num_samples}: give six or more; 0: none")
+        cfg.time_density() # refuses numbers that make none
+        side = self.latents.side
+        patch = int(cfg.size.split("/")[1])
         if side % patch:
             what = f"patch {patch} does not divide the {side}x{side} images of --data {cfg.data}"
             raise UserError(f"--size {cfg.size}: {what}")
@@ -125,7 +128,8 @@ class Task(LatentTask):
 
     def build(self):
         from sdcourse.models.dit import DiT, dit_config
-        cfg, latents = self.config, self.latents
+        cfg = self.config
+        latents = self.latents
         shape = dict(input_size=latents.side, in_channels=latents.channels, num_classes=len(self.classes))
         dit = DiT(**dit_config(cfg.size, **shape, position=cfg.position, mlp=cfg.mlp, qk_norm=cfg.qk_norm))
         if cfg.gradient_checkpointing: dit.enable_gradient_checkpointing()
@@ -156,7 +160,8 @@ def images(self: Task,
     **over, # other arguments of the pipeline
 ): # [n,c,h,w] in [-1,1], on the CPU
     "Guided samples as the configuration says; image i depends on seeds[i] and labels[i] only."
-    cfg, pipe = self.config, self.pipeline(module)
+    cfg = self.config
+    pipe = self.pipeline(module)
     names = ("guidance_scale", "guidance_interval", "sampler", "num_inference_steps")
     how = {name: getattr(cfg, name) for name in names} | over
     def draw(some, generator): return pipe(some, generator=generator, output_type="pt", **how).images
@@ -191,6 +196,7 @@ def facts(self: Task): return super(Task, self).facts() | dict(classes=len(self.
 
 @patch
 def card(self: Task):
-    data, licence = self.config.data, self.latents.licence or "see the data set"
+    licence = self.latents.licence or "see the data set"
+    data = f"{self.config.data}: {len(self.classes)} classes; licence: {licence}"
     usage = USAGE.format(name=self.classes[0], w=self.config.guidance_scale)
-    return dict(data=f"{data}: {len(self.classes)} classes; licence: {licence}", usage=usage, tags=("flow-matching", "dit"))
+    return dict(data=data, usage=usage, tags=("flow-matching", "dit"))

@@ -21,6 +21,16 @@ from ..engine.loop import Task as BaseTask
 from ..evaluation.judges import read, right
 
 # %% ../../nbs/train/05_judge.ipynb #f0250ae5
+def _turned(x, u): # digits: turned and shifted a little
+    change = torch.eye(2, 3, device=x.device) + 0.3 * (u[:, :6].view(-1, 2, 3) - 0.5)
+    grid = F.affine_grid(change, x.shape, align_corners=False)
+    return F.grid_sample(x + 1, grid, align_corners=False) - 1
+
+def _lit(x, u): # photographs: mirrored or not, of another brightness and contrast
+    x = torch.where(u[:, :1, None, None] < 0.5, x.flip(-1), x)
+    brightness, contrast = u[:, 1, None, None, None], u[:, 2, None, None, None]
+    return (x + 0.3 * (brightness - 0.5)) * (1 + 0.4 * (contrast - 0.5))
+
 def augment(
     x, # [b,3,h,w] in [-1,1]
     draws, # `Draws`
@@ -28,15 +38,12 @@ def augment(
 ): # likewise
     "Noise and softness of random strength, and what else leaves the answers as they are."
     u = draws.uniform("augment", (12,)).to(x.dtype)
-    if world == "digits":
-        change = torch.eye(2, 3, device=x.device) + 0.3 * (u[:, :6].view(-1, 2, 3) - 0.5)
-        x = F.grid_sample(x + 1, F.affine_grid(change, x.shape, align_corners=False), align_corners=False) - 1
-    if world == "photos":
-        x = torch.where(u[:, :1, None, None] < 0.5, x.flip(-1), x)
-        x = (x + 0.3 * (u[:, 1, None, None, None] - 0.5)) * (1 + 0.4 * (u[:, 2, None, None, None] - 0.5))
+    if world == "digits": x = _turned(x, u)
+    if world == "photos": x = _lit(x, u)
+    softness, noise = u[:, 10, None, None, None], u[:, 11, None, None, None]
     soft = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    x = torch.lerp(x, soft, (0.5 if world == "digits" else 0.8) * u[:, 10, None, None, None] ** 2)
-    return x + 0.25 * u[:, 11, None, None, None] ** 2 * draws.normal("grain", x.shape[1:]).to(x.dtype)
+    x = torch.lerp(x, soft, (0.5 if world == "digits" else 0.8) * softness**2)
+    return x + 0.25 * noise**2 * draws.normal("grain", x.shape[1:]).to(x.dtype)
 
 # %% ../../nbs/train/05_judge.ipynb #eda08946
 class Reader(nn.Module):
@@ -46,16 +53,35 @@ class Reader(nn.Module):
         world: str, # digits, scenes or photos
     ):
         super().__init__()
-        self.net, self.world, self.sizes = net, world, [len(v) for v in questions(world).values()]
+        self.net = net
+        self.world = world
+        self.sizes = [len(answers) for answers in questions(world).values()]
 
     def forward(self, batch, draws): # loss [b], t [b]
-        x = augment(batch["pixels"].to(draws.dtype) / 127.5 - 1, draws, self.world) if self.training else batch["pixels"].to(draws.dtype) / 127.5 - 1
-        parts, labels = self.net(x).logits.split(self.sizes, 1), batch["labels"]
-        losses = torch.stack([F.cross_entropy(p, labels[:, i].clamp(min=0), reduction="none", label_smoothing=0.02) for i, p in enumerate(parts)], 1)
+        x = batch["pixels"].to(draws.dtype) / 127.5 - 1
+        if self.training: x = augment(x, draws, self.world)
+        labels = batch["labels"]
+        how = dict(reduction="none", label_smoothing=0.02)
+        parts = self.net(x).logits.split(self.sizes, 1)
+        losses = [F.cross_entropy(p, labels[:, i].clamp(min=0), **how) for i, p in enumerate(parts)]
+        losses = torch.stack(losses, 1)
         there = (labels >= 0).to(losses.dtype)
         return (losses * there).sum(1) / there.sum(1), torch.zeros_like(losses[:, 0])
 
 # %% ../../nbs/train/05_judge.ipynb #2f556187
+_COMMON = dict(lr_schedule="cosine", weight_decay=0.05, ema_decay=0.995, log_every=100, checkpoint_every=500)
+_PRESETS = dict(
+    tiny=_COMMON | dict(max_steps=1200, lr=3e-3, warmup_steps=50), # digits
+    scenes=_COMMON | dict(
+        world="scenes", widths=(40, 64, 96), depths=(1, 2, 2), patch=2,
+        max_steps=6000, batch_size=64, lr=3e-3, warmup_steps=100),
+    photos=_COMMON | dict(
+        world="photos", widths=(32, 64, 96), depths=(1, 1, 2), patch=4,
+        max_steps=2500, batch_size=64, lr=2e-3, warmup_steps=100))
+_USAGE = """from sdcourse.evaluation.judges import Tiny
+
+Tiny('tiny-{world}')"""
+
 @dataclass
 class Config(TrainConfig):
     "Options of the small judging networks; see `TrainConfig` for those that all tasks share."
@@ -64,50 +90,80 @@ class Config(TrainConfig):
     depths: tuple[int, ...] = (1, 2) # blocks of the stages
     patch: Positive[int] = 1 # pixels per patch and side of the first layer
     share: Annotated[float, Range(above=0, most=1)] = 1.0 # of the training pictures, for a try
-    presets: ClassVar[dict] = {name: dict(lr_schedule="cosine", weight_decay=0.05, ema_decay=0.995, log_every=100, checkpoint_every=500) | more for name, more in {
-        "tiny": dict(max_steps=1200, lr=3e-3, warmup_steps=50), # digits
-        "scenes": dict(world="scenes", widths=(40, 64, 96), depths=(1, 2, 2), patch=2, max_steps=6000, batch_size=64, lr=3e-3, warmup_steps=100),
-        "photos": dict(world="photos", widths=(32, 64, 96), depths=(1, 1, 2), patch=4, max_steps=2500, batch_size=64, lr=2e-3, warmup_steps=100)}.items()}
+    presets: ClassVar[dict] = _PRESETS
 
+# %% ../../nbs/train/05_judge.ipynb #210d18e9
 class Task(BaseTask):
     "A small network that answers questions about small pictures."
     name, title = "nets", "A small network that judges pictures"
 
     def check(self):
         cfg = self.config
-        if len(cfg.widths) != len(cfg.depths): raise UserError(f"--widths {cfg.widths} and --depths {cfg.depths}: give one number per stage in both")
-        if SIDES[cfg.world] % (cfg.patch * 2 ** (len(cfg.widths) - 1)): raise UserError(f"--patch {cfg.patch}: {len(cfg.widths)} stages do not divide {SIDES[cfg.world]} pixels")
+        if len(cfg.widths) != len(cfg.depths):
+            what = f"--widths {cfg.widths} and --depths {cfg.depths}"
+            raise UserError(f"{what}: give one number per stage in both")
+        stages = len(cfg.widths)
+        side = SIDES[cfg.world]
+        if side % (cfg.patch * 2 ** (stages - 1)):
+            raise UserError(f"--patch {cfg.patch}: {stages} stages do not divide {side} pixels")
 
     def build(self):
         from transformers import ConvNextConfig, ConvNextForImageClassification
         cfg = self.config
         labels = [f"{k}: {v}" for k, answers in questions(cfg.world).items() for v in answers]
-        shape = ConvNextConfig(num_channels=3, patch_size=cfg.patch, num_stages=len(cfg.widths), hidden_sizes=list(cfg.widths), depths=list(cfg.depths), image_size=SIDES[cfg.world],
-            layer_scale_init_value=0.1, id2label=dict(enumerate(labels)), label2id={n: i for i, n in enumerate(labels)}) # 1e-6, the default, is for deep networks
+        shape = ConvNextConfig(
+            num_channels=3,
+            patch_size=cfg.patch,
+            num_stages=len(cfg.widths),
+            hidden_sizes=list(cfg.widths),
+            depths=list(cfg.depths),
+            image_size=SIDES[cfg.world],
+            layer_scale_init_value=0.1, # 1e-6, the default, is for deep networks
+            id2label=dict(enumerate(labels)),
+            label2id={n: i for i, n in enumerate(labels)},
+        )
         return Reader(ConvNextForImageClassification(shape), cfg.world)
 
     @cached_property
-    def sets(self): return {split: labelled(self.config.world, split, self.config.share if split == "train" else 1.) for split in ("train", "test")}
+    def sets(self):
+        world = self.config.world
+        return dict(train=labelled(world, "train", self.config.share), test=labelled(world, "test"))
+
     def dataset(self, split): return self.sets["train" if split == "train" else "test"]
-    def blocks(self, module): return [layer for stage in module.net.convnext.encoder.stages for layer in stage.layers]
+
+    def blocks(self, module): # which --compile compiles one by one
+        stages = module.net.convnext.encoder.stages
+        return [layer for stage in stages for layer in stage.layers]
+
     def export(self, module, folder): module.net.save_pretrained(folder)
 
     def sample(self, module, path): # held-out pictures, those first of which most was read wrongly
         from sdcourse.plot import image_grid
-        test, asked = self.sets["test"].tensors, questions(self.config.world)
+        test = self.sets["test"].tensors
+        asked = questions(self.config.world)
+        labels = test["labels"][:200]
         found = read(module.net, test["pixels"][:200], asked)
-        wrong = sum(((found[k] != test["labels"][:200, i]) & (test["labels"][:200, i] >= 0)).long() for i, k in enumerate(asked))
-        image_grid(test["pixels"][wrong.argsort(descending=True, stable=True)[:40]], ncols=10).save(path)
+        wrong = torch.zeros(len(labels), dtype=torch.long) # answers, of each picture
+        for i, k in enumerate(asked): wrong += (found[k] != labels[:, i]) & (labels[:, i] >= 0)
+        worst = wrong.argsort(descending=True, stable=True)[:40]
+        image_grid(test["pixels"][worst], ncols=10).save(path)
 
     def measure(self, module):
         test = self.sets["test"].tensors
-        return right(read(module.net, test["pixels"], questions(self.config.world)), test["labels"], questions(self.config.world))
+        asked = questions(self.config.world)
+        return right(read(module.net, test["pixels"], asked), test["labels"], asked)
 
     def facts(self):
         train = self.sets["train"]
-        return dict(data=self.config.world, data_sha256=train.fingerprint(), pictures=len(train), questions=len(questions(self.config.world)))
+        return dict(
+            data=self.config.world,
+            data_sha256=train.fingerprint(),
+            pictures=len(train),
+            questions=len(questions(self.config.world)),
+        )
 
     def card(self):
-        world, n = self.config.world, len(self.sets["train"])
-        return dict(data=f"{world}: {n:,} pictures, made by `sdcourse.data.sets.labelled`; the numbers are from pictures that were held out",
-            usage=f"from sdcourse.evaluation.judges import Tiny\n\nTiny('tiny-{world}')", tags=("convnext", "image-classification"))
+        world = self.config.world
+        made = "made by `sdcourse.data.sets.labelled`; the numbers are from pictures that were held out"
+        data = f"{world}: {len(self.sets['train']):,} pictures, {made}"
+        return dict(data=data, usage=_USAGE.format(world=world), tags=("convnext", "image-classification"))

@@ -32,28 +32,32 @@ class PictureOptions:
     data: str = "" # pictures: data folder, tars, hub name, or a built-in world (scenes, faces, photos, digits)
     image_column: str = "" # of a hub set; empty: the only one that holds pictures
     max_samples: NonNegative[int] = 0 # only so many pictures of each split; 0: all (MindONE: --max_train_samples)
-    weights: str = "" # JSON {id: how often it is drawn}, any scale, e.g. weights.json of prepare celeba-hq; empty: all alike (SD3-LoRA-CelebA)
+    weights: str = "" # JSON {id: how often drawn}, any scale, e.g. weights.json of prepare celeba-hq; empty: all alike (SD3-LoRA-CelebA)
     image_size: Positive[int] = 512 # side of the pictures, pixels
     crop: Literal["center", "random", "none", "adm"] = "center" # of pictures that are encoded in each step (finetune-sd, MindONE: center)
     flip: bool = True # mirror half of the pictures (finetune-sd, MindONE)
     encode_batch: Positive[int] = 8 # pictures that go through the VAE together
 
+# %% ../../nbs/train/02_latent.ipynb #51893a12
 @dataclass
 class BucketOptions:
     "Options of trainers that can keep the shape of pictures."
-    buckets: bool = False # keep the shape of pictures: batches of one width and height each, of the area of --image-size; encodes in each step
+    buckets: bool = False # keep the shape of pictures: a batch has one width and height, of the area of --image-size; encodes in each step
     bucket_step: Positive[int] = 64 # their widths and heights are multiples of it, pixels
     bucket_ratio: float = 2. # longest side over shortest, at most
     bucket_upscale: float = 1. # a picture may be enlarged so many times
     refusals: ClassVar[tuple] = (
         (lambda c: c.buckets and c.latents,
-         "--buckets: encodes pictures of many shapes in each step; leave --latents out, and give pictures as --data"),
+         "--buckets: encodes pictures of many shapes in each step; "
+         "leave --latents out, and give pictures as --data"),
         (lambda c: c.buckets and c.crop in ("none", "adm"),
          "--buckets with --crop {c.crop}: would squash; give center or random"),
         (lambda c: c.weights and c.buckets,
-         "--weights with --buckets: buckets have turns by the number of their pictures, not by weight; leave one of them out"),
+         "--weights with --buckets: buckets have turns by the number of their pictures, not by weight; "
+         "leave one of them out"),
     )
 
+# %% ../../nbs/train/02_latent.ipynb #559abee4
 @dataclass
 class LoraOptions:
     "Options of trainers that can train adapters."
@@ -63,11 +67,13 @@ class LoraOptions:
     lora_text: bool = False # adapters in the attention of the text encoder too (MindONE)
     refusals: ClassVar[tuple] = (
         (lambda c: c.lora_rank and (c.train_text or getattr(c, "from_scratch", False)),
-         "--lora-rank: trains adapters beside frozen weights; leave --train-text (see --lora-text) and --from-scratch out"),
+         "--lora-rank: trains adapters beside frozen weights; "
+         "leave --train-text (see --lora-text) and --from-scratch out"),
         (lambda c: (c.lora_text or c.lora_alpha) and not c.lora_rank,
          "--lora-text, --lora-alpha: need --lora-rank"),
     )
 
+# %% ../../nbs/train/02_latent.ipynb #5a6d1d64
 @dataclass
 class SampleOptions:
     "Options of the pictures that a validation draws."
@@ -112,7 +118,7 @@ class LatentModule(nn.Module):
 
 # %% ../../nbs/train/02_latent.ipynb #5fdbc601
 class LatentTask(Task):
-    "A task whose network learns latents. Subclasses have `latents`, `build`, `pipeline` and `images`."
+    "A task whose network learns latents. Subclasses have `latents`, `build`, `images`, often `pipeline`."
     latents_option = "data" # where latents come from
 
     def check(self):
@@ -127,9 +133,11 @@ class LatentTask(Task):
         raise NotImplementedError
 
     @cached_property
-    def weights(self): return SamplingWeights(self.config.weights) if self.config.weights else None
+    def weights(self): # how often each picture is drawn; none: all alike
+        return SamplingWeights(self.config.weights) if self.config.weights else None
 
-    def fixed(self): return {"weights_sha256": self.weights.sha256} if self.weights else {}
+    def fixed(self): # what a run may not change when it goes on
+        return {"weights_sha256": self.weights.sha256} if self.weights else {}
 
     @cached_property
     def opened(self): return {} # split -> data set
@@ -147,12 +155,16 @@ class LatentTask(Task):
     def encode(self, batch, draws): return self.latents.encode(batch, draws, self.config.flip)
 
     def facts(self):
-        found = dict(data=self.config.data, data_sha256=self.latents.fingerprint(), data_licence=self.latents.licence)
-        return found | self.fixed()
+        known = dict(
+            data=self.config.data,
+            data_sha256=self.latents.fingerprint(),
+            data_licence=self.latents.licence,
+        )
+        return known | self.fixed()
 
 # %% ../../nbs/train/02_latent.ipynb #d62d595b
 class CaptionedTask(LatentTask):
-    "A task of captioned pictures and a pipeline in a folder. Subclasses have `home` and say which text encoders are read."
+    "A task of captioned pictures and a pipeline in a folder; subclasses say `home` and its text encoders."
     text_parts = ("text_encoder",) # of the pipeline's folder
     text_columns = ("text_encoder.hidden",) # what the network takes of them
 
@@ -167,10 +179,12 @@ class CaptionedTask(LatentTask):
 
     @cached_property
     def latents(self):
-        cfg, vae = self.config, self.home/"vae"
+        cfg = self.config
+        vae = self.home/"vae"
         if cfg.latents: return CachedLatents(cfg.latents, vae)
         transform = Transform(cfg.image_size, cfg.crop)
-        return OnlineLatents(self.data, vae, transform=transform, encode_batch=cfg.encode_batch, seed=cfg.seed)
+        how = dict(transform=transform, encode_batch=cfg.encode_batch, seed=cfg.seed)
+        return OnlineLatents(self.data, vae, **how)
 
     @cached_property
     def captions(self): return Captions(self.home, self.text_parts, self.text_columns)
@@ -193,7 +207,8 @@ class CaptionedTask(LatentTask):
 
     def texts(self, split): # {id: captions}
         "All captions of a split; `UserError` for a picture without one."
-        data, found = self.data.pictures(split), {}
+        data = self.data.pictures(split)
+        found = {}
         for start in range(0, len(data), 1000):
             some = data.rows(range(start, min(start + 1000, len(data))))
             found |= {row["id"]: row["texts"] for row in some}
@@ -207,7 +222,8 @@ class CaptionedTask(LatentTask):
         cfg = self.config
         first = self._bucketed() if split == "train" and cfg.buckets else self.latents.dataset(split)
         if first is None: return None
-        if not cfg.latents and not cfg.prompts: return Joined(first, seed=cfg.seed) # items carry their captions
+        if not cfg.latents and not cfg.prompts: # items carry their captions
+            return Joined(first, seed=cfg.seed)
         prompts = Cache(cfg.prompts, "", kind="prompts") if cfg.prompts else None
         texts = self.texts("train" if split == "train" else "val")
         return Joined(first, prompts=prompts, texts=texts, seed=cfg.seed)
@@ -220,7 +236,8 @@ class CaptionedTask(LatentTask):
 
     def encode(self, batch, draws):
         "Latents and embeddings; what no cache holds is computed."
-        cfg, batch = self.config, super().encode(batch, draws)
+        cfg = self.config
+        batch = super().encode(batch, draws)
         if cfg.train_text or cfg.lora_text:
             return batch | {"tokens": self.captions.tokens(batch["text"]).to(draws.device)}
         if set(self.text_columns) <= batch.keys(): return batch

@@ -56,15 +56,23 @@ def timestep_probabilities(
     "How often each step is trained (MindONE: --timestep_bias_*)."
     if bias not in BIASES: raise UserError(f"timestep bias {bias!r}: {nearest(bias, BIASES)}")
     if multiplier < 0: raise UserError(f"timestep bias: multiplier {multiplier} must be 0 or more")
-    if bias in ("earlier", "later") and not 0 < portion < 1: raise UserError(f"timestep bias: portion {portion} must be between 0 and 1")
-    if bias == "range" and not 0 <= begin < end <= n: raise UserError(f"timestep bias: the range {begin} … {end} must lie within 0 … {n}")
+    if bias in ("earlier", "later") and not 0 < portion < 1:
+        raise UserError(f"timestep bias: portion {portion} must be between 0 and 1")
+    if bias == "range" and not 0 <= begin < end <= n:
+        raise UserError(f"timestep bias: the range {begin} … {end} must lie within 0 … {n}")
     count = int(portion * n)
-    chosen = {"none": slice(0, 0), "earlier": slice(0, count), "later": slice(n - count, n), "range": slice(begin, end)}[bias]
+    chosen = {
+        "none": slice(0, 0),
+        "earlier": slice(0, count),
+        "later": slice(n - count, n),
+        "range": slice(begin, end),
+    }
     p = torch.ones(n, dtype=torch.float64)
-    p[chosen] *= multiplier
+    p[chosen[bias]] *= multiplier
     if p.sum() == 0: raise UserError("timestep bias: a multiplier of 0 on all steps leaves nothing to train")
     return p / p.sum()
 
+# %% ../../nbs/train/00_objective.ipynb #d792f4ad
 def timesteps(
     u, # uniform numbers in [0,1), [b]
     p, # of `timestep_probabilities`, [T]
@@ -92,7 +100,7 @@ def dream(
     *, abar, # share of signal variance, [b,1,1,1]
     p: float = 1., # detail preservation
 ): # (input, target) of the second pass
-    "Diffusion rectification (Zhou et al. 2024, eq. 7): input and target with a part of the first guess's error."
+    "Diffusion rectification (Zhou et al. 2024, eq. 7): a part of the first guess's error goes into both."
     sigma = (1 - abar).sqrt()
     error = sigma**p * (eps - guess.detach())
     return x + sigma * error, eps + error
@@ -140,7 +148,8 @@ class Noise(nn.Module):
         prediction: str, # eps or v
     ):
         super().__init__()
-        self.options, self.prediction = options, prediction
+        self.options = options
+        self.prediction = prediction
         self.register_buffer("abar", abar.float(), persistent=False)
         self.register_buffer("probabilities", options.probabilities(len(abar)), persistent=False)
 
@@ -149,7 +158,8 @@ class Noise(nn.Module):
         draws, # `Draws` of these rows
     ): # eps of the target, eps of the input; [b,c,h,w] each
         "The noise of a batch."
-        o, eps = self.options, draws.normal("noise", x0.shape[1:])
+        o = self.options
+        eps = draws.normal("noise", x0.shape[1:])
         if o.noise_offset: eps = offset_noise(eps, draws.normal("offset", x0.shape[1:2]), o.noise_offset)
         if not o.input_perturbation: return eps, eps
         return eps, perturbed(eps, draws.normal("perturbation", eps.shape[1:]), o.input_perturbation)
@@ -158,7 +168,8 @@ class Noise(nn.Module):
         abar, # share of signal variance, [b]
     ): # [b]
         "How much the loss of a step counts."
-        o, s = self.options, snr(abar)
+        o = self.options
+        s = snr(abar)
         if o.min_snr_gamma: return min_snr_weight(s, o.min_snr_gamma, prediction=self.prediction)
         if o.debiased: return debiased_weight(s, prediction=self.prediction)
         return torch.ones_like(s)
@@ -185,7 +196,7 @@ class Noise(nn.Module):
 @dataclass
 class FlowOptions:
     "Options of trainers whose network predicts the velocity of a rectified flow."
-    density: Literal["logit-normal", "uniform", "mode", "cosmap"] = "logit-normal" # how often each noise level is trained (Esser et al. 2024)
+    density: Literal["logit-normal", "uniform", "mode", "cosmap"] = "logit-normal" # how often a noise level is trained (Esser et al. 2024)
     density_mean: float = 0. # of logit(t); above 0 trains more noise
     density_std: float = 1. # of logit(t)
     density_shift: float = 1. # t -> shift t / (1 + (shift-1) t)

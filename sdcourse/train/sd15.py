@@ -55,9 +55,11 @@ PRESETS["8gb"] = PRESETS["full"] | dict(lora_rank=16, lr=1e-4, ema_decay=0., max
 
 # %% ../../nbs/03_sd15.ipynb #b1cf033a
 @dataclass
-class Config(SampleOptions, LoraOptions, NoiseOptions, BucketOptions, CaptionOptions, PictureOptions, TrainConfig):
+class Config(
+    SampleOptions, LoraOptions, NoiseOptions, BucketOptions, CaptionOptions, PictureOptions, TrainConfig,
+):
     "Options of Stable Diffusion 1.x and 2.x; see `TrainConfig` for those that all tasks share."
-    model: str = "new" # a pipeline folder, a shipped model, a hub name in the local cache, one .safetensors file; new: an untrained tiny one
+    model: str = "new" # a pipeline folder, a shipped model, a hub name in the local cache, a .safetensors file; new: an untrained tiny one
     model_config: str = "" # folder of a pipeline whose configs and tokenizer belong to a --model of one file
     data: str = "scenes" # captioned pictures: data folder, tars, hub name, or a built-in world: scenes, photos
     from_scratch: bool = False # begin with random weights in the UNet
@@ -67,7 +69,9 @@ class Config(SampleOptions, LoraOptions, NoiseOptions, BucketOptions, CaptionOpt
     presets: ClassVar[dict] = PRESETS
 
     def __post_init__(self):
-        if self.scale_lr: self.lr, self.scale_lr = self.lr * self.batch_size, False
+        if self.scale_lr:
+            self.lr = self.lr * self.batch_size
+            self.scale_lr = False # once is enough
 
 # %% ../../nbs/03_sd15.ipynb #8d2043a4
 class Denoiser(LatentModule):
@@ -81,7 +85,9 @@ class Denoiser(LatentModule):
         empty=None, # the empty caption: token ids [L] with text, else its embedding [L,d]
     ):
         super().__init__(Noise(config, abar=abar, prediction=prediction))
-        self.unet, self.text, self.cond_drop = unet, text, config.cond_drop
+        self.unet = unet
+        self.text = text
+        self.cond_drop = config.cond_drop
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self.register_buffer("empty", empty, persistent=False)
 
@@ -131,8 +137,10 @@ def check(self: Task):
     refuse(cfg)
     cfg.probabilities(len(self.noise[0]))
     if cfg.dream and self.noise[1] == "v":
-        raise UserError(f"--dream: is defined for networks that predict eps, and {cfg.model} predicts v; leave it out")
-    sides = {"image_size": cfg.image_size} | ({"bucket_step": cfg.bucket_step} if cfg.buckets else {})
+        why = f"is defined for networks that predict eps, and {cfg.model} predicts v"
+        raise UserError(f"--dream: {why}; leave it out")
+    sides = {"image_size": cfg.image_size}
+    if cfg.buckets: sides["bucket_step"] = cfg.bucket_step
     for option, side in sides.items():
         if side % self.down:
             what = f"--{option.replace('_', '-')} {side}: is no multiple of {self.down}"
@@ -152,15 +160,17 @@ def build(self: Task):
     if not (cfg.train_text or cfg.lora_text):
         return Denoiser(unet, cfg, **known, empty=self.captions.empty["text_encoder.hidden"])
     lora = dict(rank=cfg.lora_rank, alpha=cfg.lora_alpha) if cfg.lora_text else None
-    return Denoiser(unet, cfg, **known, text=self.captions.trainable(lora), empty=self.captions.tokens([""])[0])
+    text = self.captions.trainable(lora)
+    return Denoiser(unet, cfg, **known, text=text, empty=self.captions.tokens([""])[0])
 
 @patch
 def unet(self: Task): # with its weights, or random ones
-    from diffusers import UNet2DConditionModel
+    from diffusers import UNet2DConditionModel as UNet
+    folder = self.home/"unet"
     safely = dict(torch_dtype=torch.float32, use_safetensors=True, local_files_only=True)
     with quiet():
-        if not self.config.from_scratch: return UNet2DConditionModel.from_pretrained(self.home/"unet", **safely)
-        return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(self.home/"unet"))
+        if not self.config.from_scratch: return UNet.from_pretrained(folder, **safely)
+        return UNet.from_config(UNet.load_config(folder))
 
 @patch
 def blocks(self: Task, module): # which --compile compiles one by one
@@ -179,6 +189,7 @@ def scheduler(self: Task): # the model's own, for what the network predicts
         kind = "DDIMScheduler"
     return getattr(diffusers, kind).from_pretrained(self.home/"scheduler", **change)
 
+# %% ../../nbs/03_sd15.ipynb #ad16b8c7
 @patch
 def pipeline(self: Task,
     module, # a `Denoiser`
@@ -195,6 +206,7 @@ def pipeline(self: Task,
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
+# %% ../../nbs/03_sd15.ipynb #216177d7
 @patch
 def images(self: Task,
     module, # a `Denoiser`
@@ -236,7 +248,8 @@ def facts(self: Task):
 
 @patch
 def card(self: Task):
-    cfg, tags = self.config, ("stable-diffusion", "text-to-image")
+    cfg = self.config
+    tags = ("stable-diffusion", "text-to-image")
     if not cfg.lora_rank:
         usage = USAGE.format(model="export", adapters="", w=cfg.guidance_scale)
         return dict(data=f"{cfg.data}; started from {cfg.model}", usage=usage, tags=tags)
@@ -250,10 +263,12 @@ def flops(self: Task, module):
     from diffusers import UNet2DConditionModel
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
-    c, side = module.unet.config, self.config.image_size // self.vae["down"]
+    c = module.unet.config
+    side = self.config.image_size // self.vae["down"]
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(c)
-        x, t = torch.empty(1, c.in_channels, side, side), torch.empty(1)
+        x = torch.empty(1, c.in_channels, side, side)
+        t = torch.empty(1)
         words = torch.empty(1, len(module.empty), c.cross_attention_dim)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH): unet(x, t, words)
     return counter.get_total_flops() * (2 if self.config.lora_rank else 3)
