@@ -54,11 +54,14 @@ class Pictures:
         captions: tuple = (), # columns with captions; empty: the first of `CAPTIONS` that a row has
         max_samples: int = 0, # so many of them, spread over the whole; 0: all
     ):
-        self._source, self._captions = source, captions
+        self._source = source
+        self._captions = captions
         self._chosen = _choose(len(source.ids), max_samples)
         self.ids = [source.ids[i] for i in self._chosen] # in order
-        self.classes, self.licence = tuple(source.classes), source.licence # names by label; as the manifest says
-        self.drawn, self.mirrors = source.drawn, source.mirrors # as in `Source`
+        self.classes = tuple(source.classes) # names by label
+        self.licence = source.licence # as the manifest says
+        self.drawn = source.drawn # as in `Source`
+        self.mirrors = source.mirrors # likewise
         if twice := _first_twice(source.ids):
             first, second = (source.where(i) for i in twice)
             same = shown(source.ids[twice[0]])
@@ -99,8 +102,9 @@ class Pictures:
         label = self.classes.index(value) if value in self.classes else value
         most = len(self.classes) or 2**31
         if isinstance(label, bool) or not isinstance(label, int) or not 0 <= label < most:
-            known = f" (0 to {most - 1})" if self.classes else "; give numbers, or their names in classes.json"
             what = f"its {column} {shown(str(value))} is no number of a class"
+            remedy = "; give numbers, or their names in classes.json"
+            known = f" (0 to {most - 1})" if self.classes else remedy
             raise UserError(f"{self._source.where(n)}: {what}{known}")
         return {"label": label}
 
@@ -111,8 +115,8 @@ class Pictures:
         n = self._number(i)
         try: return self._source.image(n)
         except BadImage as e:
-            what = f"{e.detail}: {self._source.where(n)}; sdcourse scan lists such pictures, and they are left out"
-            raise BadImage(e.kind, what) from None
+            remedy = "sdcourse scan lists such pictures, and they are left out"
+            raise BadImage(e.kind, f"{e.detail}: {self._source.where(n)}; {remedy}") from None
 
     def squares(self,
         numbers, # of items
@@ -149,8 +153,9 @@ class Pictures:
 # %% ../nbs/01_dataset.ipynb #b7cb7dca
 def _opened(source):
     "The set that `source` names."
-    world, folder = world_named(source), Path(source).expanduser()
+    world = world_named(source)
     if world: return world
+    folder = Path(source).expanduser()
     if folder.is_dir(): return _opened_folder(folder)
     if folder.with_name(folder.name + ".partial").is_dir():
         raise UserError(f"{folder}: was begun and not finished; run its command again")
@@ -169,7 +174,7 @@ def _opened_folder(folder):
 
 # %% ../nbs/01_dataset.ipynb #90a4bda1
 class DataSet:
-    "A data set with all its splits; each is opened when it is first asked for. `UserError` for one that cannot be trusted."
+    "A data set with its splits, each opened when it is first asked for; `UserError` if not to be trusted."
     def __init__(self,
         source, # data folder, tars with index.json, hub name (OWNER/NAME, OWNER/NAME:CONFIG) or its copy, built-in world
         *, image_column: str = "", # with the picture; empty: file_name of a folder, the pictures of a hub set
@@ -177,9 +182,13 @@ class DataSet:
         label_column: str = "", # with the class; empty: label
         max_samples: int = 0, # so many items of each split, spread over the whole; 0: all
     ):
-        self.source, self._set, self._pictures = str(source), _opened(source), {}
+        self.source = str(source)
+        self._set = _opened(source)
+        self._pictures = {} # split -> `Pictures`
         self.splits = tuple(self._set.splits) # train, val, test come first, and validation is called val
-        self.image_column, self.label_column, self.max_samples = image_column, label_column, max_samples
+        self.image_column = image_column
+        self.label_column = label_column
+        self.max_samples = max_samples
         self.captions = tuple(c.strip() for c in caption_column.split(",") if c.strip())
 
     def pictures(self,
@@ -201,7 +210,8 @@ class DataSet:
                 known = ", ".join(map(str, found.columns)) or "none"
                 raise UserError(f"{self.source}: has no column {column} ({option}); its columns are {known}")
         if not found.ids:
-            raise UserError(f"{self.source}: its split {split} is empty; look at scan.json, or make the folder again")
+            remedy = "look at scan.json, or make the folder again"
+            raise UserError(f"{self.source}: its split {split} is empty; {remedy}")
         return Pictures(found, self.captions, self.max_samples)
 
 # %% ../nbs/01_dataset.ipynb #562cc705
@@ -224,7 +234,7 @@ def pictures(
 class Transform:
     "Picture to square: antialiased bicubic until the shorter side fits, then a crop."
     size: int # side of the square, pixels
-    crop: Literal["center", "random", "none", "adm"] = "center" # none: squash the whole picture | adm: the crop of published ImageNet numbers
+    crop: Literal["center", "random", "none", "adm"] = "center" # none: squash it whole | adm: the crop of published ImageNet numbers
 
     def __post_init__(self):
         if self.size < 1: raise UserError(f"--size {self.size}: give 1 or more pixels")
@@ -255,8 +265,10 @@ class Transform:
         place: tuple | None = None, # two numbers in [0, 1): where a random crop is, from left and from top
     ): # uint8 tensor [3, size, size]
         "The square; the same for the same picture and place."
-        if self.crop == "random" and place is None: raise UserError("a random crop needs a place: two numbers in [0, 1)")
-        return torch.from_numpy(np.array(self._square(im, place))).permute(2, 0, 1).contiguous()
+        if self.crop == "random" and place is None:
+            raise UserError("a random crop needs a place: two numbers in [0, 1)")
+        square = self._square(im, place)
+        return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
 
 # %% ../nbs/01_dataset.ipynb #9e4f6cb6
 class Squares(torch.utils.data.Dataset):
@@ -266,7 +278,9 @@ class Squares(torch.utils.data.Dataset):
         transform: Transform, # how to make it square
         seed: int = 0, # of random crops
     ):
-        self.data, self.transform, self.seed = data, transform, seed
+        self.data = data
+        self.transform = transform
+        self.seed = seed
         self.by_position = transform.crop == "random"
 
     @property
@@ -294,8 +308,9 @@ class Squares(torch.utils.data.Dataset):
                 how = "ask for (item, position), as Plan(…, positions=True) does"
                 raise UserError(f"random crops need the position of an item: {how}") from None
         rows = self.data.rows(numbers)
+        # an error with one argument comes through a worker process as it is
         try: image = self.data.squares(numbers, self.transform, places)
-        except BadImage as e: raise UserError(str(e)) from None # an error with one argument comes through a worker process as it is
+        except BadImage as e: raise UserError(str(e)) from None
         batch = {"id": [r["id"] for r in rows], "image": image, "texts": [r["texts"] for r in rows]}
         return batch | _labels(rows)
 

@@ -81,14 +81,19 @@ class CachedLatents(LatentSource):
         folder, # of the cache
         vae: str = "", # folder of the VAE that decodes samples; it must be the one that encoded
     ):
-        self.folder, index = folder, read_index(folder)
-        if index["kind"] != "latents": raise UserError(f"{folder}: is a cache of {index['kind']}, and latents are needed")
+        self.folder = folder
+        index = read_index(folder)
+        if index["kind"] != "latents":
+            raise UserError(f"{folder}: is a cache of {index['kind']}, and latents are needed")
         if not {"mean", "std"} <= index["columns"].keys():
             raise UserError(f"{folder}/index.json: has no columns mean and std; make the cache again")
-        facts, (sides, self.channels, self.side, _) = index["facts"], index["columns"]["mean"]["shape"]
+        sides, self.channels, self.side, _ = index["columns"]["mean"]["shape"]
+        facts = index["facts"]
         self.shift, self.scale = facts["shift"], facts["scale"]
-        self.classes, self.licence = tuple(facts["classes"]), facts["licence"]
-        self.unmirrored = "" if sides == 2 else "was cached without mirrors; give --no-flip, or cache it with --mirror"
+        self.classes = tuple(facts["classes"])
+        self.licence = facts["licence"]
+        if sides != 2:
+            self.unmirrored = "was cached without mirrors; give --no-flip, or cache it with --mirror"
         self.splits = [s["split"] for s in index["shards"]]
         if vae and weights_id(vae_folder(vae)) != index["key"]["weights"]:
             raise UserError(f"--vae {vae}: is not the VAE that made {folder}; its pictures would be wrong")
@@ -112,17 +117,22 @@ class OnlineLatents(LatentSource):
         encode_batch: int = 8, # pictures that go through the VAE together
         seed: int = 0, # of random crops
     ):
-        self.data, self.transform = data, transform
-        self.encode_batch, self.seed = encode_batch, seed
+        self.data = data
+        self.transform = transform
+        self.encode_batch = encode_batch
+        self.seed = seed
         self.vae = vae_folder(vae)
         facts = vae_facts(self.vae)
         down = facts["down"]
         if transform.size % down:
-            raise UserError(f"--image-size {transform.size}: is no multiple of {down}, the pixels per latent of this VAE")
-        self.channels, self.side = facts["channels"], transform.size // down
+            what = f"is no multiple of {down}, the pixels per latent of this VAE"
+            raise UserError(f"--image-size {transform.size}: {what}")
+        self.channels = facts["channels"]
+        self.side = transform.size // down
         self.shift, self.scale = facts["shift"], facts["scale"]
         train = data.pictures("train")
-        self.classes, self.licence = train.classes, train.licence
+        self.classes = train.classes
+        self.licence = train.licence
         self.unmirrored = "" if train.mirrors else "has left and right in its captions; give --no-flip"
 
     def dataset(self,
@@ -155,17 +165,20 @@ class OnlineLatents(LatentSource):
 
 # %% ../../nbs/cache/07_latents.ipynb #50014bbe
 class TableLatents(LatentSource):
-    "Numbers that are there already, pixels in [-1,1] or moments; nothing is encoded, and pixels are never mirrored."
+    "Numbers that are there already, pixels in [-1,1] or moments; pixels are never mirrored."
     def __init__(self,
         train: Items, # pixels [n,c,h,w], or mean and std [n,2,c,h,w]
         held_out: Items, # likewise
         *, classes: tuple, # names by label
         licence: str = "", # of the data
     ):
-        self.train, self.held_out = train, held_out
+        self.train = train
+        self.held_out = held_out
         values = train.tensors["pixels" if "pixels" in train.tensors else "mean"]
-        self.channels, self.side = values.shape[-3], values.shape[-1]
-        self.classes, self.licence = classes, licence
+        self.channels = values.shape[-3]
+        self.side = values.shape[-1]
+        self.classes = classes
+        self.licence = licence
 
     def dataset(self,
         split: str, # "train" | "validate"
@@ -184,11 +197,13 @@ def latent_source(
 ): # `CachedLatents`, `OnlineLatents` or `TableLatents`
     "Whichever fits the data; `UserError` in one line when none does."
     path = Path(data)
-    if (path/"index.json").is_file() and "kind" in read_json(path/"index.json"): return CachedLatents(data, vae)
+    index = path/"index.json"
+    if index.is_file() and "kind" in read_json(index): return CachedLatents(data, vae)
     world = world_named(data)
     if world and not vae and (table := _table_of(world)): return table
     if not world and not path.is_dir() and "/" not in str(data):
-        raise UserError(f"--data {data}: no such folder; give a cache (sdcourse cache latents), or pictures and --vae")
+        remedy = "give a cache (sdcourse cache latents), or pictures and --vae"
+        raise UserError(f"--data {data}: no such folder; {remedy}")
     if not vae:
         cache = f"sdcourse cache latents {data} OUT --model FOLDER"
         what = f"make a cache ({cache}), or give --vae to encode them in each step"

@@ -26,7 +26,8 @@ def check_key(
     remedy: str = "choose another OUT, or remove it and make it again",
 ):
     "`UserError` with each difference, unless the cache is what is wanted."
-    if changed := differences({k: have.get(k) for k in want}, want): raise UserError(f"{folder}: this cache was made with other settings ({changed}); {remedy}")
+    changed = differences({k: have.get(k) for k in want}, want)
+    if changed: raise UserError(f"{folder}: this cache was made with other settings ({changed}); {remedy}")
 
 # %% ../../nbs/cache/05_store.ipynb #5765f862
 def read_index(
@@ -36,20 +37,34 @@ def read_index(
     folder = Path(folder)
     if folder.exists() and not folder.is_dir(): raise UserError(f"{folder}: is a file; choose another OUT")
     if not (folder/"index.json").is_file():
-        if folder.exists() and any(p for p in folder.iterdir() if not p.name.startswith((".", "STOP", "slurm-"))): raise UserError(f"{folder}: is not empty and no cache (it has no index.json); choose another OUT")
+        _refuse_other_files(folder)
         return None
     index = read_json(folder/"index.json")
-    if not isinstance(index, dict) or index.get("format") != FORMAT or not {"kind", "key", "columns", "shards"} <= index.keys():
+    if not _is_index(index):
         raise UserError(f"{folder}/index.json: is not the index of a cache of format {FORMAT}; make it again")
     return index
 
+def _refuse_other_files(folder):
+    "A folder that becomes a cache may hold what a job leaves there, and nothing else."
+    if not folder.exists(): return
+    if any(not p.name.startswith((".", "STOP", "slurm-")) for p in folder.iterdir()):
+        raise UserError(f"{folder}: is not empty and no cache (it has no index.json); choose another OUT")
+
+def _is_index(index):
+    if not isinstance(index, dict) or index.get("format") != FORMAT: return False
+    return {"kind", "key", "columns", "shards"} <= index.keys()
+
+# %% ../../nbs/cache/05_store.ipynb #397315ed
 def shard_plan(
     folder, # of a cache
     shard: dict, # an entry of the index's shards
 ) -> list: # rows, each a list that begins with its id
     "The rows of a shard; `UserError` when the plan was changed."
-    text = (Path(folder)/f"{shard['name']}.json").read_bytes()
-    if hashlib.sha256(text).hexdigest() != shard["plan"]: raise UserError(f"{folder}/{shard['name']}.json: was changed after it was planned; remove the cache and make it again")
+    name = f"{shard['name']}.json"
+    text = (Path(folder)/name).read_bytes()
+    if hashlib.sha256(text).hexdigest() != shard["plan"]:
+        remedy = "remove the cache and make it again"
+        raise UserError(f"{folder}/{name}: was changed after it was planned; {remedy}")
     return json.loads(text)
 
 def planned(
@@ -58,7 +73,10 @@ def planned(
     split: str, # rows of this split
 ) -> dict: # id -> (row, number of the shard, number within it); what was dropped is not in it
     "The rows that count, the latest of each id."
-    found = {row[0]: (row, s, i) for s, shard in enumerate(index["shards"]) if shard["split"] == split for i, row in enumerate(shard_plan(folder, shard))}
+    found = {}
+    for s, shard in enumerate(index["shards"]):
+        if shard["split"] != split: continue
+        for i, row in enumerate(shard_plan(folder, shard)): found[row[0]] = (row, s, i)
     for gone in index["dropped"].get(split, ()): found.pop(gone, None)
     return found
 
@@ -75,22 +93,27 @@ def extend_plan(
     rows: dict, # split -> list of rows that are wanted, in order
     rows_per_shard: int, # at most
 ) -> int: # rows that were added
-    "Plan what is wanted and not planned yet; what is not wanted any more is dropped from the index, not from the disk."
-    folder, added = Path(folder), 0
+    "Plan what is wanted and not planned yet; what is not wanted any more leaves the index, not the disk."
+    folder = Path(folder)
+    added = 0
     for split, wanted in rows.items():
-        before = {k: row for k, (row, _, _) in planned(folder, index, split).items()} if index["shards"] else {}
+        before = {k: row for k, (row, _, _) in planned(folder, index, split).items()}
+        known = before.keys() | set(index["dropped"].get(split, ()))
+        index["dropped"][split] = sorted(known - {r[0] for r in wanted})
         new = [r for r in wanted if before.get(r[0]) != r]
-        index["dropped"][split] = sorted(before.keys() - {r[0] for r in wanted} | set(index["dropped"].get(split, ())) - {r[0] for r in wanted})
         for i in range(0, len(new), rows_per_shard):
-            index["shards"].append(_plan_shard(folder, split, sum(s["split"] == split for s in index["shards"]), new[i : i + rows_per_shard]))
+            number = sum(s["split"] == split for s in index["shards"])
+            index["shards"].append(_plan_shard(folder, split, number, new[i : i + rows_per_shard]))
         added += len(new)
     write_json(folder/"index.json", index)
     return added
 
 def _plan_shard(folder, split, number, rows):
-    name, text = f"{split}-{number:05}", json.dumps(rows, ensure_ascii=False)
+    name = f"{split}-{number:05}"
+    text = json.dumps(rows, ensure_ascii=False)
     write_text(folder/f"{name}.json", text)
-    return {"name": name, "split": split, "rows": len(rows), "plan": hashlib.sha256(text.encode()).hexdigest()}
+    plan = hashlib.sha256(text.encode()).hexdigest()
+    return {"name": name, "split": split, "rows": len(rows), "plan": plan}
 
 # %% ../../nbs/cache/05_store.ipynb #3d796e7c
 def write_shard(
@@ -100,7 +123,9 @@ def write_shard(
 ):
     "Write the tensors of a shard, whole or not at all."
     from safetensors.torch import save_file
-    with atomic_path(Path(folder)/f"{shard['name']}.safetensors") as tmp: save_file({k: v.contiguous() for k, v in tensors.items()}, tmp, metadata={"plan": shard["plan"]})
+    path = Path(folder)/f"{shard['name']}.safetensors"
+    tensors = {k: v.contiguous() for k, v in tensors.items()}
+    with atomic_path(path) as tmp: save_file(tensors, tmp, metadata={"plan": shard["plan"]})
 
 def read_shard(
     folder, # of the cache
@@ -111,9 +136,12 @@ def read_shard(
     path = Path(folder)/f"{shard['name']}.safetensors"
     try:
         with safe_open(path, "pt") as f:
-            if (f.metadata() or {}).get("plan") != shard["plan"]: raise UserError(f"{path}: belongs to another plan; remove it and make the cache again")
+            if (f.metadata() or {}).get("plan") != shard["plan"]:
+                raise UserError(f"{path}: belongs to another plan; remove it and make the cache again")
             return {k: f.get_tensor(k) for k in f.keys()}
-    except (OSError, SafetensorError) as e: raise UserError(f"{path}: cannot be read ({' '.join(str(e).split())[:80]}); remove it and run sdcourse cache again") from None
+    except (OSError, SafetensorError) as e:
+        why = " ".join(str(e).split())[:80]
+        raise UserError(f"{path}: cannot be read ({why}); remove it and run sdcourse cache again") from None
 
 def missing(
     folder, # of the cache
@@ -124,6 +152,18 @@ def missing(
     return [s for s in index["shards"] if f"{s['name']}.safetensors" not in there]
 
 # %% ../../nbs/cache/05_store.ipynb #4d583f5c
+def _finished_index(folder, kind):
+    "The index of a cache that is whole and of this kind; `UserError` for another."
+    index = read_index(folder)
+    if index is None: raise UserError(f"{folder}: no cache is there; make it with sdcourse cache")
+    if kind and index["kind"] != kind:
+        raise UserError(f"{folder}: is a cache of {index['kind']}, and {kind} are needed")
+    if todo := missing(folder, index):
+        what = f"{len(todo)} of {len(index['shards'])} shards are missing"
+        raise UserError(f"{folder}: is not finished, {what}; run the same sdcourse cache command again")
+    return index
+
+# %% ../../nbs/cache/05_store.ipynb #0fd08151
 class Cache:
     "The rows of one split, as a data set."
     def __init__(self,
@@ -131,22 +171,30 @@ class Cache:
         split: str = "train", # as in the data set; "" for prompts
         *, kind: str = "", # latents, prompts or features; empty: any
     ):
-        self.folder, index = Path(folder), read_index(folder)
-        if index is None: raise UserError(f"{folder}: no cache is there; make it with sdcourse cache")
-        if kind and index["kind"] != kind: raise UserError(f"{folder}: is a cache of {index['kind']}, and {kind} are needed")
-        if todo := missing(folder, index): raise UserError(f"{folder}: is not finished, {len(todo)} of {len(index['shards'])} shards are missing; run the same sdcourse cache command again")
+        self.folder = Path(folder)
+        index = _finished_index(folder, kind)
         known = tuple(dict.fromkeys(s["split"] for s in index["shards"]))
         if split not in known: raise UserError(f"{folder}: has no split {split!r}: {nearest(split, known)}")
-        self.split, self.kind, self.key, self.facts, self.columns, self._shards = split, index["kind"], index["key"], index["facts"], index["columns"], index["shards"]
+        self.split = split
+        self.kind = index["kind"]
+        self.key = index["key"]
+        self.facts = index["facts"]
+        self.columns = index["columns"]
+        self._shards = index["shards"]
         rows = planned(folder, index, split)
         self.ids = np.array(list(rows), dtype=str)
         self._where = np.array([w[1:] for w in rows.values()], dtype=np.int64).reshape(-1, 2)
-        self._open, self._numbers = {}, None
+        self._open = {} # number of a shard -> its tensors
+        self._numbers = None # id -> number of the row, once somebody has asked
 
     def __len__(self): return len(self.ids)
     def __getstate__(self): return self.__dict__ | {"_open": {}}
-    def __getitem__(self, i): return {k: v[0].item() if v[0].ndim == 0 else v[0] for k, v in self._read([i]).items()} | {"id": str(self.ids[i])}
     def __getitems__(self, indices): return {"id": self.ids[np.asarray(indices)]} | self._read(indices)
+
+    def __getitem__(self, i): # one row; its scalars are Python numbers
+        row = {k: v[0] for k, v in self._read([i]).items()}
+        scalars = {k: v.item() for k, v in row.items() if v.ndim == 0}
+        return row | scalars | {"id": str(self.ids[i])}
 
     def _tensors(self, s):
         if s not in self._open: self._open[s] = read_shard(self.folder, self._shards[s])
@@ -154,11 +202,16 @@ class Cache:
 
     def _read(self, indices): # name -> [len(indices), ...]
         shard, row = self._where[np.asarray(indices)].T
-        order, out = np.argsort(shard, kind="stable"), {}
+        order = np.argsort(shard, kind="stable")
+        out = {}
         for group in np.split(order, np.flatnonzero(np.diff(shard[order])) + 1):
-            here, rows = self._tensors(shard[group[0]]), torch.from_numpy(row[group])
-            if len(group) == len(order): return {k: here[k][rows] for k in self.columns} # all in one shard, in order
-            for k in self.columns: out.setdefault(k, here[k].new_empty(len(order), *here[k].shape[1:]))[torch.from_numpy(group)] = here[k][rows]
+            tensors = self._tensors(shard[group[0]])
+            rows = torch.from_numpy(row[group])
+            found = {k: tensors[k][rows] for k in self.columns}
+            if len(group) == len(order): return found # all in one shard, in order
+            for k, v in found.items():
+                if k not in out: out[k] = v.new_empty(len(order), *v.shape[1:])
+                out[k][torch.from_numpy(group)] = v
         return out
 
     def numbers(self,
@@ -175,8 +228,8 @@ class Cache:
 
 # %% ../../nbs/cache/05_store.ipynb #b4d65dbc
 class Joined:
-    "One data set out of several: the items of the first, with the columns of the others by id, and embeddings of their captions."
-    by_position = True # which caption is taken, and where a random crop is, depends on the position in the stream
+    "The items of one data set, with the columns of others by id, and embeddings of their captions."
+    by_position = True # the position in the stream decides which caption is taken, and where a random crop is
     def __init__(self,
         first, # a `Cache`, or any data set with ids and `__getitems__`
         *others, # `Cache`s with the same ids
@@ -184,14 +237,19 @@ class Joined:
         texts=None, # id -> list of captions; needed with prompts, or where the items carry none
         seed: int = 0, # of the run
     ):
-        self.first, self.ids = first, first.ids
-        self.others, self.prompts, self.texts, self.seed = others, prompts, texts, seed
+        self.first = first
+        self.others = others
+        self.prompts = prompts
+        self.texts = texts
+        self.seed = seed
+        self.ids = first.ids
         self.groups = getattr(first, "groups", None) # aspect buckets
         self._at = [_matched(c, self.ids, f"the first data set has {len(first)} items") for c in others]
         lost = [k for k in np.asarray(self.ids).tolist() if texts is not None and k not in texts]
         if lost:
             what = f"{len(lost)} of {len(first)} items have no row with captions, e.g. {lost[0]}"
-            raise UserError(f"{what}: they are of another data set, or of a larger part of it (--max-samples)")
+            why = "they are of another data set, or of a larger part of it (--max-samples)"
+            raise UserError(f"{what}: {why}")
         if prompts is not None:
             wanted = [t for k in np.asarray(self.ids).tolist() for t in texts[k]]
             _matched(prompts, wanted, "these captions are asked for")

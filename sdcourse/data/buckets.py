@@ -38,7 +38,8 @@ def bucket_of(
     "The bucket in which least of a picture is cut off."
     w, h = size
     fits = [k for k, (bw, bh) in enumerate(sizes) if max(bw / w, bh / h) <= upscale + 1e-9]
-    return min(fits, key=lambda k: (abs(math.log(w / h) - math.log(sizes[k][0] / sizes[k][1])), k), default=-1)
+    def distance(k): return abs(math.log(w / h) - math.log(sizes[k][0] / sizes[k][1]))
+    return min(fits, key=lambda k: (distance(k), k), default=-1)
 
 def fitted(
     im, # PIL image, RGB
@@ -51,11 +52,12 @@ def fitted(
     now = [max(b, round(n * scale)) for n, b in zip(im.size, size)]
     if tuple(now) != im.size: im = im.resize(now, Resampling.BICUBIC)
     left, top = (int(p * (n - b + 1)) for p, n, b in zip(place, now, size))
-    return torch.from_numpy(np.array(im.crop((left, top, left + size[0], top + size[1])))).permute(2, 0, 1).contiguous()
+    part = im.crop((left, top, left + size[0], top + size[1]))
+    return torch.from_numpy(np.array(part)).permute(2, 0, 1).contiguous()
 
 # %% ../../nbs/data/07_buckets.ipynb #110e2c1f
 class Bucketed(torch.utils.data.Dataset):
-    "Pictures in the shape of their bucket: items with id, image (uint8 [3,h,w]) and texts; a batch is of one bucket."
+    "Pictures in the shape of their bucket: id, image (uint8 [3,h,w]) and texts; a batch is of one bucket."
     by_position = True
     def __init__(self,
         data, # `sdcourse.dataset.Pictures`
@@ -64,16 +66,26 @@ class Bucketed(torch.utils.data.Dataset):
         crop: str = "center", # or random
         seed: int = 0, # of random crops
     ):
-        self.data, self.sizes, self.crop, self.seed, self.ids = data, sizes, crop, seed, data.ids
+        self.data = data
+        self.sizes = sizes
+        self.crop = crop
+        self.seed = seed
+        self.ids = data.ids
         shapes = [self._shape(i) for i in range(len(data))]
         self.groups = np.array([bucket_of(s, sizes, upscale=upscale) for s in shapes])
         if small := np.flatnonzero(self.groups < 0).tolist():
-            raise UserError(f"{data.ids[small[0]]}" + (f" and {len(small) - 1} more pictures" if small[1:] else "") + f": {shapes[small[0]][0]} x {shapes[small[0]][1]} pixels are too small for every bucket; lower --image-size, raise --bucket-upscale, or leave them out")
+            more = f" and {len(small) - 1} more pictures" if small[1:] else ""
+            w, h = shapes[small[0]]
+            what = f"{w} x {h} pixels are too small for every bucket"
+            remedy = "lower --image-size, raise --bucket-upscale, or leave them out"
+            raise UserError(f"{data.ids[small[0]]}{more}: {what}; {remedy}")
 
     def _shape(self, i):
         raw = self.data.bytes(i)
         try: im = read_header(raw)
-        except BadImage as e: raise UserError(f"{self.data.ids[i]}: {e.detail}; sdcourse scan lists such pictures, and they are left out") from None
+        except BadImage as e:
+            remedy = "sdcourse scan lists such pictures, and they are left out"
+            raise UserError(f"{self.data.ids[i]}: {e.detail}; {remedy}") from None
         turned = is_turned(im, raw) and im.getexif().get(0x0112, 1) >= 5 # lies on its side
         return im.size[::-1] if turned else im.size
 
@@ -87,4 +99,8 @@ class Bucketed(torch.utils.data.Dataset):
         except BadImage as e: raise UserError(str(e)) from None
 
     def __getitems__(self, places): # (number, position) of one bucket
-        return {"id": [self.ids[i] for i, _ in places], "image": torch.stack([self._item(i, p) for i, p in places]), "texts": [self.data.row(i)["texts"] for i, _ in places]}
+        return {
+            "id": [self.ids[i] for i, _ in places],
+            "image": torch.stack([self._item(i, p) for i, p in places]),
+            "texts": [self.data.row(i)["texts"] for i, _ in places],
+        }

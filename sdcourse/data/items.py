@@ -20,7 +20,8 @@ class Items:
     ):
         sizes = {k: len(v) for k, v in tensors.items()}
         if "id" not in sizes or len(set(sizes.values())) != 1:
-            raise UserError(f"Items need an 'id' and columns of one length, these have {sizes or 'nothing'}: give each row its id")
+            need = "an 'id' and columns of one length"
+            raise UserError(f"Items need {need}, these have {sizes or 'nothing'}: give each row its id")
         self.tensors = dict(tensors)
 
     @property

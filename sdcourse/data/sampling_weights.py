@@ -19,9 +19,9 @@ def _is_weight(value):
     return isinstance(value, (int, float)) and not isinstance(value, bool) and LEAST < value < MOST
 
 class SamplingWeights:
-    "How often items are drawn: JSON {id: weight}, or what `sdcourse prepare celeba-hq` writes; `UserError` for another file."
+    "How often items are drawn; `UserError` for a file that does not say it."
     def __init__(self,
-        file, # of --weights
+        file, # of --weights: JSON {id: weight}, or what `sdcourse prepare celeba-hq` writes
     ):
         self.file = file
         try:
@@ -30,9 +30,9 @@ class SamplingWeights:
         except OSError as e: raise UserError(f"--weights {file}: cannot be read ({e.strerror})") from None
         except ValueError as e: raise UserError(f"--weights {file}: not valid JSON ({e})") from None
         if isinstance(table, dict) and isinstance(table.get("weights"), dict): table = table["weights"]
-        if not isinstance(table, dict): raise UserError(
-            f"--weights {file}: holds no table of weights; give JSON {{id: weight}}, "
-            "such as weights.json of sdcourse prepare celeba-hq")
+        if not isinstance(table, dict):
+            remedy = "give JSON {id: weight}, such as weights.json of sdcourse prepare celeba-hq"
+            raise UserError(f"--weights {file}: holds no table of weights; {remedy}")
         self.table = table
         self.sha256 = hashlib.sha256(content).hexdigest() # of the bytes that were read
 
@@ -43,12 +43,11 @@ class SamplingWeights:
         ids = [str(i) for i in ids]
         bad = [i for i in ids if not _is_weight(self.table.get(i))]
         if not bad: return tuple(float(self.table[i]) for i in ids)
-        what = f"the weight {json.dumps(self.table[bad[0]])[:40]}" if bad[0] in self.table else "no weight"
-        another = len(bad) == len(ids)
-        remedy = "is it the file of another data set?" if another else "give each a number, or leave --weights out"
-        raise UserError(
-            f"--weights {self.file}: {len(bad):,} of {len(ids):,} training items have no finite number above 0; "
-            f"the first is {shown(bad[0])} with {what}; {remedy}")
+        has = f"the weight {json.dumps(self.table[bad[0]])[:40]}" if bad[0] in self.table else "no weight"
+        what = f"{len(bad):,} of {len(ids):,} training items have no finite number above 0"
+        remedy = "give each a number, or leave --weights out"
+        if len(bad) == len(ids): remedy = "is it the file of another data set?"
+        raise UserError(f"--weights {self.file}: {what}; the first is {shown(bad[0])} with {has}; {remedy}")
 
     def check(self,
         ids, # of the training items
@@ -56,4 +55,5 @@ class SamplingWeights:
         "`of`, and a line in the log when the file knows other items too."
         total = len(self.table)
         other = total - len(self.of(ids))
-        if other: log.info("--weights %s: %d of its %d ids are no training items and not used", self.file, other, total)
+        message = "--weights %s: %d of its %d ids are no training items and not used"
+        if other: log.info(message, self.file, other, total)

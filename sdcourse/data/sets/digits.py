@@ -23,13 +23,15 @@ def _all_digits():
     from sklearn.datasets import load_digits
     data = load_digits()
     pixels = torch.from_numpy(data.images).float()[:, None] / 8 - 1
-    return Items(dict(id=torch.arange(len(pixels)), pixels=pixels, label=torch.from_numpy(data.target).long()))
+    label = torch.from_numpy(data.target).long()
+    return Items(dict(id=torch.arange(len(pixels)), pixels=pixels, label=label))
 
 def digits(
     split: str = "train", # "train" (1,437) or "test" (360: every fifth)
 ) -> Items: # id [n] int64; pixels [n,1,8,8] float32 in [-1,1], 1 is ink; label [n] int64 in 0…9
     "The handwritten digits of scikit-learn. `UserError` for another split."
-    if split not in ("train", "test"): raise UserError(f"digits have no split {split!r}: {nearest(split, ['train', 'test'])}")
+    if split not in ("train", "test"):
+        raise UserError(f"digits have no split {split!r}: {nearest(split, ['train', 'test'])}")
     data = _all_digits()
     held_out = data.tensors["id"] % HELD_OUT == 0
     return data.where(held_out if split == "test" else ~held_out)

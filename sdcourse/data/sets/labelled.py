@@ -13,7 +13,11 @@ from ..items import Items
 from .digits import CLASSES, digits
 
 # %% ../../../nbs/data/sets/07_labelled.ipynb #d6e70ca9
-FACES = tuple("Male Young Smiling Mouth_Slightly_Open Eyeglasses Bald Bangs Black_Hair Blond_Hair Brown_Hair Gray_Hair Wearing_Hat Wearing_Lipstick No_Beard".split()) # what 32 pixels of a face can show
+FACES = (
+    "Male", "Young", "Smiling", "Mouth_Slightly_Open", "Eyeglasses",
+    "Bald", "Bangs", "Black_Hair", "Blond_Hair", "Brown_Hair", "Gray_Hair",
+    "Wearing_Hat", "Wearing_Lipstick", "No_Beard",
+) # what 32 pixels of a face can show
 WORLDS = ("digits", "scenes", "photos")
 SIDES = {"digits": 8, "scenes": 32, "photos": 64} # pixels that a judge reads
 
@@ -22,13 +26,19 @@ def questions(
 ) -> dict: # question -> its answers
     "What a network is asked."
     if world == "digits": return {"digit": CLASSES}
-    if world == "scenes":
-        from sdcourse.data.sets.scenes import BACKGROUNDS, COLOURS, OBJECT_SIZES, PLACES, SHAPES
-        each = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(OBJECT_SIZES), "place": PLACES}
-        objects = {f"{k} {i}": v for i in (1, 2) for k, v in each.items()}
-        return {"kind": ("scene", "face"), "count": ("one", "two"), "background": tuple(BACKGROUNDS)} | objects | {k: ("no", "yes") for k in FACES}
+    return _of_scenes_and_faces() if world == "scenes" else _of_photos()
+
+def _of_scenes_and_faces():
+    from sdcourse.data.sets.scenes import BACKGROUNDS, COLOURS, OBJECT_SIZES, PLACES, SHAPES
+    whole = {"kind": ("scene", "face"), "count": ("one", "two"), "background": tuple(BACKGROUNDS)}
+    each = {"shape": SHAPES, "colour": tuple(COLOURS), "size": tuple(OBJECT_SIZES), "place": PLACES}
+    objects = {f"{k} {i}": v for i in (1, 2) for k, v in each.items()}
+    return whole | objects | {k: ("no", "yes") for k in FACES}
+
+def _of_photos():
     from sdcourse.data.sets.photos import PHOTOGRAPHS
-    return {"photograph": tuple(p.name for p in PHOTOGRAPHS), "region": tuple(f"{p.name}-{k}" for p in PHOTOGRAPHS for k in range(len(p.regions)))}
+    regions = tuple(f"{p.name}-{k}" for p in PHOTOGRAPHS for k in range(len(p.regions)))
+    return {"photograph": tuple(p.name for p in PHOTOGRAPHS), "region": regions}
 
 # %% ../../../nbs/data/sets/07_labelled.ipynb #fd1791d3
 def _scenes(split, n, side):
@@ -36,35 +46,50 @@ def _scenes(split, n, side):
     from sdcourse.data.sets.scenes import facts, paint, scene_numbers
     known = facts(scene_numbers("test" if split == "test" else "train", n))
     each = {f"{k} {i + 1}": known[k][:, i] for i in (0, 1) for k in ("shape", "colour", "size", "place")}
-    return paint(known, side), dict(kind=np.zeros(n), count=known["count"] - 1, background=known["background"]) | each
+    whole = dict(kind=np.zeros(n), count=known["count"] - 1, background=known["background"])
+    return paint(known, side), whole | each
 
 def _faces(split, n, side):
     "Portraits: pixels and labels by question."
     from sdcourse.data.sets.faces import ATTRIBUTES, draw_face, people
-    who = people(np.arange(1, 16 * n + 1) + 100_000 * (split == "test"))
-    rows = [i for i in range(16 * n) if (who["identity"][i] % 10 >= 8) == (split == "test")][:n]
-    pixels = np.stack([np.asarray(draw_face(who["attributes"][i], who["body"][i], who["picture"][i], side).convert("RGB")) for i in rows])
+    testing = split == "test"
+    who = people(np.arange(1, 16 * n + 1) + 100_000 * testing)
+    held_out = who["identity"] % 10 >= 8
+    rows = np.flatnonzero(held_out == testing)[:n]
+    drawn = []
+    for i in rows:
+        face = draw_face(who["attributes"][i], who["body"][i], who["picture"][i], side)
+        drawn.append(np.asarray(face.convert("RGB")))
     signs = who["attributes"][rows]
-    return pixels, dict(kind=np.ones(len(rows))) | {k: signs[:, ATTRIBUTES.index(k)] for k in FACES}
+    return np.stack(drawn), dict(kind=np.ones(len(rows))) | {k: signs[:, ATTRIBUTES.index(k)] for k in FACES}
 
 def _photos(split, n, side):
     "Crops of photographs: pixels and labels by question; n is the number of crops of a region."
     from sdcourse.data.images import open_image
     from sdcourse.data.sets.photos import PhotosOptions, crops
     asked = questions("photos")
-    found = [c for c in crops(PhotosOptions(crops=n, smallest=0.4)) if (c["split"] == "train") == (split == "train")]
+    training = split == "train"
+    every = crops(PhotosOptions(crops=n, smallest=0.4))
+    found = [c for c in every if (c["split"] == "train") == training]
     opened = {path: open_image(path) for path in {c["path"] for c in found}}
     pixels = np.stack([np.asarray(opened[c["path"]].crop(c["box"]).resize((side, side), 3)) for c in found])
-    region = [asked["region"].index(c["id"].rsplit("-", 1)[0]) if split == "train" else -1 for c in found]
-    return pixels, dict(photograph=[asked["photograph"].index(c["photograph"].name) for c in found], region=region)
+    photograph = [asked["photograph"].index(c["photograph"].name) for c in found]
+    region = [asked["region"].index(c["id"].rsplit("-", 1)[0]) if training else -1 for c in found]
+    return pixels, dict(photograph=photograph, region=region)
 
 def _digits(split, n, side):
     "Digits in three equal channels."
     from sdcourse.plot import to_uint8
     t = digits(split).tensors
-    return to_uint8(t["pixels"]).expand(-1, 3, -1, -1).permute(0, 2, 3, 1).numpy(), dict(digit=t["label"].numpy())
+    pixels = to_uint8(t["pixels"]).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+    return pixels.numpy(), dict(digit=t["label"].numpy())
 
-MAKERS = {"digits": ((_digits, 0, 0),), "scenes": ((_scenes, 8000, 600), (_faces, 4000, 400)), "photos": ((_photos, 60, 30),)} # world -> what to draw, how many for training and to judge
+# %% ../../../nbs/data/sets/07_labelled.ipynb #aeac4457
+MAKERS = {
+    "digits": ((_digits, 0, 0),),
+    "scenes": ((_scenes, 8000, 600), (_faces, 4000, 400)),
+    "photos": ((_photos, 60, 30),),
+} # world -> what to draw, how many for training and to judge
 
 def labelled(
     world: str, # digits, scenes or photos
@@ -74,7 +99,16 @@ def labelled(
 ) -> Items: # id [n]; pixels [n,3,h,w] uint8; labels [n,questions] int64, -1 where a question makes no sense
     "Pictures with their answers."
     asked = questions(world)
-    parts = [make(split, max(8, int(share * (train if split == "train" else test))), side or SIDES[world]) for make, train, test in MAKERS[world]]
-    labels = torch.cat([torch.stack([torch.as_tensor(np.asarray(found.get(k, [-1] * len(pixels))).astype(np.int64)) for k in asked], 1) for pixels, found in parts])
-    pixels = torch.cat([torch.from_numpy(np.ascontiguousarray(p)) for p, _ in parts]).permute(0, 3, 1, 2).contiguous()
-    return Items(dict(id=torch.arange(len(pixels)), pixels=pixels, labels=labels))
+    pixels, labels = [], []
+    for make, train, test in MAKERS[world]:
+        n = train if split == "train" else test
+        drawn, known = make(split, max(8, int(share * n)), side or SIDES[world])
+        pixels.append(torch.from_numpy(np.ascontiguousarray(drawn)))
+        labels.append(_label_rows(known, asked, len(drawn)))
+    pixels = torch.cat(pixels).permute(0, 3, 1, 2).contiguous()
+    return Items(dict(id=torch.arange(len(pixels)), pixels=pixels, labels=torch.cat(labels)))
+
+def _label_rows(known, asked, n): # int64 [n,questions]
+    nothing = np.full(n, -1)
+    answers = [np.asarray(known.get(k, nothing)).astype(np.int64) for k in asked]
+    return torch.stack([torch.as_tensor(a) for a in answers], 1)

@@ -40,8 +40,11 @@ class World(Source):
 # %% ../../../nbs/data/sets/08_worlds.ipynb #03e8e1c2
 class SceneWorld(World):
     "Drawn shapes; test scenes have pairs of shape and colour that no other scene has."
-    name, splits, columns = "scenes", ("train", "val", "test"), ("texts", "complete", "facts")
-    drawn, mirrors = True, False
+    name = "scenes"
+    splits = ("train", "val", "test")
+    columns = ("texts", "complete", "facts")
+    drawn = True
+    mirrors = False
     sizes = {"train": 100_000, "val": 256, "test": 256}
     def __init__(self, split):
         from sdcourse.data.sets.scenes import scene_numbers
@@ -54,7 +57,8 @@ class SceneWorld(World):
 
     def rows(self, numbers):
         from sdcourse.data.sets.scenes import JUDGED, captions
-        known, found = self.known(numbers), []
+        known = self.known(numbers)
+        found = []
         for i in range(len(numbers)):
             texts = captions(known, i)
             seen = {k: known[k][i].tolist() for k in JUDGED}
@@ -74,7 +78,9 @@ class SceneWorld(World):
 # %% ../../../nbs/data/sets/08_worlds.ipynb #90c33698
 class FaceWorld(World):
     "Drawn portraits with CelebA's attributes; every identity is in one split."
-    name, splits, columns = "faces", ("train", "val", "test"), ("identity", "attributes")
+    name = "faces"
+    splits = ("train", "val", "test")
+    columns = ("identity", "attributes")
     drawn = True
     total = 10_000 # pictures of all splits
     def __init__(self, split):
@@ -104,7 +110,9 @@ class FaceWorld(World):
 # %% ../../../nbs/data/sets/08_worlds.ipynb #ecafa9d6
 class PhotoWorld(World):
     "Captioned crops of installed photographs; every region is in one split."
-    name, splits, columns = "photos", ("train", "val", "test"), ("text", "photograph")
+    name = "photos"
+    splits = ("train", "val", "test")
+    columns = ("text", "photograph")
     each = 16 # crops of a region
     def __init__(self, split):
         from sdcourse.data.sets.photos import PhotosOptions, crops
@@ -125,10 +133,13 @@ class PhotoWorld(World):
 # %% ../../../nbs/data/sets/08_worlds.ipynb #b50a03e4
 class DigitWorld(World):
     "Handwritten digits; every fifth is held out."
-    name, splits, columns = "digits", ("train", "test"), ("label",)
+    name = "digits"
+    splits = ("train", "test")
+    columns = ("label",)
     def __init__(self, split):
         from sdcourse.data.sets.digits import CLASSES, digits
-        self.classes, self.table = CLASSES, digits(split)
+        self.classes = CLASSES
+        self.table = digits(split)
         self.ids = [str(i) for i in self.table.ids.tolist()]
 
     def rows(self, numbers): return [{"label": int(self.table.tensors["label"][i])} for i in numbers]
@@ -155,7 +166,8 @@ class WorldSet:
     def __init__(self,
         name: str, # a key of `BUILT_IN`
     ):
-        self.name, self.kind = name, named(BUILT_IN[name])
+        self.name = name
+        self.kind = named(BUILT_IN[name])
         self.splits = self.kind.splits
 
     def open(self,
@@ -164,7 +176,8 @@ class WorldSet:
         label: str = "", # column with the class; empty: label
     ) -> World:
         "A split of the world."
-        if column: raise UserError(f"{self.name}: built-in worlds have no column {column}; leave --image-column out")
+        if column:
+            raise UserError(f"{self.name}: built-in worlds have no column {column}; leave --image-column out")
         world = self.kind(split)
         world.label = label or world.label
         return world
@@ -180,5 +193,6 @@ def world_named(
     if name not in BUILT_IN: return None
     folder = Path(name)
     if folder.is_dir() and any(folder.iterdir()):
-        raise UserError(f"{name}: is a built-in world, and a folder here; write world:{name}, or ./{name} for the folder")
+        remedy = f"write world:{name}, or ./{name} for the folder"
+        raise UserError(f"{name}: is a built-in world, and a folder here; {remedy}")
     return WorldSet(name)
