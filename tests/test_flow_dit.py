@@ -360,7 +360,8 @@ def test_command_line_end_to_end(tmp_path):
     with Image.open(out / "samples" / "step-00000030.png") as im:
         assert im.mode == "L" and np.asarray(im).std() > 5
     code = f"""
-from sdcourse.models.dit import FlowDiTPipeline, image_generators
+from sdcourse.engine.order import image_generators
+from sdcourse.models.dit import FlowDiTPipeline
 pipe = FlowDiTPipeline.from_pretrained({str(out / "export")!r})
 images = pipe(['3', 4], num_inference_steps=3, generator=image_generators([1, 2])).images
 print(images[0].size, images[0].mode, len(images))

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from sdcourse.models import lora, tiny_sd
-from sdcourse.models.dit import image_generators
+from sdcourse.engine.order import image_generators
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,8 @@ import torch
 import warm
 from sdcourse.core import UserError
 from sdcourse.diffusion import guided, sample_flow, time_grid
-from sdcourse.models.dit import AutoencoderKL, DiT, FlowDiTPipeline, image_generators
+from sdcourse.engine.order import image_generators
+from sdcourse.models.dit import AutoencoderKL, DiT, FlowDiTPipeline
 
 NAMES = {i: f"class {i}, c{i}" for i in range(5)}
 

@@ -216,7 +216,7 @@ def test_the_shipped_model_draws_what_is_asked():
     from diffusers import StableDiffusionPipeline
     from sdcourse.core import read_json
     from sdcourse.evaluation.adherence import adherence
-    from sdcourse.models.dit import image_generators
+    from sdcourse.engine.order import image_generators
 
     pipe = StableDiffusionPipeline.from_pretrained(shipped_folder("tiny-sd15"))
     pipe.set_progress_bar_config(disable=True)
@@ -540,7 +540,7 @@ def test_resumed_is_uninterrupted(tmp_path, scenes, model, cached):
 @pytest.mark.parametrize("name, prediction", [("model", "eps"), ("model2", "v")])
 def test_export_draws_in_plain_diffusers_what_the_task_draws(tmp_path, scenes, request, name, prediction):
     from diffusers import StableDiffusionPipeline
-    from sdcourse.models.dit import image_generators
+    from sdcourse.engine.order import image_generators
 
     task = sd15.Task(
         config(
@@ -609,7 +609,7 @@ def test_lora_of_both_networks_comes_out_as_it_was_trained(tmp_path, model):
     from sdcourse.commands.generate import GenerateOptions, open_pipeline
     from safetensors.torch import load_file
     from sdcourse.commands.export import ExportOptions, export
-    from sdcourse.models.dit import image_generators
+    from sdcourse.engine.order import image_generators
     from sdcourse.models.lora import LORA_FILES
 
     common = dict(model=str(model), lora_rank=2, lora_alpha=8.0, lora_text=True, lr=1e-2, checkpoint_every=2)

@@ -16,7 +16,7 @@ from typing import Literal
 from .export import newest, restored
 from ..config import NonNegative, Positive, fixed
 from ..core import UserError, atomic_path, differences, nearest, read_json, write_json, write_text
-from ..engine.order import key
+from ..engine.order import image_generators, key
 from ..engine.work import JobOptions, LongWork, run_work
 from ..models.files import DTYPES, files_id, local_folder, quiet
 
@@ -210,7 +210,7 @@ def draw(
     cfg: GenerateOptions, # guidance, steps, sampler, size
 ) -> list: # PIL images
     "One picture per row, each from the generator of its own seed."
-    from sdcourse.models.dit import FlowDiTPipeline, image_generators
+    from sdcourse.models.dit import FlowDiTPipeline
     options = dict(generator=image_generators([r["seed"] for r in rows]), output_type="pil")
     if cfg.guidance_scale >= 0: options["guidance_scale"] = cfg.guidance_scale
     if cfg.num_inference_steps: options["num_inference_steps"] = cfg.num_inference_steps

@@ -33,7 +33,7 @@ def adherence_quality(
     root=None, # folder of all models; none: the package's
 ) -> dict: # name -> value, n, low, high
     "What the shipped model draws when it is asked, through plain diffusers."
-    from sdcourse.models.dit import image_generators
+    from sdcourse.engine.order import image_generators
     from sdcourse.models.files import load_shipped
     pipe = load_shipped(name, root=root)
     pipe.set_progress_bar_config(disable=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['POSITIONS', 'MLP_RATIO', 'SIZES', 'WIDE', 'patchify', 'unpatchify', 'grid_angles', 'sincos', 'rotate', 'RMSNorm',
            'Attention', 'MLP', 'time_code', 'modulate', 'DiTBlock', 'mlp_hidden', 'DiT', 'dit_config', 'train_flops',
-           'image_generators', 'FlowDiTPipeline']
+           'FlowDiTPipeline']
 
 # %% ../../nbs/06a_dit.ipynb #c70cf8ce
 import inspect, math
@@ -304,14 +304,6 @@ def train_flops(
     block = n * (4 * d * d + matrices * d * hidden) + 2 * n * n * d + 6 * d * d
     macs = cfg["depth"] * block + 2 * n * pixels * d + 256 * d + 3 * d * d
     return 3. * 2 * macs
-
-# %% ../../nbs/06a_dit.ipynb #d193f21e
-def image_generators(
-    seeds, # one integer per image
-    device: str = "cpu", # where the noise is drawn; cpu gives the same images everywhere
-) -> list: # one `torch.Generator` per image
-    "One generator per image, so that an image depends on its own seed only."
-    return [torch.Generator(device).manual_seed(int(s)) for s in seeds]
 
 # %% ../../nbs/06a_dit.ipynb #ed9add33
 def _folder_faults(path): # the first thing that an exported pipeline's folder lacks, or ""

@@ -261,8 +261,9 @@ def prepare_hq(
         jobs.append(PictureJob(part, written, metadata, (folder / file, options.size)))
     shares = frequency(names, values, parts)
     by = "person" if options.identities else "picture"
-    whole = build_folder(out, jobs, copy_or_resize, options, name="celeba-hq", origin=origin("celeba-hq", source),
-                  flag=flag, finish=_store(names, frequency=shares), split_by=by)
+    known = dict(name="celeba-hq", origin=origin("celeba-hq", source), split_by=by)
+    store = _store(names, frequency=shares)
+    whole = build_folder(out, jobs, copy_or_resize, options, **known, flag=flag, finish=store)
     if whole: _report(out, shares, Counter(parts.tolist()))
     return whole
 
@@ -413,8 +414,9 @@ def prepare_celeba(
     jobs = _extra_jobs(source, boxes, chosen, options.size)
     _, values, names, counts, _ = chosen
     shares = frequency(names, values, np.full(len(values), "train"))
-    whole = build_folder(out, jobs, crop_face, options, name="celeba", origin=origin("celeba", source), flag=flag,
-                  finish=_store(names, frequency=shares, left_out=counts))
+    known = dict(name="celeba", origin=origin("celeba", source))
+    store = _store(names, frequency=shares, left_out=counts)
+    whole = build_folder(out, jobs, crop_face, options, **known, flag=flag, finish=store)
     left_out = {k: v for k, v in counts.items() if isinstance(v, int)}
     if whole: _report(out, shares, {"train": len(jobs)} | left_out)
     return whole

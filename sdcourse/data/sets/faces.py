@@ -725,5 +725,6 @@ def prepare_faces(
     "Draw both folders; started again, it goes on."
     options.check()
     origin = load_manifest("faces") | {"count": options.celeba}
-    return build_folder(out, list(_plan(options)), draw_picture, options, name="faces", origin=origin, flag=flag,
+    jobs = list(_plan(options))
+    return build_folder(out, jobs, draw_picture, options, name="faces", origin=origin, flag=flag,
                  finish=_write_tables(options))

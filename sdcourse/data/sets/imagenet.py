@@ -245,7 +245,8 @@ def _crop_jobs(rows, names, options):
         if options.per_class and seen[split, label] > options.per_class: continue
         metadata = {"id": stem, "label": label, "class": names[label]}
         place = where if isinstance(where, tuple) else (where,)
-        jobs.append(PictureJob(split, f"{label:04}/{stem}.{options.format}", metadata, (options.size, *place)))
+        name = f"{label:04}/{stem}.{options.format}"
+        jobs.append(PictureJob(split, name, metadata, (options.size, *place)))
     return jobs
 
 def prepare_imagenet(

@@ -371,7 +371,8 @@ class Scenes:
         size: int = 32, # pixels
         seed: int = 0, # of the world
     ):
-        if size < 24: raise UserError(f"scenes of {size} pixels: small shapes need at least 24; 32 and 64 are tested")
+        if size < 24:
+            raise UserError(f"scenes of {size} pixels: small shapes need at least 24; 32 and 64 are tested")
         self.ids, self.size, self.seed = scene_numbers(split, n), size, seed
 
     def __len__(self): return len(self.ids)
@@ -383,7 +384,8 @@ class Scenes:
         import torch
         known = facts(self.ids[np.asarray(indices)], self.seed)
         pixels = torch.from_numpy(paint(known, self.size)).permute(0, 3, 1, 2).float() / 127.5 - 1
-        return {"id": torch.from_numpy(known["id"]), "pixels": pixels} | {k: torch.from_numpy(known[k]) for k in JUDGED}
+        facts_of = {k: torch.from_numpy(known[k]) for k in JUDGED}
+        return {"id": torch.from_numpy(known["id"]), "pixels": pixels} | facts_of
 
     def captions(self,
         indices, # rows
@@ -432,4 +434,5 @@ def prepare_scenes(
             judged = {k: known[k][i].tolist() for k in JUDGED}
             row = {"id": number, "text": captions(known, i), "facts": judged}
             jobs.append(PictureJob(split, f"{number:07}.png", row, (number, options.size, options.seed)))
-    return build_folder(out, jobs, draw_scene, options, name="scenes", origin=load_manifest("scenes"), flag=flag)
+    origin = load_manifest("scenes")
+    return build_folder(out, jobs, draw_scene, options, name="scenes", origin=origin, flag=flag)
