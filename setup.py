@@ -5,7 +5,9 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 ROOT = Path(__file__).resolve().parent
-NEEDED = "lib_name lib_path version min_python license description author author_email keywords git_url status audience requirements".split()
+NEEDED = """
+lib_name lib_path version min_python license description author author_email keywords git_url status audience requirements
+""".split()
 STATUS = {"1": "Planning", "2": "Pre-Alpha", "3": "Alpha", "4": "Beta", "5": "Production/Stable"}
 SPDX = {"apache2": "Apache-2.0"}
 
