@@ -118,3 +118,17 @@ def test_what_is_too_long_is_found():
     code = f"def f(x):\n    return x + {'z' * 110}\n"
     assert not list(too_long(table)) and not list(too_long(docment)) and list(too_long(code)) == [(2, 125)]
     assert list(too_long(docment.replace("y" * 115, "y" * 140))) and list(too_long(f"# {'w' * 120}\n"))
+
+
+def test_cells_of_lessons():
+    "At most 30 lines, unless a cell is one class; what stands around the class counts."
+    lessons = [p for p in outputs.notebooks() if p.parent == ROOT / "nbs" and p.name[0] == "0"]
+    found = []
+    for nb in lessons:
+        for cell, source in code_of(nb):
+            classes = [n for n in ast.parse(source).body if isinstance(n, ast.ClassDef)]
+            longest = max((n.end_lineno - n.lineno + 1 for n in classes), default=0)
+            rest = len(source.split("\n")) - longest
+            if max(rest, rest + longest if longest < 15 else 0) > 30:
+                found.append(f"{nb.name}: cell {cell} has {rest + longest} lines")
+    assert len(lessons) >= 8 and not found, "\n".join(found)
