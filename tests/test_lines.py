@@ -131,4 +131,4 @@ def test_cells_of_lessons():
             rest = len(source.split("\n")) - longest
             if max(rest, rest + longest if longest < 15 else 0) > 30:
                 found.append(f"{nb.name}: cell {cell} has {rest + longest} lines")
-    assert len(lessons) >= 8 and not found, "\n".join(found)
+    assert len(lessons) >= 7 and not found, "\n".join(found)
