@@ -148,7 +148,8 @@ def _check_row(row, source):
             what = f"the {k} of {ascii(row['id'][:60])} holds half of a character"
             raise UserError(f"{source}: {what} ({ascii(row[k][-60:])}); mend it") from None
     if len(file_of(row["id"]).encode()) > LONGEST:
-        raise UserError(f"{source}: the id {ascii(row['id'][:60])} is too long for the name of a file; shorten it")
+        what = f"the id {ascii(row['id'][:60])} is too long for the name of a file"
+        raise UserError(f"{source}: {what}; shorten it")
 
 def _few(rows, n): # in their order; a smaller choice is part of a larger one
     if not 0 < n < len(rows): return rows

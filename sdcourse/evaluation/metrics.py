@@ -177,7 +177,9 @@ def kernel(c: Case):
     "Kernel distance."
     found = kid(c.a, c.b)
     real = c.real()
-    floors = real_floors(kernel_distance, real, c.b, len(c.a), c.seed, classes=c.classes) if real is not None else []
+    floors = []
+    if real is not None:
+        floors = real_floors(kernel_distance, real, c.b, len(c.a), c.seed, classes=c.classes)
     half = 1.959964 * found["se"]
     floor = sum(floors) / len(floors) if floors else None
     highest = max(floors, default=None)
@@ -429,8 +431,8 @@ def _needs_pairs(c):
     a, b = c.data.image(0), c.reference.image(rows[0])
     if a.size != b.size: raise _other_sizes(a.size, b.size)
 
-# name -> function of a `Case` that raises `UserError`; asked before anything is computed, so of features it sees only
-# whether there will be some
+# name -> function of a `Case` that raises `UserError`. It is asked before anything is computed: of features it
+# sees only whether there will be some.
 NEEDS = {
     "fd": _needs_few,
     "kid": _needs_pictures("KID needs"),
