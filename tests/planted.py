@@ -318,7 +318,7 @@ PLANTED = {
     ('sdcourse/evaluation/memorise.py', 'tests/test_memorise.py'): [
         ('memorise: ties count as farther', 'return (len(real) - upto)', 'return (len(real) - below)', 'test_shares_without_a_table_are_those_of_all_pairs'),
         ('copies get a distance by rounding', 'compute_mode="donot_use_mm_for_euclid_dist"', 'compute_mode="use_mm_for_euclid_dist"', 'test_neighbours_finds_copies_exactly'),
-        ('far samples count as memorised', '(pairs < 0)', '(pairs > 0)', 'test_memorisation_yardstick'),
+        ('far samples count as memorised', '= nearer_than(ours, real)', '= nearer_than(-ours, -real)', 'test_memorisation_yardstick'),
     ],
     ('sdcourse/guard.py', 'tests/test_guard.py'): [
         ('the guard always declares the operators', '    if not why: return _say', '    if why is None: return _say', 'test_nothing_is_defined_where_the_library_loads'),
