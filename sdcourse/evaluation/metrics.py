@@ -431,8 +431,8 @@ def _needs_pairs(c):
     a, b = c.data.image(0), c.reference.image(rows[0])
     if a.size != b.size: raise _other_sizes(a.size, b.size)
 
-# name -> function of a `Case` that raises `UserError`. It is asked before anything is computed: of features it
-# sees only whether there will be some.
+# name -> function of a `Case` that raises `UserError`. It is asked before anything is computed, and sees of
+# features only whether there will be some.
 NEEDS = {
     "fd": _needs_few,
     "kid": _needs_pictures("KID needs"),
