@@ -634,7 +634,7 @@ def test_equal_ids_of_unrelated_sets_are_no_pairs(world, tmp_path):
     made = dict(source="m", made_by=dict(prompts="p.txt", data=""))
     (tmp_path / "lines/generate.json").write_text(json.dumps(made))
     refused(
-        "the ids are numbers of the lines of p.txt, not those of the reference",
+        "the ids are numbers of lines of p.txt, not those of the reference",
         lambda: evaluate([str(tmp_path / "lines")], options(tmp_path, **few)),
     )
     truth = write(tmp_path / "t", extra=captions("a cat"))
