@@ -496,7 +496,7 @@ def test_values_of_prompts_are_checked_where_they_stand(tmp_path, line, text):
 @pytest.mark.parametrize(
     "row, text",
     [
-        (dict(text="cut \ud83d"), "the text of 00000 holds half of a character"),
+        (dict(text="cut \ud83d"), "the text of '00000' holds half of a character"),
         (dict(text="a", id="\ud83d"), "the id of .* holds half of a character"),
         (dict(text="a", id="x" * 300), "is too long for the name of a file; shorten it"),
     ],
