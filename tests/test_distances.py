@@ -9,7 +9,19 @@ import torch
 import torch.nn.functional as F
 
 from sdcourse.core import UserError
-from sdcourse.evaluation.distances import FID_LEAST, Number, cmmd, kid, measured, paired, prdc, spread
+from sdcourse.evaluation.distances import (
+    FID_LEAST,
+    Number,
+    cmmd,
+    cubic,
+    kernel_distance,
+    kid,
+    measured,
+    mmd2,
+    paired,
+    prdc,
+    spread,
+)
 from sdcourse.evaluation.stats import frechet
 
 
@@ -25,6 +37,65 @@ def test_kid_is_the_double_loop_over_different_pairs():
     assert kid(a, b)["value"] == pytest.approx(want, rel=1e-9) and kid(b, a)["value"] == pytest.approx(
         want, rel=1e-9
     )
+
+
+@pytest.mark.parametrize("n, m", [(7, 9), (1000, 400), (2300, 1100)])
+def test_kid_in_blocks_is_kid_at_once(n, m):
+    "The value and its error, over the edges of the squares that are added up."
+    from sdcourse.evaluation.distances import _jackknife_error, _random_parts
+
+    a, b = normal(n, 4, 1).float(), normal(m, 4, 2, 0.3).float()
+    x, y = a.double(), b.double()
+    kaa, kbb, kab = cubic(x, x), cubic(y, y), cubic(x, y)
+    parts = min(20, n // 2, m // 2)
+    p, q = _random_parts(n, parts), _random_parts(m, parts)
+    left = torch.tensor(
+        [mmd2(kaa[i][:, i], kbb[j][:, j], kab[i][:, j]) for i, j in ((p != k, q != k) for k in range(parts))]
+    )
+    found = kid(a, b)
+    assert found["value"] == pytest.approx(mmd2(kaa, kbb, kab), rel=1e-9)
+    assert found["se"] == pytest.approx(_jackknife_error(left.double()), rel=1e-4)
+    assert kernel_distance(a, b) == pytest.approx(found["value"], rel=1e-9)
+
+
+MEMORY = """
+import resource, sys, torch
+from sdcourse.evaluation.distances import cmmd, kid, prdc
+from sdcourse.evaluation.memorise import closeness, neighbours
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+a, b = torch.randn(2, 8000, 8, generator=torch.Generator().manual_seed(0))
+for n in (4000, 8000):
+    kid(a[:n], b[:n]), cmmd(a[:n], b[:n]), prdc(a[:n], b[:n])
+    closeness(neighbours(a[:n], b[:n])[1], neighbours(b[:n], a[:n])[1])
+    print(peak())
+"""
+
+
+def test_memory_does_not_grow_with_the_sets():
+    "Cases 47 and 56: twice the pictures, a tenth more at most."
+    import subprocess, sys
+
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=300)
+    assert not done.returncode, done.stderr
+    small, large = map(int, done.stdout.split())
+    assert large <= 1.1 * small, (small, large)
+
+
+def test_equal_pictures_are_inside_each_others_balls():
+    "Case 23: their radius is 0."
+    same = torch.ones(24, 3)
+    found = prdc(same, same)
+    assert [found[k] for k in ("precision", "recall", "coverage")] == [1, 1, 1] and found["density"] == 24 / 5
+    other = prdc(same + 1, same)
+    assert [other[k] for k in ("precision", "recall", "density", "coverage")] == [0, 0, 0, 0]
+
+
+def test_a_number_that_is_not_finite_is_marked():
+    import json
+
+    row = Number("x", math.nan, 4, -math.inf, 1.0, note="few").row()
+    assert row == dict(name="x", value=None, n=4, low=None, high=1.0, note="few; value is nan; low is -inf")
+    json.dumps(row, allow_nan=False)
 
 
 def test_kid_is_unbiased():

@@ -3,7 +3,10 @@ any batch and ranks, and one line for what cannot be measured.
 """
 
 import json
+import os
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +32,7 @@ from sdcourse.evaluation.metrics import (
     open_set,
     pixels_of,
 )
+from sdcourse.evaluation.pairwise import psnr_of_equal
 from sdcourse.evaluation.report import EvaluateOptions, blocks_of, evaluate, option_of
 from sdcourse.evaluation.stats import frechet, load_stats
 
@@ -472,6 +476,211 @@ def test_wrong_input_is_one_line_and_leaves_nothing(world, tmp_path):
     refused("is not empty", lambda: run(a))
 
 
+# ---- nothing is lost, nothing waits
+
+
+def strict(path):
+    "JSON as others read it: without NaN and infinity."
+    return json.loads(path.read_text(), parse_constant=lambda x: pytest.fail(f"{path}: {x}"))
+
+
+def test_a_picture_that_equals_its_truth_is_finite_and_said(world, tmp_path):
+    "Case 5: all of them, and one of them."
+    same = by_name(evaluate([str(world / "truth")], options(tmp_path, metrics=("pairs",)))["truth"])
+    most = psnr_of_equal((3, 8, 8))
+    row = strict(tmp_path / "r/evaluation.json")["numbers"]["truth"][1]
+    assert row["value"] == same["PSNR"].value == pytest.approx(most) and same["LPIPS[tiny]"].value == 0
+    assert row["note"] == f"60 of 60 equal the truth and count as {most:.1f} dB"
+    shutil.copytree(world / "a", tmp_path / "one")
+    k = open_set("digits", "test").ids[7]
+    shutil.copy(world / f"truth/test/{k}.png", tmp_path / f"one/test/{k}.png")
+    models = [str(world / "a"), str(tmp_path / "one")]
+    found = evaluate(models, options(tmp_path, out=str(tmp_path / "r2"), metrics=("pairs",)))
+    one, rest = (by_name(found[m])["PSNR"] for m in ("one", "a"))
+    assert one.note.startswith("1 of 60 equal") and not rest.note
+    assert rest.value + (most - 40) / 60 < one.value < rest.value + most / 60
+    assert all(np.isfinite(n["value"]) for n in strict(tmp_path / "r2/evaluation.json")["differences"])
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    "Whatever begins to compute fails."
+    from sdcourse.evaluation import report
+
+    monkeypatch.setattr(report, "features_over", lambda *_, **__: pytest.fail("work began"))
+
+
+def test_everything_is_checked_before_work_begins(world, tmp_path, no_work):
+    "Cases 43, 44, 45: nothing is computed, and nothing is left."
+    run = lambda **over: evaluate([str(world / "a")], options(tmp_path, **over))
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.npz").mkdir()
+    np.savez(tmp_path / "s1.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    np.savez(tmp_path / "s2.npz", mu=np.zeros(64), sigma=np.eye(64))
+    write(tmp_path / "big", size=16)
+    before = sorted(tmp_path.iterdir())
+    other = dict(reference=str(tmp_path / "big"), train="", metrics=("pairs",))
+    refused("pairs: pictures are 8 x 8 and the reference 16 x 16", lambda: run(**other))
+    stored = dict(reference=str(tmp_path / "s1.npz"), train="")
+    refused("holds 2,048 numbers a picture, .* gives 64; give --extractor inception", lambda: run(**stored))
+    stored = dict(reference=str(tmp_path / "s2.npz"), train="", save_stats=str(tmp_path / "s3.npz"))
+    refused("--save-stats: the reference is statistics already", lambda: run(**stored))
+    refused("s.npy: statistics end in .npz", lambda: run(save_stats=str(tmp_path / "s.npy")))
+    refused("there is no folder .*nodir", lambda: run(save_stats=str(tmp_path / "nodir/s.npz")))
+    refused("folder.npz: is a folder", lambda: run(save_stats=str(tmp_path / "folder.npz")))
+    refused("--out .*file: .*file is a file", lambda: run(out=str(tmp_path / "file")))
+    refused("--out .*file/x: .*file is a file", lambda: run(out=str(tmp_path / "file/x")))
+    refused("memorisation needs --train", lambda: run(metrics=("fd", "memorisation"), train=""))
+    refused("kid: KID needs the pictures", lambda: run(reference=str(tmp_path / "s2.npz"), metrics=("kid",)))
+    refused("trunk 'alexa': give alex", lambda: run(lpips="alexa"))
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_where_nothing_can_be_measured_nothing_begins(world, tmp_path, no_work, monkeypatch):
+    from sdcourse.evaluation import metrics
+
+    wants = {k: lambda c: c.need("not here", None) for k in METRICS}
+    monkeypatch.setattr(metrics, "NEEDS", wants)
+    refused("nothing can be measured; fd: not here", lambda: evaluate([str(world / "a")], options(tmp_path)))
+
+
+@pytest.mark.parametrize("broken", ["plot", "table_of_pictures"])
+def test_a_figure_that_fails_costs_no_number(world, tmp_path, monkeypatch, capsys, broken):
+    from sdcourse.evaluation import report
+
+    def fail(*_):
+        raise ValueError("Number of rows must be a positive integer")
+
+    monkeypatch.setattr(report, broken, fail)
+    evaluate([str(world / "a")], options(tmp_path))
+    assert len(strict(tmp_path / "r/evaluation.json")["numbers"]["a"]) > 5
+    text = (tmp_path / "r/README.md").read_text()
+    assert "FD[tiny-digits]" in text and "could not be made." in text
+    assert "could not be made (ValueError: Number of rows" in capsys.readouterr().out
+
+
+def test_numbers_are_printed_where_the_disk_is_full(world, tmp_path, monkeypatch, capsys):
+    "Case 48: one line, with a remedy that works."
+    import errno
+    from sdcourse.evaluation import report
+
+    def full(path, _):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(report, "write_json", full)
+    text = "evaluation.json: No space left on device; the numbers are printed above, give another --out"
+    refused(text, lambda: evaluate([str(world / "a")], options(tmp_path, metrics=("fd",))))
+    assert "| FD[tiny-digits] |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGUSR1", "STOP", "deadline"])
+def test_it_ends_at_once(world, tmp_path, monkeypatch, how):
+    "In the middle of a measure; with the code of a requeue, but for a file STOP."
+    from sdcourse.evaluation import report
+
+    out = tmp_path / "r"
+
+    def ask():
+        if how == "STOP":
+            out.mkdir()
+            (out / "STOP").touch()
+        elif how != "deadline":
+            os.kill(os.getpid(), getattr(signal, how))
+
+    def long(*_):
+        ask()
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            torch.randn(50, 50) @ torch.randn(50, 50)
+        pytest.fail("it went on")
+
+    monkeypatch.setattr(report, "measure", long)
+    cfg = options(tmp_path, requeue_code=75, max_seconds=5.0 if how == "deadline" else 0.0)
+    old, began = signal.getsignal(signal.SIGALRM), time.monotonic()
+    said = "file STOP" if how == "STOP" else how
+    with pytest.raises(UserError, match=rf"stopped \({said}\); nothing was written") as e:
+        evaluate([str(world / "a")], cfg)
+    assert time.monotonic() - began < 30 and e.value.code == (1 if how == "STOP" else 75)
+    assert not out.exists() or not list(out.iterdir())
+    assert signal.getsignal(signal.SIGALRM) == old and signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_pairs_are_read_a_few_at_a_time(tmp_path):
+    "Case 56: at most a million pixels, and the same numbers as all at once."
+    from sdcourse.evaluation.metrics import per_picture, pixels_in_parts
+    from sdcourse.evaluation.pairwise import psnr, ssim
+
+    for name in ("x", "y"):
+        (tmp_path / name / "test").mkdir(parents=True)
+        for i in range(5):
+            pixels = np.random.default_rng([i, name == "x"]).integers(0, 256, (600, 700, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"test/{i}.png", compress_level=0)
+    x, y = (open_set(tmp_path / name) for name in ("x", "y"))
+    assert [len(p) for p in pixels_in_parts(x)] == [2, 2, 1]
+    found = per_picture(Case(x, y, None, None, None))
+    a, b = (pixels_of(s, range(5)) for s in (x, y))
+    assert found["PSNR"].tolist() == pytest.approx(psnr(a, b).tolist(), rel=1e-12)
+    assert found["SSIM"].tolist() == pytest.approx(ssim(a, b).tolist(), rel=1e-9)
+
+
+# ---- equal ids of unrelated sets
+
+
+def test_equal_ids_of_unrelated_sets_are_no_pairs(world, tmp_path):
+    "Case 54: numbers of lines, and pictures of other captions."
+    few = dict(metrics=("pairs",), pictures=0)
+    captions = lambda word: lambda i: dict(text=f"{word} {i}")
+    shutil.copytree(world / "a", tmp_path / "lines")
+    made = dict(source="m", made_by=dict(prompts="p.txt", data=""))
+    (tmp_path / "lines/generate.json").write_text(json.dumps(made))
+    refused(
+        "the ids are numbers of lines of p.txt, not those of the reference",
+        lambda: evaluate([str(tmp_path / "lines")], options(tmp_path, **few)),
+    )
+    truth = write(tmp_path / "t", extra=captions("a cat"))
+    same = write(tmp_path / "same", 30, extra=captions("a cat"))
+    other = write(tmp_path / "other", 30, extra=captions("a dog"))
+    paired = dict(few, reference=str(truth), train="")
+    assert evaluate([str(same)], options(tmp_path, **paired))["same"]
+    text = "was asked for 'a dog .', and the picture of that id shows 'a cat .', as 60 of 60 do: the sets are"
+    refused(text, lambda: evaluate([str(other)], options(tmp_path, **paired, out=str(tmp_path / "r2"))))
+    again = dict(source="m", made_by=dict(prompts="", data="d", caption_column="long"))
+    (other / "generate.json").write_text(json.dumps(again))  # other captions of the same pictures
+    assert evaluate([str(other)], options(tmp_path, **paired, out=str(tmp_path / "r3")))["other"]
+
+
+# ---- what was found on the way
+
+
+def test_variety_without_a_perceptual_distance_is_left_out(tmp_path):
+    write(tmp_path / "m", 30, extra=lambda i: dict(of=f"p{i % 20}"))
+    data = open_set(tmp_path / "m")
+    net = type("Net", (), dict(name="inception", width=4))()
+    case = Case(data, data, net, torch.randn(N, 4), torch.randn(N, 4), draws=0)
+    with pytest.raises(UserError, match="variety: variety needs a perceptual distance, .* give --lpips alex"):
+        measure(case, ["variety"])
+    assert "variety" in measure(case)[1]
+
+
+def test_a_curve_over_yes_and_no_is_refused(world, tmp_path):
+    for name, value in (("a", True), ("b", False)):
+        shutil.copytree(world / name, tmp_path / name)
+        made = dict(source="m", made_by=dict(flip=value))
+        (tmp_path / f"{name}/generate.json").write_text(json.dumps(made))
+    for models in ("ab", "b"):
+        sources = [str(tmp_path / m) for m in models]
+        refused(" is no number; give --table", lambda: evaluate(sources, options(tmp_path, curve="flip")))
+
+
+def test_the_perceptual_network_is_opened_once(world, tmp_path, monkeypatch):
+    from sdcourse.evaluation import report
+
+    real, opened = report.lpips_of, []
+    monkeypatch.setattr(report, "lpips_of", lambda *a: opened.append(1) or real(*a))
+    evaluate([str(world / "a"), str(world / "b")], options(tmp_path, metrics=("pairs",)))
+    assert len(opened) == 1
+
+
 def test_the_command(world, tmp_path, capsys):
     assert (
         cli.main(
@@ -499,6 +708,12 @@ def test_the_command(world, tmp_path, capsys):
     assert (
         cli.main(["evaluate", "--reference", "digits"]) == 2 and "expected MODEL …" in capsys.readouterr().err
     )
+
+
+def test_every_measure_has_its_needs():
+    from sdcourse.evaluation.metrics import NEEDS
+
+    assert NEEDS.keys() == METRICS.keys()
 
 
 def test_every_measure_is_documented():

@@ -195,7 +195,7 @@ def test_what_cannot_be_measured_is_said_in_one_line(random_weights, sets, tmp_p
     refused("does not fit pytorch-fid's InceptionV3", lambda: Inception(tmp_path / "wrong.pth"))
     mixed = photos(tmp_path / "mixed", 3)
     Image.new("RGB", (40, 60)).save(mixed / "train/odd.png")
-    refused("odd: is 40 x 60 pixels and others are 80 x 80", lambda: stats_of(Colours(), pictures(mixed)))
+    refused("odd.png: is 40 x 60 pixels and others are 80 x 80", lambda: stats_of(Colours(), pictures(mixed)))
     (mixed / "train/odd.png").write_bytes((mixed / "train/000.png").read_bytes()[:-50])
     refused("truncated.*odd.png", lambda: stats_of(Colours(), pictures(mixed)))
     (mixed / "train/odd.png").write_text("no picture")

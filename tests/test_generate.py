@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -22,11 +24,16 @@ from sdcourse.cli import main
 from sdcourse.commands.copy_images import CopyOptions, copy_images
 from sdcourse.commands.generate import (
     GenerateOptions,
+    NEEDED,
+    as_the_run_says,
+    file_of,
     generate,
+    json_line,
     open_pipeline,
     plan_pictures,
+    rows_of_file,
 )
-from sdcourse.config import resolve
+from sdcourse.config import load_config, resolve
 from sdcourse.core import UserError
 from sdcourse.dataset import pictures
 from sdcourse.engine.checkpoint import load_checkpoint
@@ -69,9 +76,8 @@ def sd15(built):
 
 
 def options(**over):
-    return GenerateOptions(
-        **dict(classes=("all",), per_class=2, batch=5, num_inference_steps=2, device="cpu", threads=1) | over
-    )
+    asked = {} if over.get("classes") == () else dict(classes=("all",), per_class=2)
+    return GenerateOptions(**asked | dict(batch=5, num_inference_steps=2, device="cpu", threads=1) | over)
 
 
 def words(**over):
@@ -135,7 +141,7 @@ def test_options_reach_the_pipeline(run, whole, tmp_path):
             dict(guidance_scale=3.0),
             dict(num_inference_steps=3),
             dict(seed=1),
-            dict(sampler="heun"),
+            dict(sampler="euler"),
             dict(weights="raw"),
         )
     ):
@@ -166,9 +172,9 @@ def test_an_exported_checkpoint_is_that_checkpoint(run, whole, tmp_path):
         not torch.equal(a[k], d[k]) for k in a
     )
     assert all(torch.equal(d[k], held["model"][f"dit.{k}" if f"dit.{k}" in held["model"] else k]) for k in d)
-    assert main(["generate", str(tmp_path / "ema"), str(tmp_path / "o"), *words()]) == 0 and drawn(
-        tmp_path / "o"
-    ) == drawn(whole)
+    as_the_run = words(guidance_scale=1.25, sampler="heun")  # it has left its run, which says so
+    assert main(["generate", str(tmp_path / "ema"), str(tmp_path / "o"), *as_the_run]) == 0
+    assert drawn(tmp_path / "o") == drawn(whole)
 
 
 def test_exports_refuse_in_one_line_and_leave_nothing(run, tmp_path, capsys):
@@ -418,6 +424,149 @@ def test_wrong_models_and_sets_are_one_line(run, sd15, tmp_path):
         assert "\n" not in str(e.value) and not list(tmp_path.glob("o/*/*"))
 
 
+# ---- a run draws as it says
+
+
+def test_what_is_not_given_is_as_the_run_says(run, whole):
+    said = load_config(run / "config.yaml")["config"]
+    free = GenerateOptions(classes=("all",))
+    for source in (run, run / "export", run / "checkpoints" / "step-00000006"):
+        cfg, more = as_the_run_says(source, free)
+        assert (cfg.guidance_scale, cfg.num_inference_steps, cfg.sampler) == (1.25, 1, "heun") and not more
+        own = options(guidance_scale=0.0, sampler="euler")
+        assert as_the_run_says(source, own) == (own, {})
+    assert said["guidance_scale"] == 1.25
+    made = json.loads((whole / "generate.json").read_text())["made_by"]
+    assert (made["guidance_scale"], made["num_inference_steps"], made["sampler"]) == (1.25, 2, "heun")
+
+
+def test_the_pictures_of_a_run_are_those_of_its_guidance_and_interval(run, tmp_path):
+    import shutil
+
+    shutil.copytree(run, tmp_path / "r")
+    file = tmp_path / "r/config.yaml"
+    text = file.read_text()
+    assert "guidance_scale: 1.25" in text
+    file.write_text(text.replace("guidance_scale: 1.25", "guidance_scale: 3.5"))
+    some = dict(classes=("3",), per_class=2)
+    for source, out, over in (
+        (run, "a", {}),
+        (run, "b", dict(guidance_scale=3.5)),
+        (tmp_path / "r", "c", {}),
+    ):
+        assert generate(source, tmp_path / out, options(**some, **over)) == 0
+    assert drawn(tmp_path / "b") == drawn(tmp_path / "c") != drawn(tmp_path / "a")
+    shutil.move(tmp_path / "r/export", tmp_path / "alone")  # of no run: the pipeline's own
+    assert as_the_run_says(tmp_path / "alone", options()) == (options(), {})
+
+
+# ---- files of prompts
+
+
+def test_lines_of_prompts_end_at_line_feeds_only(tmp_path):
+    "Cases 8 and 10: separators of Unicode, form feeds and the mark of Windows editors."
+    file = tmp_path / "p.txt"
+    file.write_bytes("\ufeffa cat\r\n\r\ntwo\u2028lines \x0cof\x85one\rlast".encode())
+    assert [r["text"] for r in rows_of_file(file)] == ["a cat", "two\u2028lines \x0cof\x85one", "last"]
+    (tmp_path / "p.jsonl").write_bytes('\ufeff{"id": "x", "text": "a\u2028b"}\n'.encode())
+    assert rows_of_file(tmp_path / "p.jsonl") == [dict(id="x", text="a\u2028b")]
+
+
+@pytest.mark.parametrize(
+    "line, text",
+    [
+        ('{"text": null}', "p.jsonl:1: expected an object with text or label"),
+        ('{"text": ["a"]}', "p.jsonl:1: its text is .* give text"),
+        ('{"text": ""}', "p.jsonl:1: its text is "),
+        ('{"text": "a", "id": ""}', "p.jsonl:1: its id is .* a text or a whole number"),
+        ('{"text": "a", "id": 1.5}', "p.jsonl:1: its id is 1.5; give a text or a whole number"),
+        ('{"label": true}', "p.jsonl:1: its label is true"),
+        ('{"text": ' + "9" * 5000 + "}", "p.jsonl:1: expected an object"),
+        ("[" * 100_000, "p.jsonl:1: expected an object"),
+    ],
+)
+def test_values_of_prompts_are_checked_where_they_stand(tmp_path, line, text):
+    "Case 41."
+    (tmp_path / "p.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match=text) as e:
+        rows_of_file(tmp_path / "p.jsonl")
+    assert "\n" not in str(e.value) and len(str(e.value)) < 500
+
+
+@pytest.mark.parametrize(
+    "row, text",
+    [
+        (dict(text="cut \ud83d"), "the text of '00000' holds half of a character"),
+        (dict(text="a", id="\ud83d"), "the id of .* holds half of a character"),
+        (dict(text="a", id="x" * 300), "is too long for the name of a file; shorten it"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_anything_is_drawn(tmp_path, row, text):
+    (tmp_path / "p.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match=text) as e:
+        plan_pictures(GenerateOptions(prompts=str(tmp_path / "p.jsonl")))
+    str(e.value).encode()
+
+
+def test_a_hidden_id_gives_a_file_that_is_seen():
+    assert [file_of(k) for k in (".x", "a/b", "..", "a.b")] == ["_x.png", "a_b.png", "_..png", "a.b.png"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(st.characters(exclude_categories=("Cs",))), st.text(min_size=1))
+def test_a_row_is_one_line_for_every_reader(text, name):
+    line = json_line(dict(id=name, text=text)) if name.isprintable() else json_line(dict(text=text))
+    assert len(line.splitlines()) == 1 and json.loads(line)["text"] == text
+
+
+def test_only_some_of_the_prompts(tmp_path):
+    "Case 40: so many, spread over the file; a smaller choice is part of a larger one, with the same seeds."
+    (tmp_path / "p.txt").write_text("".join(f"prompt {i}\n" for i in range(50)))
+
+    def plan(n):
+        return plan_pictures(GenerateOptions(prompts=str(tmp_path / "p.txt"), max_samples=n))
+
+    whole, some, few = plan(0), plan(10), plan(3)
+    assert [len(x) for x in (whole, some, few)] == [50, 10, 3] and plan(99) == whole
+    assert all(r in some for r in few) and all(r in whole for r in some)
+    assert [r["id"] for r in some] == sorted(r["id"] for r in some) and some != whole[:10]
+
+
+def test_an_option_without_effect_is_refused(run, sd15, tmp_path):
+    given = dict(per_class=3, max_samples=2, caption_column="c", label_column="l", lora_scale=0.5)
+    assert given.keys() == NEEDED.keys()
+    (tmp_path / "p.txt").write_text("a cat\n")
+    for option, value in given.items():
+        asked = dict(classes=("all",)) if option != "per_class" else dict(prompts="p.txt")
+        with pytest.raises(UserError, match=f"--{option.replace('_', '-')}: has no effect without --"):
+            GenerateOptions(**asked, **{option: value}).check()
+    for source, over, text in (
+        (run, dict(weights="raw"), "--weights raw: .*export is an exported pipeline"),
+        (run, dict(negative_prompt="x"), "--negative-prompt: this model draws classes"),
+        (
+            run / "checkpoints/step-00000006",
+            dict(precision="bf16"),
+            "--precision bf16: a checkpoint is drawn in",
+        ),
+    ):
+        with pytest.raises(UserError, match=text):
+            generate(source, tmp_path / "o", options(**over))
+
+
+def test_an_export_leaves_what_another_command_left(run, tmp_path):
+    "Case 46: OUT.partial of a stopped command is not its own; and OUT below a file is one line."
+    from sdcourse.commands.export import ExportOptions, export
+
+    (tmp_path / "x.partial").mkdir()
+    (tmp_path / "x.partial/hours").write_text("of work")
+    assert export(run, tmp_path / "x", ExportOptions()) == 0
+    assert (tmp_path / "x.partial/hours").read_text() == "of work"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "x.partial"]
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is a file; choose another OUT"):
+        export(run, tmp_path / "file/x", ExportOptions())
+
+
 # ---- prompts of a data set, and the truth beside it
 
 
@@ -444,9 +593,8 @@ def test_captions_and_ids_of_a_data_set(data, sd15, tmp_path):
         ("p/1", "a blue cat", "p_1.png"),
         ("p/2", "a green cat", "p_2.png"),
     ]
-    assert [r["label"] for r in plan_pictures(options(classes=(), data="digits", max_samples=5), DIGITS)] == [
-        r["label"] for r in plan_pictures(options(classes=(), data="digits"), DIGITS)
-    ][::72]
+    few, all_ = (plan_pictures(options(classes=(), data="digits", max_samples=n), DIGITS) for n in (5, 0))
+    assert len(few) == 5 and len(all_) == 360 and [r for r in all_ if r in few] == few
 
 
 def test_the_truth_is_copied_linked_or_resized(data, tmp_path):

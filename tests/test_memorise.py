@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sdcourse.data.sets.digits import digits
-from sdcourse.evaluation.memorise import memorisation, neighbours
+from sdcourse.evaluation.memorise import memorisation, nearer_than, neighbours
 
 
 def test_neighbours_finds_copies_exactly():
@@ -14,6 +16,18 @@ def test_neighbours_finds_copies_exactly():
     moved = train[rows].clone()
     moved[:, 0, 0, 0] += 0.5
     assert neighbours(moved, train)[1].tolist() == pytest.approx([0.5] * 3, abs=1e-6)
+
+
+FEW = st.lists(st.integers(0, 5), min_size=1, max_size=9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(FEW, FEW)
+def test_shares_without_a_table_are_those_of_all_pairs(ours, real):
+    a, b = (torch.tensor(x, dtype=torch.float32) for x in (ours, real))
+    farther, equal = nearer_than(a, b)
+    assert farther.tolist() == pytest.approx((a[:, None] < b).double().mean(1).tolist())
+    assert equal.tolist() == pytest.approx((a[:, None] == b).double().mean(1).tolist())
 
 
 def test_memorisation_yardstick():

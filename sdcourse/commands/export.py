@@ -6,7 +6,7 @@
 __all__ = ['newest', 'restored', 'ExportOptions', 'export']
 
 # %% ../../nbs/commands/02_export.ipynb #d63c1292
-import shutil
+import os, shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -63,6 +63,11 @@ def _part(task, model, name): # a component of the pipeline that can be saved by
         raise UserError(f"--part {name}: this model has {have}")
     return parts[name]
 
+def _check_free(out): # `UserError` unless a folder can be made there
+    if os.path.lexists(out): raise UserError(f"{out}: is there already; choose another OUT")
+    above = next(p for p in out.absolute().parents if p.exists())
+    if not above.is_dir(): raise UserError(f"{out}: {above} is a file; choose another OUT")
+
 def export(
     source, # a run or one of its checkpoints
     out, # folder to make
@@ -70,13 +75,12 @@ def export(
 ) -> int: # 0
     "Write a checkpoint as others load it."
     source, out = Path(source), Path(out)
-    if out.exists(): raise UserError(f"{out}: is there already; choose another OUT")
+    _check_free(out)
     if not source.is_dir(): raise UserError(f"{source}: no such folder; give a run or one of its checkpoints")
     path = newest(source) if (source/"config.yaml").is_file() else source
     task, model = restored(path, cfg.weights)
-    new = Path(f"{out}.partial")
-    shutil.rmtree(new, ignore_errors=True)
-    new.parent.mkdir(parents=True, exist_ok=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    new = out.with_name(f".{out.name}.{os.getpid()}.partial") # its own: OUT.partial may be another command's
     try:
         if cfg.part: _part(task, model, cfg.part).save_pretrained(new)
         else: task.export(model, new)

@@ -73,18 +73,19 @@ class Tiny:
 # %% ../../nbs/evaluation/03_judges.ipynb #68850f8a
 def asked_accuracy(
     net: Tiny, # that reads
-    images, # [n,3,h,w] uint8
+    images, # [n,3,h,w] uint8, or an iterable of such parts
     asked: dict, # question -> [n] numbers into `net.attributes`, -1 where nothing was asked; or answers as words
 ) -> list: # a `Number` per question
     "Share of pictures that show what was asked for."
-    found = net.classify(images)
+    parts = [images] if isinstance(images, torch.Tensor) else images
+    found = _joined([net.classify(part) for part in parts])
     out = []
     for question, answers in asked.items():
         if question not in found:
             raise UserError(f"{net.name} is not asked about {question!r}; it knows {', '.join(found)}")
         want = _numbers_of(answers, net.attributes[question])
-        if len(want) != len(images):
-            raise UserError(f"{len(want)} answers to {question!r} for {len(images)} images: "
+        if len(want) != len(found[question]):
+            raise UserError(f"{len(want)} answers to {question!r} for {len(found[question])} images: "
                             "give one per image")
         there = want >= 0
         if not there.any(): continue
@@ -92,6 +93,9 @@ def asked_accuracy(
         share = wilson(hits, there.sum().item())
         out.append(Number(f"{question}[{net.name}]", **share, how=dict(net.how)))
     return out
+
+def _joined(parts): # dicts of tensors, as one
+    return {k: torch.cat([p[k] for p in parts]) for k in parts[0]}
 
 def _numbers_of(answers, known): # words or numbers -> [n] long
     "Which of the known answers each one is; -1 where nothing was asked."

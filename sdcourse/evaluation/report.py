@@ -4,25 +4,29 @@
 
 # %% auto #0
 __all__ = ['EvaluateOptions', 'names_of', 'same_ids', 'blocks_of', 'paired_differences', 'interval_cell', 'markdown', 'plot',
-           'table_of_pictures', 'option_of', 'crossed', 'curves', 'lpips_of', 'evaluate', 'evaluate_models']
+           'table_of_pictures', 'option_of', 'crossed', 'curves', 'lpips_of', 'Unfinished', 'ends_at_once', 'evaluate',
+           'evaluate_models']
 
 # %% ../../nbs/evaluation/08_report.ipynb #5b92b85b
-import json, re
+import json, os, re, signal
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from ..config import Free, NonNegative, Options, Positive, load_config
+from ..config import Free, NonNegative, Positive, load_config
 from ..core import UserError, progress, read_json, use_cpu, write_json, write_text
+from ..engine.work import JobOptions
 from .distances import Number, paired, spread
 from .metrics import METRICS, Case, extractor_of, features_over, measure
-from .metrics import open_set, pixels_of, set_id
-from .stats import Moments, Stats, frechet, save_stats
+from .metrics import open_set, pixels_of, set_id, unmet
+from .stats import Moments, Stats, frechet, same_features, save_stats
 
 # %% ../../nbs/evaluation/08_report.ipynb #d94346b9
 @dataclass
-class EvaluateOptions(Options):
+class EvaluateOptions(JobOptions):
     "Options of `sdcourse evaluate MODEL … --reference DATA --out OUT`."
     out: str = "" # folder of the report, to be made
     reference: str = "" # data set, folder, digits, or .npz of statistics
@@ -40,19 +44,34 @@ class EvaluateOptions(Options):
     force: bool = False # a FID of fewer than 2,048 pictures too
     pictures: NonNegative[int] = 8 # rows of pictures in the report, 0: none
     batch: Free[Positive[int]] = 50 # pictures that go through the network together
-    device: Free[str] = "auto" # auto, cpu, cuda, cuda:0 or mps
-    threads: Free[NonNegative[int]] = 0 # CPU threads, 0: torch's choice
-    hang_seconds: Free[NonNegative[float]] = 1800.0 # end all processes when none makes progress for so long, seconds; 0: never
 
     def check(self):
         "`UserError` for impossible values."
         super().check()
         for name, hint in (("out", "give a folder to make"), ("reference", "give what real pictures are")):
             if not getattr(self, name): raise UserError(f"--{name} is missing: {hint}")
-        if Path(self.out).exists() and any(Path(self.out).iterdir()):
+        _check_place("--out", Path(self.out))
+        if Path(self.out).is_dir() and any(Path(self.out).iterdir()):
             raise UserError(f"--out {self.out}: is not empty; choose another folder")
+        if self.save_stats: _check_file("--save-stats", Path(self.save_stats))
         if len(self.table) not in (0, 2):
             raise UserError(f"--table {','.join(self.table)}: give two options, for rows and for columns")
+
+
+def _check_place(option, folder):
+    "`UserError` unless the folder is there, or can be made, and can be written to."
+    at = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+    if not at.is_dir(): raise UserError(f"{option} {folder}: {at} is a file; choose another folder")
+    if not os.access(at, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {folder}: {at} cannot be written to; choose another folder")
+
+def _check_file(option, file):
+    "`UserError` unless statistics can be written there."
+    if file.suffix != ".npz": raise UserError(f"{option} {file}: statistics end in .npz; give FILE.npz")
+    if file.is_dir(): raise UserError(f"{option} {file}: is a folder; give a file")
+    if not file.absolute().parent.is_dir():
+        raise UserError(f"{option} {file}: there is no folder {file.parent}; make it first")
+    _check_place(option, file.parent)
 
 # %% ../../nbs/evaluation/08_report.ipynb #4d7db4ca
 def names_of(
@@ -369,9 +388,10 @@ def _options(sources, cfg):
     "Option -> model -> value; `UserError` when a curve or a table cannot be made of them."
     names = (cfg.curve, *cfg.table) if cfg.curve else cfg.table
     at = {o: {m: option_of(s, o) for m, s in sources.items()} for o in names}
-    odd = next((v for v in at.get(cfg.curve, {}).values() if not _is_number(v)), None)
+    odd = [v for v in at.get(cfg.curve, {}).values() if not _is_number(v)]
     if odd:
-        raise UserError(f"--curve {cfg.curve}: {odd!r} is no number; give --table for options that are words")
+        what = f"{odd[0]!r} is no number"
+        raise UserError(f"--curve {cfg.curve}: {what}; give --table for options that are words")
     if cfg.table and len(set(zip(*(at[o].values() for o in cfg.table)))) < len(sources):
         raise UserError(f"--table {','.join(cfg.table)}: two models have the same values; "
                         "give an option that differs")
@@ -388,7 +408,9 @@ class _Opened:
     reference: object # set, or `Moments`
     train: object # set, or None
     extractor: object # the network
+    distance: object # perceptual, or None
     blocks: dict # model -> groups of its pictures, or None
+    made_by: dict # model -> how it was drawn, as generate.json says; empty where there is none
 
 def _open(sources, cfg, device):
     "Models, reference, training set and network; `UserError` when they do not go together."
@@ -397,8 +419,26 @@ def _open(sources, cfg, device):
     reference = open_set(cfg.reference, cfg.split)
     train = open_set(cfg.train, "train") if cfg.train else None
     extractor = extractor_of(cfg.extractor, device)
+    if isinstance(reference, Moments): _check_statistics(reference, extractor, cfg)
+    distance = lpips_of(cfg, extractor, device)
     blocks = {m: blocks_of(s, reference, cfg.block_column) for m, s in sets.items()}
-    return _Opened(sets, at, reference, train, extractor, blocks)
+    made_by = {m: _made_by(s) for m, s in zip(sets, sources)}
+    return _Opened(sets, at, reference, train, extractor, distance, blocks, made_by)
+
+def _check_statistics(reference, extractor, cfg):
+    "`UserError` when stored statistics are of another network."
+    try: same_features(Stats(extractor.how), reference)
+    except UserError as e: raise UserError(f"--reference {cfg.reference}: {e}") from None
+    width = len(reference.mean)
+    if width != extractor.width:
+        what = f"holds {width:,} numbers a picture, and --extractor {cfg.extractor} gives {extractor.width:,}"
+        remedy = "inception" if width == 2048 else "the one that made them"
+        raise UserError(f"--reference {cfg.reference}: {what}; give --extractor {remedy}")
+    if cfg.save_stats: raise UserError("--save-stats: the reference is statistics already; leave it out")
+
+def _made_by(source): # options, or {} where it was not drawn by `sdcourse generate`
+    path = Path(source)/"generate.json"
+    return read_json(path).get("made_by", {}) if path.is_file() else {}
 
 def _features(opened, ranks, batch):
     "Features of models, reference and training set, computed by all ranks; None where there are no pictures."
@@ -422,17 +462,50 @@ def _about(opened, sources, cfg):
         ids={m: set_id(s) for m, s in opened.sets.items()},
     )
 
-def _cases(opened, features, about, cfg, device): # model -> `Case`
+def _check_needs(opened, cfg):
+    "`UserError` when a measure that was asked for cannot be had, or none can: before anything is computed."
+    b = None if isinstance(opened.reference, Moments) else ()
+    t = None if opened.train is None else ()
+    cases = _cases(opened, (dict.fromkeys(opened.sets), b, t), "", cfg)
+    for case in cases.values(): unmet(case, cfg.metrics)
+
+def _cases(opened, features, reference_id, cfg): # model -> `Case`
     a, b, t = features
-    how = opened.extractor.how | {"reference": about["reference_id"]}
+    how = opened.extractor.how | {"reference": reference_id}
     out = {}
     for m, s in opened.sets.items():
-        distance = lpips_of(cfg, opened.extractor, device)
         out[m] = Case(s, opened.reference, opened.extractor, a[m], b, train=t, blocks=opened.blocks[m],
-                      distance=distance, how=how, draws=cfg.draws, force=cfg.force, seed=cfg.seed)
+                      distance=opened.distance, made_by=opened.made_by[m], how=how, draws=cfg.draws,
+                      force=cfg.force, seed=cfg.seed)
     return out
 
 # %% ../../nbs/evaluation/08_report.ipynb #f4c2ee5d
+class Unfinished(UserError): pass # an evaluation that was asked to end before it was done
+
+class _Now(BaseException): pass # not an Exception: nothing on the way may take it for a failure of its own
+
+@contextmanager
+def ends_at_once(
+    flag, # `StopFlag`
+    cfg: JobOptions, # what the command was told
+):
+    "`Unfinished` as soon as the flag is raised, wherever the block is; for the main thread."
+    def look(*_):
+        if flag.raised(): raise _Now
+    old = signal.signal(signal.SIGALRM, look)
+    signal.setitimer(signal.ITIMER_REAL, 0.5, 0.5)
+    try: yield
+    except _Now:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        flag.clear_file()
+        error = Unfinished(f"stopped ({flag.reason}); nothing was written, the same command begins again")
+        error.code = cfg.requeue_code if cfg.requeue_code and flag.reason != "file STOP" else 1
+        raise error from None
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+
+# %% ../../nbs/evaluation/08_report.ipynb #b49bcdd6
 def evaluate(
     sources: list, # folders of models
     cfg: EvaluateOptions,
@@ -440,35 +513,63 @@ def evaluate(
     "Measure models against a reference, on all ranks; the main one writes the report."
     from sdcourse.engine.dist import job as begin
     cfg.check()
-    with begin(None, device=cfg.device, hang_seconds=cfg.hang_seconds) as j:
+    limits = dict(max_seconds=cfg.max_seconds, margin=cfg.stop_before, hang_seconds=cfg.hang_seconds)
+    with begin(cfg.out, device=cfg.device, **limits) as j:
         use_cpu(cfg.threads, j.ranks.device.type)
-        with j.ranks.together(): opened = _open(sources, cfg, j.ranks.device)
-        features = _features(opened, j.ranks, cfg.batch)
-        about = _about(opened, sources, cfg)
-        cases = _cases(opened, features, about, cfg, j.ranks.device)
-        found = {}
-        left = {}
+        with ends_at_once(j.flag, cfg):
+            with j.ranks.together():
+                opened = _open(sources, cfg, j.ranks.device)
+                _check_needs(opened, cfg)
+            about = _about(opened, sources, cfg)
+            cases = _cases(opened, _features(opened, j.ranks, cfg.batch), about["reference_id"], cfg)
+            with j.ranks.together(): results = _measured(cases, cfg) if j.ranks.main else ({}, {}, [])
         with j.ranks.together():
-            if j.ranks.main:
-                for m in progress(list(cases), desc="measure", unit="model"):
-                    found[m], left = measure(cases[m], cfg.metrics)
-                _write(Path(cfg.out), cases, (found, left), (cfg, about, opened.at))
-    return found
+            if j.ranks.main: _write(Path(cfg.out), cases, results, (cfg, about, opened.at))
+    return results[0]
+
+def _measured(cases, cfg): # numbers by model, measures that were left out, differences
+    found = {}
+    left = {}
+    for m in progress(list(cases), desc="measure", unit="model"):
+        found[m], left = measure(cases[m], cfg.metrics)
+    if not any(found.values()): raise UserError(f"nothing could be measured; fd: {left['fd']}")
+    return found, left, _from_the_first(cases, set(cfg.metrics or METRICS) - left.keys())
 
 def _write(out, cases, results, settings):
-    "All files of a report."
-    (found, left), (cfg, about, at) = results, settings
-    others = _from_the_first(cases, set(cfg.metrics or METRICS) - left.keys())
-    out.mkdir(parents=True, exist_ok=True)
-    text = markdown(found, others, left, about) + _over_options(found, at, cfg, out)
-    text += "\n![intervals](intervals.png)\n"
-    plot(found, out/"intervals.png")
-    if cfg.pictures: text += table_of_pictures(cases, cfg.pictures, out)
-    b = next(iter(cases.values())).b
-    if cfg.save_stats and b is not None: save_stats(Stats(about["extractor"]).add(b), cfg.save_stats)
-    write_json(out/"evaluation.json", _record(found, others, left, about, cfg))
-    write_text(out/"README.md", text)
+    "All files of a report, numbers first."
+    (found, left, others), (cfg, about, at) = results, settings
+    text = markdown(found, others, left, about)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out/"evaluation.json", _record(found, others, left, about, cfg))
+        write_text(out/"README.md", text)
+        b = next(iter(cases.values())).b
+        if cfg.save_stats: save_stats(Stats(about["extractor"]).add(b), cfg.save_stats)
+        write_text(out/"README.md", text + _figures(out, cases, found, at, cfg))
+    except OSError as e:
+        print(text)
+        where = f"{e.filename or out}: {e.strerror or e}"
+        remedy = "the numbers are printed above, give another --out to have a report"
+        raise UserError(f"{where}; {remedy}") from None
     print(f"{out}: {_summary(found)}")
+
+def _figures(out, cases, found, at, cfg): # Markdown
+    "Plots and pictures; one that cannot be made is named."
+    parts = {"curve or table": partial(_over_options, found, at, cfg, out),
+             "intervals.png": partial(_intervals, found, out)}
+    if cfg.pictures: parts["pictures.png"] = partial(table_of_pictures, cases, cfg.pictures, out)
+    text = ""
+    for what, draw in parts.items():
+        try: text += draw()
+        except Exception as e:
+            why = " ".join(f"{type(e).__name__}: {e}".split())[:160]
+            print(f"{out}: {what} could not be made ({why}); the numbers are in evaluation.json")
+            text += f"\n{what} could not be made.\n"
+    return text
+
+def _intervals(found, out): # Markdown
+    plot(found, out/"intervals.png")
+    return "\n![intervals](intervals.png)\n"
 
 def _from_the_first(cases, kinds): # differences of all other models
     first, *rest = cases

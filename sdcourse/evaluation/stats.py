@@ -30,8 +30,12 @@ class Stats:
         features, # [b,d]
     ): # itself
         "Take in a batch."
-        x = torch.as_tensor(features).detach().cpu().double()
+        x = torch.as_tensor(features).detach().cpu()
         if x.ndim != 2: raise UserError(f"features are [n,d], got {list(x.shape)}")
+        for part in x.split(10_000): self._add(part.double()) # never a whole copy of a large set
+        return self
+
+    def _add(self, x): # [b,d] float64
         if not x.isfinite().all():
             bad = int((~x.isfinite()).any(1).sum())
             raise UserError(f"{bad} of {len(x)} features are not finite; "
@@ -39,7 +43,6 @@ class Stats:
         if len(x):
             mean = x.mean(0)
             self._take(len(x), mean, (x - mean).T @ (x - mean))
-        return self
 
     def merge(self,
         other, # `Stats` of other features of the same kind
