@@ -115,6 +115,15 @@ class NoiseOptions:
     timestep_bias_end: int = 1000 # one past its last step
     dream: bool = False # train on a part of the network's own error, at the cost of one more forward pass (Zhou et al. 2024)
     dream_detail_preservation: NonNegative[float] = 1. # power of the noise level; large keeps detail
+    effects: ClassVar[tuple] = (
+        (("timestep_bias_multiplier",), lambda c: c.timestep_bias != "none", "without --timestep-bias"),
+        (("timestep_bias",), lambda c: c.timestep_bias_multiplier != 1, "with --timestep-bias-multiplier 1"),
+        (("timestep_bias_portion",), lambda c: c.timestep_bias in ("earlier", "later"),
+         "with --timestep-bias {c.timestep_bias}, only with earlier and later"),
+        (("timestep_bias_begin", "timestep_bias_end"), lambda c: c.timestep_bias == "range",
+         "with --timestep-bias {c.timestep_bias}, only with range"),
+        (("dream_detail_preservation",), lambda c: c.dream, "without --dream"),
+    )
     refusals: ClassVar[tuple] = (
         (lambda c: c.debiased and c.min_snr_gamma,
          "--debiased and --min-snr-gamma: are two weights of the same loss; give one"),
@@ -193,6 +202,9 @@ class FlowOptions:
     density_mean: float = 0. # of logit(t); above 0 trains more noise
     density_std: float = 1. # of logit(t)
     density_shift: float = 1. # t -> shift t / (1 + (shift-1) t)
+    effects: ClassVar[tuple] = (
+        (("density_mean", "density_std"), lambda c: c.density == "logit-normal", "with --density {c.density}"),
+    )
 
     def time_density(self) -> Density: # `UserError` for numbers that make none
         "The density of the noise levels."

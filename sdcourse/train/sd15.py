@@ -70,6 +70,9 @@ class Config(
     scale_lr: bool = False # multiply --lr by the batch of an optimizer step (finetune-sd, MindONE)
     channels_last: Free[bool] = False # memory format of convolutions; faster on GPUs
     validation_prompts: Free[tuple[str, ...]] = () # captions of the sample pictures; empty: the first held-out ones
+    effects: ClassVar[tuple] = (
+        (("model_config",), lambda c: c.model.lower().endswith(".safetensors"), "with --model {c.model}"),
+    )
     presets: ClassVar[dict] = PRESETS
 
     def __post_init__(self):
@@ -152,6 +155,9 @@ def check(self: Task):
     if cfg.dream and prediction == "v":
         why = f"is defined for networks that predict eps, and {cfg.model} predicts v"
         raise UserError(f"--dream: {why}; leave it out")
+    if cfg.num_inference_steps > len(abar):
+        what = f"more than the {len(abar)} steps that {cfg.model} was trained with"
+        raise UserError(f"--num-inference-steps {cfg.num_inference_steps}: {what}; give fewer")
     sides = {"image_size": cfg.image_size}
     if cfg.buckets: sides["bucket_step"] = cfg.bucket_step
     for option, side in sides.items():
