@@ -144,7 +144,7 @@ def refuse_idle(
     cfg, # a dataclass instance; its classes may say in `effects` when an option counts
     rows=None, # (options, whether they count, why not) …; none: those of the classes
 ):
-    "`UserError` for an option without effect; what is a default or the value of a preset is no wish of a user."
+    "`UserError` for an option without effect; a default, or what a preset says, is no wish of a user."
     if rows is None: rows = [row for c in type(cfg).__mro__ for row in vars(c).get("effects", ())]
     for names, counts, why in rows:
         if counts(cfg): continue

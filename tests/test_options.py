@@ -120,9 +120,10 @@ def places(tmp_path_factory, scenes):
     return dict(scenes=scenes, cache=latents_folder(tmp_path_factory.mktemp("cache") / "z"))
 
 
-def checked(task, over):
+def checked(task, over, given=()):
     module = task_module(task)
     cfg = resolve(module.Config, overrides=over)
+    cfg.given = frozenset(given)
     cfg.check()
     module.Task(cfg).check()
 
@@ -137,7 +138,7 @@ def test_an_option_without_effect_is_refused(task, option, row, places, model):
             others["data"] = f"{places['scenes']}/data"
     checked(task, others)  # the setting itself is fine
     with pytest.raises(UserError) as e:
-        checked(task, others | {option: value})
+        checked(task, others | {option: value}, given=[option])
     said = str(e.value)
     assert "--" + option.replace("_", "-") in said and words in said and "\n" not in said
 

@@ -62,7 +62,8 @@ def _check_shapes(root):
     for side in ("in_channels", "out_channels"):
         if unet[side] != channels:
             what = f"its unet has {side} {unet[side]} and its vae {channels} channels"
-            raise UserError(f"--model {root}: {what}; an inpainting, depth or upscaling model is not trained here")
+            known = "an inpainting, depth or upscaling model is not trained here"
+            raise UserError(f"--model {root}: {what}; {known}")
     width = text.get("hidden_size", text.get("d_model", 512))
     asked = unet["cross_attention_dim"]
     asked = set(asked) if isinstance(asked, list) else {asked}
@@ -149,15 +150,19 @@ def unpacked(
     except Exception as e:
         why = " ".join(str(e).split())[:160]
         raise UserError(f"--model {path}: does not fit {home} ({why})") from None
+    _check_weights(path, pipe)
+    with quiet(): pipe.save_pretrained(folder)
+    as_before(folder)
+    return Path(folder)
+
+def _check_weights(path, pipe):
+    "`UserError` for a hole, or for a weight that is no number."
     parts = {"unet": pipe.unet, "vae": pipe.vae, "text_encoder": pipe.text_encoder}
     weights = {f"{k}.{n}": p for k, m in parts.items() for n, p in m.named_parameters()}
     lacking = [n for n, p in weights.items() if p.is_meta]
     if lacking: raise UserError(f"--model {path}: {len(lacking)} weights are missing, e.g. {lacking[0]}")
     odd = [n for n, p in weights.items() if not p.isfinite().all()]
     if odd: raise UserError(f"--model {path}: {odd[0]} is not finite; use another file")
-    with quiet(): pipe.save_pretrained(folder)
-    as_before(folder)
-    return Path(folder)
 
 HALVES = { # of a Stable Diffusion in one file: beginnings of their names
     "UNet": ("model.diffusion_model.",),

@@ -223,8 +223,9 @@ def facts(self: Task): return super(Task, self).facts() | dict(classes=len(self.
 @patch
 def card(self: Task):
     licence = self.latents.licence or "see the data set"
+    data = self.config.data
     made_here = data == "synthetic" or world_named(data)
-    data = f"{self.config.data}: {len(self.classes)} classes; licence: {licence}"
+    data = f"{data}: {len(self.classes)} classes; licence: {licence}"
     usage = USAGE.format(name=self.classes[0], w=self.config.guidance_scale)
     return dict(data=data, usage=usage, tags=("flow-matching", "dit"),
                 license="apache-2.0" if made_here else "unknown")

@@ -108,7 +108,8 @@ class Task(BaseTask):
         for option in ("widths", "depths"):
             numbers = getattr(cfg, option)
             if not numbers or min(numbers) < 1:
-                raise UserError(f"--{option} {','.join(map(str, numbers))}: give a number of 1 or more per stage")
+                given = f"--{option} {','.join(map(str, numbers))}"
+                raise UserError(f"{given}: give a number of 1 or more per stage")
         stages = len(cfg.widths)
         side = SIDES[cfg.world]
         if side % (cfg.patch * 2 ** (stages - 1)):

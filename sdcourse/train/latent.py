@@ -87,7 +87,9 @@ class SampleOptions:
     num_inference_steps: Free[Positive[int]] = 25 # of the sampler
     num_samples: Free[NonNegative[int]] = 200 # pictures for the numbers of a validation on a built-in world; 0: none
     effects: ClassVar[tuple] = (
-        (("num_samples",), lambda c: world_named(c.data), "where --data {c.data} is no built-in world"),
+        (("num_samples",), # recipes give it whatever the data are
+         lambda c: world_named(c.data) or "num_samples" not in getattr(c, "given", ()),
+         "where --data {c.data} is no built-in world"),
     )
 
 # %% ../../nbs/train/02_latent.ipynb #de14b724

@@ -203,7 +203,8 @@ class FlowOptions:
     density_std: float = 1. # of logit(t)
     density_shift: float = 1. # t -> shift t / (1 + (shift-1) t)
     effects: ClassVar[tuple] = (
-        (("density_mean", "density_std"), lambda c: c.density == "logit-normal", "with --density {c.density}"),
+        (("density_mean", "density_std"), lambda c: c.density == "logit-normal",
+         "with --density {c.density}"),
     )
 
     def time_density(self) -> Density: # `UserError` for numbers that make none

@@ -149,15 +149,11 @@ def check(self: Task):
     refuse(cfg)
     cfg.probabilities(len(self.noise[0]))
     abar, prediction = self.noise
-    if abar[-1] == 0 and prediction != "v":
-        why = f"the schedule of {cfg.model} ends in pure noise, where a guess of the noise says nothing"
-        raise UserError(f"--prediction {prediction}: {why}; give --prediction v")
+    if abar[-1] == 0 and prediction != "v": raise _says_nothing(cfg.model, prediction)
     if cfg.dream and prediction == "v":
         why = f"is defined for networks that predict eps, and {cfg.model} predicts v"
         raise UserError(f"--dream: {why}; leave it out")
-    if cfg.num_inference_steps > len(abar):
-        what = f"more than the {len(abar)} steps that {cfg.model} was trained with"
-        raise UserError(f"--num-inference-steps {cfg.num_inference_steps}: {what}; give fewer")
+    _check_steps(cfg, len(abar))
     sides = {"image_size": cfg.image_size}
     if cfg.buckets: sides["bucket_step"] = cfg.bucket_step
     for option, side in sides.items():
@@ -165,6 +161,15 @@ def check(self: Task):
             what = f"--{option.replace('_', '-')} {side}: is no multiple of {self.down}"
             raise UserError(f"{what}, the pixels of one place in the smallest map of the UNet")
     super(Task, self).check()
+
+def _says_nothing(model, prediction):
+    why = f"the schedule of {model} ends in pure noise, where a guess of the noise says nothing"
+    return UserError(f"--prediction {prediction}: {why}; give --prediction v")
+
+def _check_steps(cfg, most):
+    if cfg.num_inference_steps <= most: return
+    what = f"more than the {most} steps that {cfg.model} was trained with"
+    raise UserError(f"--num-inference-steps {cfg.num_inference_steps}: {what}; give fewer")
 
 # %% ../../nbs/03_sd15.ipynb #511e3cb0
 @patch
@@ -209,8 +214,9 @@ def scheduler(self: Task): # the model's own, for what the network predicts
     abar, prediction = self.noise
     change = {"prediction_type": {"eps": "epsilon", "v": "v_prediction"}[prediction]}
     kind = getattr(diffusers, read_json(self.home/"model_index.json")["scheduler"][1])
-    own = self.own_noise.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" in signature(kind).parameters
-    if abar[-1] == 0 and not own: # it must start at the last step
+    own = self.own_noise.get("rescale_betas_zero_snr")
+    known = "rescale_betas_zero_snr" in signature(kind).parameters
+    if abar[-1] == 0 and not (own and known): # it must start at the last step
         change |= dict(rescale_betas_zero_snr=True, timestep_spacing="trailing", clip_sample=False)
         kind = diffusers.DDIMScheduler
     return kind.from_pretrained(self.home/"scheduler", **change)
@@ -295,7 +301,8 @@ def card(self: Task):
     usage = USAGE.format(model=cfg.model if lora else "export", adapters=adapters, w=cfg.guidance_scale)
     how = "adapters for" if lora else "started from"
     abar, prediction = self.noise
-    ending = "ends in pure noise" if abar[-1] == 0 else f"leaves {abar[-1]:.2%} of the variance to the picture"
+    ending = f"leaves {abar[-1]:.2%} of the variance to the picture"
+    if abar[-1] == 0: ending = "ends in pure noise"
     return dict(
         data=f"{cfg.data}; {how} {cfg.model}; licence of the data: {self.latents.licence or 'not recorded'}",
         license="apache-2.0" if cfg.model in ("new", *MODELS) else licence_of(cfg.model, self.home),
