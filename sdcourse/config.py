@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['T', 'Free', 'Positive', 'NonNegative', 'Share', 'BelowOne', 'Range', 'Kind', 'kinds', 'fixed', 'notes', 'from_dict',
-           'Options', 'load_config', 'resolve', 'parse_args', 'TrainConfig', 'to_yaml', 'save_config', 'run_diff',
-           'check_run_folder']
+           'Options', 'refuse_idle', 'load_config', 'resolve', 'parse_args', 'TrainConfig', 'to_yaml', 'save_config',
+           'run_diff', 'check_run_folder']
 
 # %% ../nbs/91_config.ipynb #c8937db8
 import argparse, json, math, re, tempfile
@@ -138,6 +138,31 @@ class Options:
     def check(self): # more in classes whose values must also go together
         "`UserError` for a value of another type, or out of its range."
         _typed(type(self), {f.name: getattr(self, f.name) for f in fields(self)}, "--")
+        refuse_idle(self)
+
+def refuse_idle(
+    cfg, # a dataclass instance; its classes may say in `effects` when an option counts
+    rows=None, # (options, whether they count, why not) …; none: those of the classes
+):
+    "`UserError` for an option without effect; a default, or what a preset says, is no wish of a user."
+    if rows is None: rows = [row for c in type(cfg).__mro__ for row in vars(c).get("effects", ())]
+    for names, counts, why in rows:
+        if counts(cfg): continue
+        for name in names:
+            value = getattr(cfg, name)
+            if any(value == usual for usual in _usual(cfg, name)): continue
+            raise UserError(f"{_as_given(name, value)}: has no effect {why.format(c=cfg)}; leave it out")
+
+def _usual(cfg, name):
+    "The values of an option that nobody need have asked for; on the command line, only the default."
+    default = next(f.default for f in fields(cfg) if f.name == name)
+    if name in getattr(cfg, "given", ()): return [default]
+    return [default, *(p[name] for p in getattr(cfg, "presets", {}).values() if name in p)]
+
+def _as_given(name, value):
+    if isinstance(value, bool): return _option(name if value else "no_" + name)
+    if isinstance(value, tuple): value = ",".join(map(str, value))
+    return f"{_option(name)} {value}"
 
 # %% ../nbs/91_config.ipynb #70f9ff9e
 def load_config(
@@ -224,7 +249,9 @@ def parse_args(
     args, rest = parser.parse_known_args(argv)
     if rest: raise _unknown(rest[0].split("=")[0], parser)
     given = {k: v for k, v in vars(args).items() if k not in vars(chosen)}
-    return from_dict(cls, shown | _typed(cls, given, "--")), chosen
+    cfg = from_dict(cls, shown | _typed(cls, given, "--"))
+    cfg.given = frozenset(given) # of the command line; see `refuse_idle`
+    return cfg, chosen
 
 # %% ../nbs/91_config.ipynb #af0bc4d6
 @dataclass
@@ -264,6 +291,9 @@ class TrainConfig(Options):
     tracker: Free[Literal["none", "tensorboard", "wandb"]] = "none" # where to log besides metrics.jsonl
     push_to_hub: Free[str] = "" # repository on the Hugging Face hub, name or owner/name; empty: none
     dry_run: Free[bool] = False # stop after the preflight and three steps
+    effects: ClassVar[tuple] = (
+        (("beta2",), lambda c: c.optimizer == "adamw", "with --optimizer {c.optimizer}"),
+    )
     presets: ClassVar[dict] = {"tiny": {}}
 
     def check(self,

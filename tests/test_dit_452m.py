@@ -5,6 +5,8 @@ written from its fact sheet and without our model, says what every imported mode
 import json
 import math
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -232,6 +234,20 @@ def test_a_pipeline_that_samples_as_the_system_does(folder, tmp_path):
         and torch.equal(half.time_bits, pipe.transformer.time_bits)
         and half.time_bits.dtype == torch.int32
     )
+
+
+def test_it_loads_in_a_fresh_process_without_an_import_first_and_without_a_warning(folder, tmp_path):
+    out = import_flow_dit(folder, tmp_path / "out", ImportOptions(input_size=8))
+    code = f"""
+from sdcourse.models.dit import FlowDiTPipeline
+import sys
+assert "sdcourse.models.dit_452m" not in sys.modules
+pipe = FlowDiTPipeline.from_pretrained({str(out)!r})
+print(type(pipe.transformer).__name__)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "PublishedDiT", done.stderr
+    assert "Expected types" not in done.stderr and "Warning" not in done.stderr, done.stderr
 
 
 def test_with_a_vae_it_makes_pictures(folder, tmp_path):

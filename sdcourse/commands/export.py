@@ -14,6 +14,7 @@ from typing import Literal
 from ..config import Options, from_dict, load_config
 from ..core import UserError
 from ..engine.checkpoint import latest_checkpoint, load_checkpoint
+from ..models.files import as_before
 
 # %% ../../nbs/commands/02_export.ipynb #2c9dc138
 def newest(
@@ -82,7 +83,9 @@ def export(
     out.parent.mkdir(parents=True, exist_ok=True)
     new = out.with_name(f".{out.name}.{os.getpid()}.partial") # its own: OUT.partial may be another command's
     try:
-        if cfg.part: _part(task, model, cfg.part).save_pretrained(new)
+        if cfg.part:
+            _part(task, model, cfg.part).save_pretrained(new)
+            as_before(new)
         else: task.export(model, new)
         new.rename(out)
     finally: shutil.rmtree(new, ignore_errors=True)

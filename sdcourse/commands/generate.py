@@ -280,6 +280,10 @@ def _add_lora(pipe, cfg):
         pipe.set_adapters(["lora"], [cfg.lora_scale])
     except Exception as e:
         raise UserError(f"--lora {cfg.lora}: does not fit {type(pipe).__name__} ({_brief(e)})") from None
+    if (place/"scheduler").is_dir(): # it was trained with another schedule than the model's own
+        import diffusers
+        kind = read_json(place/"scheduler"/"scheduler_config.json")["_class_name"]
+        pipe.scheduler = getattr(diffusers, kind).from_pretrained(place/"scheduler")
 
 # %% ../../nbs/commands/00_generate.ipynb #e6ccca3b
 def draw(

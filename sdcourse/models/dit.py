@@ -8,7 +8,7 @@ __all__ = ['POSITIONS', 'MLP_RATIO', 'SIZES', 'WIDE', 'patchify', 'unpatchify', 
            'FlowDiTPipeline']
 
 # %% ../../nbs/06a_dit.ipynb #c70cf8ce
-import inspect, math
+import importlib, inspect, math
 from pathlib import Path
 import torch
 import torch.nn as nn
@@ -318,13 +318,18 @@ def _folder_faults(path): # the first thing that an exported pipeline's folder l
     return ""
 
 # %% ../../nbs/06a_dit.ipynb #821117b4
+def _import_parts(path): # diffusers finds only modules that are imported; other packages are its own affair
+    for value in read_json(path / "model_index.json").values():
+        module = value[0] if isinstance(value, list) and value else None
+        if str(module).startswith("sdcourse.models."): importlib.import_module(module)
+
 class FlowDiTPipeline(DiffusionPipeline):
     "Class names or ids in, images out: a `DiT`, the flow sampler and, for latents, a VAE."
     model_cpu_offload_seq = "transformer->vae"
     _optional_components = ["vae"]
 
     def __init__(self,
-        transformer: DiT, # predicts the velocity
+        transformer: ModelMixin, # predicts the velocity: a `DiT`, or one of the same calls
         vae: AutoencoderKL | None = None, # decodes latents; none: the model makes pixels
         id2label: dict | None = None, # class id -> names, separated by commas
     ):
@@ -343,6 +348,7 @@ class FlowDiTPipeline(DiffusionPipeline):
         "Load a pipeline. A local folder wins; what is missing is said in one line."
         local = Path(name).is_dir()
         if local and (fault := _folder_faults(Path(name))): raise UserError(f"{name}: {fault}")
+        if local: _import_parts(Path(name))
         try: return super().from_pretrained(str(name), **kwargs)
         except (OSError, ValueError) as e:
             what = "no such folder, and not in the Hugging Face cache"

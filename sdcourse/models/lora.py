@@ -91,6 +91,7 @@ def save_lora(
     folder, # to write into; is made
     *, unet: nn.Module, # with adapters
     text: nn.Module|None = None, # likewise
+    prediction: str = "eps", # eps or v, of the network
 ) -> list: # the two files
     "Write the adapters in both layouts."
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -99,8 +100,19 @@ def save_lora(
     adapters = {name: (lora_tensors(m), m.peft_config["default"]) for name, m in there.items()}
     files = [Path(folder)/name for name in LORA_FILES]
     _save_diffusers(files[0], adapters)
-    _save_kohya(files[1], adapters)
+    _save_kohya(files[1], adapters, _base(unet, prediction))
     return files
+
+def _base(unet, prediction):
+    "The base model as kohya's scripts name it; programs show only adapters of the version that is loaded."
+    second = bool(unet.config.get("use_linear_projection")) # SD 2.x has linear projections, 1.x has none
+    version = "sd_v2" if second else "sd_v1"
+    if prediction == "v": version += "_v"
+    return {
+        "ss_base_model_version": version,
+        "ss_v2": str(second),
+        "ss_v_parameterization": str(prediction == "v"),
+    }
 
 def _save_diffusers(file, adapters):
     "The layout of diffusers, with the configuration in the header."
@@ -111,7 +123,7 @@ def _save_diffusers(file, adapters):
         options[f"{name}_lora_adapter_metadata"] = config.to_dict()
     StableDiffusionPipeline.save_lora_weights(str(file.parent), weight_name=file.name, **options)
 
-def _save_kohya(file, adapters):
+def _save_kohya(file, adapters, base):
     "The layout of kohya's scripts, with their names in the header."
     from safetensors.torch import save_file
     prefixes = {"unet": "lora_unet", "text_encoder": "lora_te"}
@@ -123,6 +135,5 @@ def _save_kohya(file, adapters):
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(first.r),
         "ss_network_alpha": str(first.lora_alpha),
-        "ss_base_model_version": "sd_v1",
     }
-    save_file(merged, file, about)
+    save_file(merged, file, about | base)

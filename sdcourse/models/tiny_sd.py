@@ -130,7 +130,7 @@ def make_pipeline(
     *, seed: int = 0, # of the weights
 ) -> Path: # the folder
     "Write an untrained tiny Stable Diffusion; the same seed gives the same bytes."
-    from sdcourse.models.files import load_shipped, quiet
+    from sdcourse.models.files import as_before, load_shipped, quiet
     from diffusers import StableDiffusionPipeline
     if Path(folder).exists() and any(Path(folder).iterdir()):
         raise UserError(f"{folder}: is not empty; choose another folder")
@@ -143,4 +143,5 @@ def make_pipeline(
     parts = dict(vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=make_scheduler())
     absent = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     with quiet(): StableDiffusionPipeline(**parts, **absent).save_pretrained(folder)
+    as_before(folder)
     return Path(folder)

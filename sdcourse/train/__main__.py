@@ -7,7 +7,6 @@ __all__ = ['TASKS', 'tasks_help', 'task_module', 'train_task']
 
 # %% ../../nbs/train/06_main.ipynb #57a59228
 import ast, importlib, logging, signal, sys
-from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -53,7 +52,7 @@ def _run(argv):
     task, *rest = argv or [""]
     module = task_module(task)
     cfg, chosen = parse_args(module.Config, rest, f"python -m sdcourse.train {task}")
-    cfg = replace(cfg, out=cfg.out or f"runs/{task}-{chosen.preset}")
+    cfg.out = cfg.out or f"runs/{task}-{chosen.preset}"
     if chosen.print_config: return print(to_yaml(cfg), end="") or 0
     from sdcourse.engine.dist import launched
     me = launched()

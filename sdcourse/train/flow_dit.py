@@ -19,9 +19,10 @@ from ..cache.latents import TableLatents, latent_source
 from ..config import BelowOne, Free, NonNegative, Positive, TrainConfig
 from ..core import UserError
 from ..data.items import Items
+from ..data.sets.worlds import world_named
 from ..dataset import Transform
 from ..engine.order import drawn
-from ..models.files import vae_folder
+from ..models.files import vae_facts, vae_folder
 from .condition import Classes
 from .latent import LatentModule, LatentTask, PictureOptions, SampleOptions
 from .objective import Flow, FlowOptions
@@ -55,6 +56,10 @@ class Config(SampleOptions, FlowOptions, PictureOptions, TrainConfig):
     sampler: Free[Literal["euler", "heun", "midpoint", "stochastic"]] = "heun" # for samples
     num_inference_steps: Free[Positive[int]] = 15 # of the sampler
     num_samples: Free[NonNegative[int]] = 500 # images for the numbers of a validation; 0: none
+    effects: ClassVar[tuple] = (
+        (("latent",), lambda c: c.data == "synthetic", "with --data {c.data}, only with synthetic"),
+        (("guidance_interval",), lambda c: c.guidance_scale != 1, "with --guidance-scale 1"),
+    )
     presets: ClassVar[dict] = PRESETS
 
 # %% ../../nbs/06b_flow_dit.ipynb #b15a1ce1
@@ -93,6 +98,7 @@ def synthetic_latents(
 class Task(LatentTask):
     "A class-conditional DiT trained by flow matching."
     name, title = "flow_dit", "A class-conditional flow DiT"
+    pictures_only = (*LatentTask.pictures_only, "image_size")
 
     @cached_property
     def latents(self):
@@ -119,12 +125,32 @@ class Task(LatentTask):
         if 0 < cfg.num_samples < 6:
             raise UserError(f"--num-samples {cfg.num_samples}: give six or more; 0: none")
         cfg.time_density() # refuses numbers that make none
+        self._check_synthetic()
+        self._check_decoder()
         side = self.latents.side
         patch = int(cfg.size.split("/")[1])
         if side % patch:
             what = f"patch {patch} does not divide the {side}x{side} images of --data {cfg.data}"
             raise UserError(f"--size {cfg.size}: {what}")
         super().check()
+
+    def _check_synthetic(self):
+        channels, side = self.config.latent
+        given = f"--latent {channels},{side}"
+        if channels < 1 or side < 1: raise UserError(f"{given}: give channels and side of 1 or more")
+        gigabytes = 512 * 2 * channels * side**2 * 4 * 2 / 1e9 # of the items: mean and deviation, float32
+        if self.config.data == "synthetic" and gigabytes > 16:
+            raise UserError(f"{given}: would take {gigabytes:.0f} GB of memory; give smaller ones")
+
+    def _check_decoder(self):
+        cfg = self.config
+        low, high = cfg.guidance_interval
+        if not 0 <= low <= high <= 1:
+            raise UserError(f"--guidance-interval {low},{high}: give two noise levels, 0 <= a <= b <= 1")
+        channels = vae_facts(vae_folder(cfg.vae))["channels"] if cfg.vae else self.latents.channels
+        if channels != self.latents.channels:
+            what = f"decodes {channels} channels, and --data {cfg.data} has {self.latents.channels}"
+            raise UserError(f"--vae {cfg.vae}: {what}; give the VAE that belongs to them")
 
     def build(self):
         from sdcourse.models.dit import DiT, dit_config
@@ -197,6 +223,9 @@ def facts(self: Task): return super(Task, self).facts() | dict(classes=len(self.
 @patch
 def card(self: Task):
     licence = self.latents.licence or "see the data set"
-    data = f"{self.config.data}: {len(self.classes)} classes; licence: {licence}"
+    data = self.config.data
+    made_here = data == "synthetic" or world_named(data)
+    data = f"{data}: {len(self.classes)} classes; licence: {licence}"
     usage = USAGE.format(name=self.classes[0], w=self.config.guidance_scale)
-    return dict(data=data, usage=usage, tags=("flow-matching", "dit"))
+    return dict(data=data, usage=usage, tags=("flow-matching", "dit"),
+                license="apache-2.0" if made_here else "unknown")

@@ -90,6 +90,9 @@ class Config(TrainConfig):
     depths: tuple[int, ...] = (1, 2) # blocks of the stages
     patch: Positive[int] = 1 # pixels per patch and side of the first layer
     share: Annotated[float, Range(above=0, most=1)] = 1.0 # of the training pictures, for a try
+    effects: ClassVar[tuple] = (
+        (("gradient_checkpointing",), lambda c: False, "for nets, whose networks are small"),
+    )
     presets: ClassVar[dict] = _PRESETS
 
 # %% ../../nbs/train/05_judge.ipynb #210d18e9
@@ -102,6 +105,11 @@ class Task(BaseTask):
         if len(cfg.widths) != len(cfg.depths):
             what = f"--widths {cfg.widths} and --depths {cfg.depths}"
             raise UserError(f"{what}: give one number per stage in both")
+        for option in ("widths", "depths"):
+            numbers = getattr(cfg, option)
+            if not numbers or min(numbers) < 1:
+                given = f"--{option} {','.join(map(str, numbers))}"
+                raise UserError(f"{given}: give a number of 1 or more per stage")
         stages = len(cfg.widths)
         side = SIDES[cfg.world]
         if side % (cfg.patch * 2 ** (stages - 1)):

@@ -17,12 +17,14 @@ from torch import nn
 from ..cache.latents import CachedLatents, LatentSource, OnlineLatents
 from ..cache.store import Cache, Joined
 from ..cache.text import same_text
-from ..config import Free, NonNegative, Positive
+from ..config import Free, NonNegative, Positive, refuse_idle
 from ..core import UserError
 from ..data.buckets import Bucketed, bucket_sizes
 from ..data.sampling_weights import SamplingWeights
+from ..data.sets.worlds import world_named
 from ..dataset import DataSet, Transform
 from ..engine.loop import Task
+from ..models.files import vae_facts
 from .condition import Captions
 
 # %% ../../nbs/train/02_latent.ipynb #89c9f4e1
@@ -46,6 +48,9 @@ class BucketOptions:
     bucket_step: Positive[int] = 64 # their widths and heights are multiples of it, pixels
     bucket_ratio: float = 2. # longest side over shortest, at most
     bucket_upscale: float = 1. # a picture may be enlarged so many times
+    effects: ClassVar[tuple] = (
+        (("bucket_step", "bucket_ratio", "bucket_upscale"), lambda c: c.buckets, "without --buckets"),
+    )
     refusals: ClassVar[tuple] = (
         (lambda c: c.buckets and c.latents,
          "--buckets: encodes pictures of many shapes in each step; "
@@ -65,6 +70,7 @@ class LoraOptions:
     lora_alpha: NonNegative[float] = 0. # of the factor alpha / rank; 0: the rank
     lora_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0") # ends of the names of the layers that get adapters
     lora_text: bool = False # adapters in the attention of the text encoder too (MindONE)
+    effects: ClassVar[tuple] = ((("lora_modules",), lambda c: c.lora_rank, "without --lora-rank"),)
     refusals: ClassVar[tuple] = (
         (lambda c: c.lora_rank and (c.train_text or getattr(c, "from_scratch", False)),
          "--lora-rank: trains adapters beside frozen weights; "
@@ -80,6 +86,11 @@ class SampleOptions:
     guidance_scale: Free[float] = 7.5 # w in u + w (c - u) for samples; 1: none
     num_inference_steps: Free[Positive[int]] = 25 # of the sampler
     num_samples: Free[NonNegative[int]] = 200 # pictures for the numbers of a validation on a built-in world; 0: none
+    effects: ClassVar[tuple] = (
+        (("num_samples",), # recipes give it whatever the data are
+         lambda c: world_named(c.data) or "num_samples" not in getattr(c, "given", ()),
+         "where --data {c.data} is no built-in world"),
+    )
 
 # %% ../../nbs/train/02_latent.ipynb #de14b724
 def refuse(
@@ -123,10 +134,17 @@ class LatentTask(Task):
 
     def check(self):
         refuse(self.config)
+        where = f"with --{self.latents_option} {getattr(self.config, self.latents_option)}"
+        encoded = isinstance(self.latents, OnlineLatents)
+        rows = [(self.pictures_only, lambda c: encoded, f"{where}, where no picture is encoded")]
+        refuse_idle(self.config, rows)
         if self.config.flip and self.latents.unmirrored:
             where = f"--{self.latents_option} {getattr(self.config, self.latents_option)}"
             raise UserError(f"{where}: {self.latents.unmirrored}")
         if self.weights: self.weights.check(self.items("train").ids)
+
+    # options that count where pictures are encoded in each step
+    pictures_only = ("max_samples", "image_column", "crop")
 
     @cached_property
     def latents(self) -> LatentSource:
@@ -167,6 +185,7 @@ class CaptionedTask(LatentTask):
     "A task of captioned pictures and a pipeline in a folder; subclasses say `home` and its text encoders."
     text_parts = ("text_encoder",) # of the pipeline's folder
     text_columns = ("text_encoder.hidden",) # what the network takes of them
+    pictures_only = ("image_column", "crop") # --max-samples counts for captions too
 
     @cached_property
     def data(self): # opened once for captions and pictures
@@ -193,8 +212,18 @@ class CaptionedTask(LatentTask):
         for kind in ("latents", "prompts"): self._find(kind)
         super().check()
         prompts = self.config.prompts
+        self._check_size()
         if prompts: same_text(Cache(prompts, "", kind="prompts"), self.home)
         if not self.data.pictures("train").drawn: self.texts("train") # what is drawn has captions
+        if self.config.latents: self.items("train") # each of its pictures has captions
+
+    def _check_size(self): # a model would learn pictures of another size than it is then asked for
+        cfg = self.config
+        side = self.latents.side * vae_facts(self.home/"vae")["down"]
+        if cfg.latents and side != cfg.image_size:
+            what = f"holds pictures of {side} pixels, and --image-size is {cfg.image_size}"
+            raise UserError(f"--latents {cfg.latents}: {what}; give --image-size {side}, "
+                            f"or cache them again with --size {cfg.image_size}")
 
     def _find(self, kind): # latents or prompts
         "`UserError` with the command that makes a cache when it is not there."

@@ -128,6 +128,9 @@ class Config(TrainConfig):
     side: Positive[int] = 32 # of the pictures, pixels
     beta: NonNegative[float] = 1e-4 # weight of the divergence
     share: Annotated[float, Range(above=0, most=1)] = 1.0 # of the training pictures, for a try
+    effects: ClassVar[tuple] = (
+        (("compile", "gradient_checkpointing"), lambda c: False, "for vae, whose network is small"),
+    )
     presets: ClassVar[dict] = dict(tiny=dict(
         max_steps=9000, batch_size=32, lr=2e-3, lr_schedule="cosine", warmup_steps=100, ema_decay=0.999,
         threads=1, log_every=100, checkpoint_every=500, validate_every=1500))
@@ -139,9 +142,9 @@ class Task(BaseTask):
 
     def check(self):
         cfg = self.config
-        if any(w % 8 for w in cfg.widths) or not cfg.widths:
+        if any(w < 8 or w % 8 for w in cfg.widths) or not cfg.widths:
             widths = ",".join(map(str, cfg.widths))
-            raise UserError(f"--widths {widths}: give multiples of 8")
+            raise UserError(f"--widths {widths}: give multiples of 8, such as 32,48,64")
         levels = len(cfg.widths)
         down = 2 ** (levels - 1)
         if cfg.side % down:

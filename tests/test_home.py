@@ -1,0 +1,315 @@
+"""Which models are taken, and which are refused in one line; and the noise that they were trained with."""
+
+import json
+import re
+import shutil
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from sdcourse import cli
+from sdcourse.commands.generate import GenerateOptions, open_pipeline
+from sdcourse.core import UserError
+from sdcourse.engine.loop import train
+from sdcourse.models import tiny_sd
+from sdcourse.models.home import KNOWN_LICENCES, licence_of, model_home, noise_of
+from sdcourse.train import sd15
+from test_sd15 import config, model, model2, same, scenes  # noqa: F401 - fixtures
+
+SCHEDULER = "scheduler/scheduler_config.json"
+
+
+def changed(folder, file, **over):
+    "A copy of a JSON file of a model, with other entries."
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | over))
+    return folder
+
+
+def copied(model, tmp_path, name="sd"):
+    return shutil.copytree(model, tmp_path / name)
+
+
+def one_line(fn, words):
+    with pytest.raises(UserError, match=words) as e:
+        fn()
+    assert "\n" not in str(e.value)
+    return str(e.value)
+
+
+def task(where, out="", **over):
+    return sd15.Task(config(out, model=str(where), **over))
+
+
+# ---- the noise of the base model
+
+
+@pytest.fixture
+def ending(model2, tmp_path):
+    "A model of v whose schedule ends in pure noise, as its file says."
+    return changed(copied(model2, tmp_path), SCHEDULER, rescale_betas_zero_snr=True)
+
+
+def test_the_base_models_schedule_is_followed_everywhere(ending, tmp_path, scenes):
+    from diffusers import DDIMScheduler
+
+    base = DDIMScheduler.from_pretrained(ending / "scheduler")
+    abar, prediction = task(ending).noise
+    assert prediction == "v" and abar[-1] == 0 and base.alphas_cumprod[-1] < 1e-9
+    torch.testing.assert_close(abar.float(), base.alphas_cumprod, atol=1e-5, rtol=1e-4)
+    run = tmp_path / "run"
+    one = task(ending, run, data=str(scenes / "data"), max_steps=1)
+    assert one.build().objective.abar[-1] == 0  # what the loss sees
+    assert torch.equal(one.scheduler().alphas_cumprod, base.alphas_cumprod)  # what samples see
+    train(one)
+    exported = DDIMScheduler.from_pretrained(run / "export" / "scheduler")
+    assert torch.equal(exported.alphas_cumprod, base.alphas_cumprod)
+    assert "ends in pure noise" in (run / "README.md").read_text()
+    again = task(run / "export").noise  # fine-tuned once more
+    assert torch.equal(again[0], abar) and again[1] == "v"
+
+
+def test_our_own_ending_is_followed_by_the_next_training(model2, tmp_path, scenes):
+    run = tmp_path / "run"
+    how = dict(data=str(scenes / "data"), max_steps=1, zero_terminal_snr=True, prediction="v")
+    train(task(model2, run, **how))
+    abar, prediction = task(run / "export").noise
+    assert abar[-1] == 0 and prediction == "v"
+
+
+def test_pure_noise_and_a_guess_of_the_noise(model, tmp_path):
+    odd = changed(copied(model, tmp_path), SCHEDULER, rescale_betas_zero_snr=True)
+    one_line(task(odd).check, "--prediction eps: the schedule of .* ends in pure noise.*give --prediction v")
+
+
+def test_a_sampler_that_does_not_know_the_ending_is_exchanged(model, tmp_path):
+    "PNDM of SD 1.5 would ignore the entry without a word."
+    odd = changed(copied(model, tmp_path), SCHEDULER, rescale_betas_zero_snr=True)
+    found = task(odd, prediction="v").scheduler()
+    assert type(found).__name__ == "DDIMScheduler" and found.alphas_cumprod[-1] < 1e-9
+    assert found.config.timestep_spacing == "trailing"
+
+
+@pytest.mark.parametrize(
+    "over, words",
+    [
+        (dict(_class_name="FlowMatchEulerDiscreteScheduler"), "is a flow"),
+        (dict(beta_schedule="squaredcos_cap_v2"), "squaredcos_cap_v2 is not supported"),
+        (dict(prediction_type="sample"), "prediction sample is not supported"),
+        (dict(trained_betas=[0.1, 0.2]), "is not supported"),
+    ],
+)
+def test_noise_that_is_not_known(over, words):
+    one_line(lambda: noise_of(over), words)
+
+
+def test_adapters_bring_the_scheduler_that_they_were_trained_with(model, tmp_path, scenes):
+    pytest.importorskip("peft")
+    from diffusers import DDIMScheduler
+    from safetensors import safe_open
+
+    common = dict(data=str(scenes / "data"), max_steps=1, lora_rank=2)
+    train(task(model, tmp_path / "same", **common))
+    assert not (tmp_path / "same/export/scheduler").exists()
+    train(task(model, tmp_path / "other", **common, zero_terminal_snr=True, prediction="v"))
+    found = DDIMScheduler.from_pretrained(tmp_path / "other/export/scheduler")
+    assert found.config.prediction_type == "v_prediction" and found.alphas_cumprod[-1] < 1e-9
+    card = (tmp_path / "other/README.md").read_text()
+    assert "DDIMScheduler.from_pretrained('export', subfolder='scheduler')" in card
+    with safe_open(tmp_path / "other/export/kohya.safetensors", "pt") as f:
+        assert f.metadata()["ss_base_model_version"] == "sd_v1_v"
+    pipe, _ = open_pipeline(model, GenerateOptions(lora=str(tmp_path / "other/export")), "cpu")
+    assert torch.equal(pipe.scheduler.alphas_cumprod, found.alphas_cumprod)
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    pipe, _ = open_pipeline(model, GenerateOptions(lora=str(tmp_path / "same/export")), "cpu")
+    assert type(pipe.scheduler).__name__ == "PNDMScheduler"
+
+
+def test_kohyas_header_names_the_base(model, model2, tmp_path, scenes):
+    pytest.importorskip("peft")
+    from safetensors import safe_open
+
+    found = {}
+    for name, where in (("one", model), ("two", model2)):
+        train(task(where, tmp_path / name, data=str(scenes / "data"), max_steps=1, lora_rank=2))
+        with safe_open(tmp_path / name / "export/kohya.safetensors", "pt") as f:
+            found[name] = {k: v for k, v in f.metadata().items() if k.startswith(("ss_v", "ss_base"))}
+    assert found == {
+        "one": {"ss_base_model_version": "sd_v1", "ss_v2": "False", "ss_v_parameterization": "False"},
+        "two": {"ss_base_model_version": "sd_v2_v", "ss_v2": "True", "ss_v_parameterization": "True"},
+    }
+
+
+# ---- models that do not fit
+
+
+@pytest.mark.parametrize(
+    "file, over, words",
+    [
+        ("unet/config.json", dict(in_channels=9), "in_channels 9 and its vae 4.*inpainting"),
+        ("unet/config.json", dict(in_channels=5), "in_channels 5 and its vae 4.*depth"),
+        ("unet/config.json", dict(out_channels=8), "out_channels 8"),
+        ("unet/config.json", dict(cross_attention_dim=96), "text of width 96 and its text_encoder gives 128"),
+        ("unet/config.json", dict(addition_embed_type="text_time"), "addition_embed_type"),
+        ("unet/config.json", dict(num_class_embeds=1000), "num_class_embeds"),
+        ("unet/config.json", dict(_class_name="UNet2DModel"), "its unet is a UNet2DModel"),
+        (
+            "model_index.json",
+            dict(text_encoder_2=["transformers", "CLIPTextModelWithProjection"]),
+            "with text_encoder_2; sd15 trains Stable Diffusion 1.x and 2.x",
+        ),
+        ("vae/config.json", dict(_class_name="AutoencoderTiny"), "AutoencoderTiny, expected AutoencoderKL"),
+        ("vae/config.json", dict(latent_channels=16), "in_channels 4 and its vae 16"),
+    ],
+)
+def test_a_model_that_does_not_fit_is_one_line(model, tmp_path, file, over, words):
+    odd = changed(copied(model, tmp_path), file, **over)
+    one_line(task(odd).check, words)
+
+
+def test_sdxl_given_to_sd15_is_one_line(tmp_path):
+    from tiny_models import tiny_sdxl
+
+    one_line(task(tiny_sdxl(tmp_path)).check, "with text_encoder_2; sd15 trains")
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".CKPT", ".pt", ".bin", ".pkl"])
+def test_a_pickle_that_is_there(tmp_path, suffix):
+    path = tmp_path / f"model{suffix}"
+    path.write_bytes(b"cos\nsystem\n")
+    said = one_line(lambda: model_home(str(path)), "is a pickle, which is never read here.*safetensors")
+    assert str(path) in said and "licence" not in said
+
+
+def test_any_other_file_is_said(tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    one_line(lambda: model_home(str(tmp_path / "notes.txt")), "is a file; give the folder of a pipeline")
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_before_the_training(model, tmp_path, scenes, part, value):
+    odd = copied(model, tmp_path)
+    (file,) = (odd / part).glob("*.safetensors")
+    tensors = load_file(file)
+    name = sorted(k for k, v in tensors.items() if v.ndim == 2)[-1]
+    tensors[name].view(-1)[3] = value
+    save_file(tensors, file, {"format": "pt"})
+    out = tmp_path / "run"
+    how = dict(data=str(scenes / "data"))
+    said = one_line(lambda: train(task(odd, out, **how)), "is not finite in float32; use other weights")
+    assert part in said and not (out / "checkpoints").exists()
+
+
+def test_a_folder_of_half_precision_alone_trains(model, tmp_path, scenes):
+    odd = copied(model, tmp_path)
+    for file in odd.rglob("*.safetensors"):
+        save_file({k: v.half() for k, v in load_file(file).items()}, file, {"format": "pt"})
+        file.rename(file.with_name(file.name.replace(".safetensors", ".fp16.safetensors")))
+    run = tmp_path / "run"
+    assert train(task(odd, run, data=str(scenes / "data"), max_steps=1)).step == 1
+    found = load_file(run / "export/unet/diffusion_pytorch_model.safetensors")
+    assert {v.dtype for v in found.values()} == {torch.float32}
+
+
+# ---- one file
+
+
+@pytest.fixture
+def one_file(model, tmp_path):
+    from diffusers import StableDiffusionPipeline
+    from ldm import save_original
+
+    pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
+    return save_original(pipe, tmp_path / "one.safetensors")
+
+
+def test_capitals_at_the_end_of_a_file(one_file, model):
+    path = one_file.rename(one_file.with_name("UP.SAFETENSORS"))
+    a, b = task(path, model_config=str(model)), task(model)
+    a.check()
+    assert same(a.build().state_dict(), b.build().state_dict())
+
+
+@pytest.mark.parametrize(
+    "begins, what",
+    [
+        ("first_stage_model.", "holds no VAE"),
+        ("cond_stage_model.", "holds no text encoder"),
+        ("model.diffusion_model.", "holds no UNet"),
+        ("", "holds no Stable Diffusion"),
+    ],
+)
+def test_a_file_without_one_of_its_parts(one_file, model, begins, what):
+    kept = {k: v for k, v in load_file(one_file).items() if not k.startswith(begins)}
+    save_file(kept or {"w": torch.zeros(1)}, one_file)
+    said = one_line(task(one_file, model_config=str(model)).check, what)
+    assert "give" in said and "…" not in said
+
+
+def test_a_file_that_is_cut_off(one_file, model):
+    one_file.write_bytes(one_file.read_bytes()[:1000])
+    one_line(task(one_file, model_config=str(model)).check, "is no safetensors file, or is cut off")
+
+
+def test_a_file_with_a_weight_that_is_no_number(one_file, model):
+    tensors = load_file(one_file)
+    tensors["model.diffusion_model.out.2.weight"].view(-1)[0] = torch.nan
+    save_file(tensors, one_file)
+    one_line(task(one_file, model_config=str(model)).check, "unet.conv_out.weight is not finite")
+
+
+# ---- licences
+
+
+def licence_on(run):
+    head = re.match(r"---\n(.*?)\n---", (run / "README.md").read_text(), re.S)[1]
+    return yaml.safe_load(head)["license"]
+
+
+def test_the_card_carries_the_licence_of_the_weights_and_of_the_data(model, tmp_path, scenes):
+    base = copied(model, tmp_path)
+    common = dict(data=str(scenes / "data"), max_steps=1)
+    train(task(base, tmp_path / "a", **common))
+    assert licence_on(tmp_path / "a") == "unknown"
+    (base / "README.md").write_text("---\nlicense: creativeml-openrail-m\n---\n# model\n")
+    train(task(base, tmp_path / "b", **common))
+    assert licence_on(tmp_path / "b") == "creativeml-openrail-m"
+    train(task(tmp_path / "b/export", tmp_path / "c", **common))  # and what is made of that
+    assert licence_on(tmp_path / "c") == "creativeml-openrail-m"
+    assert "licence of the data: " in (tmp_path / "c/README.md").read_text()
+
+
+@pytest.mark.parametrize("name", KNOWN_LICENCES)
+def test_published_families_are_known_by_name(name, tmp_path):
+    assert "openrail" in licence_of(name + "-5", tmp_path)
+
+
+# ---- what transformers 4 reads
+
+
+def test_exports_are_in_the_layout_that_both_versions_of_transformers_read(model, tmp_path, scenes):
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    run = tmp_path / "run"
+    train(task(model, run, data=str(scenes / "data"), max_steps=1, train_text=True))
+    made = run / "export"
+    assert cli.run(["export", str(run), str(tmp_path / "text"), "--part", "text_encoder"]) == 0
+    for folder in (made / "text_encoder", tmp_path / "text"):
+        names = load_file(folder / "model.safetensors").keys()
+        assert names and all(k.startswith("text_model.") for k in names)
+        text, info = CLIPTextModel.from_pretrained(folder, output_loading_info=True)
+        assert not info["missing_keys"] and not info["unexpected_keys"]
+        for k, v in text.state_dict().items():
+            assert torch.equal(v, load_file(folder / "model.safetensors")["text_model." + k])
+    words = json.loads((made / "tokenizer/vocab.json").read_text(encoding="utf-8"))
+    merges = (made / "tokenizer/merges.txt").read_text(encoding="utf-8").splitlines()
+    whole = CLIPTokenizer.from_pretrained(made / "tokenizer")
+    assert words == whole.get_vocab() and merges[0] == "#version: 0.2"
+    slow = CLIPTokenizer.from_pretrained(model / "tokenizer")
+    texts = ["a red ring on a blue field", "zwei Häuser", "", "🎈 3 balloons!"]
+    assert whole(texts).input_ids == slow(texts).input_ids
+    new = tiny_sd.make_pipeline(tmp_path / "new")
+    assert all(k.startswith("text_model.") for k in load_file(new / "text_encoder/model.safetensors"))
