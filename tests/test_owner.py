@@ -210,3 +210,13 @@ def test_a_full_disk_is_held_by_an_empty_file(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="working in it"), Owner(tmp_path):
             pass
     assert not (tmp_path / OWNER).exists()
+
+
+def test_a_file_that_came_in_between_is_put_back(tmp_path):
+    "Two that find the same dead owner: the slower one must not clear the file of the faster one."
+    path = tmp_path / OWNER
+    path.write_text("of the faster one")
+    work._clear(path, "of the dead one")
+    assert path.read_text() == "of the faster one" and len(list(tmp_path.iterdir())) == 1
+    work._clear(path, "of the faster one")
+    assert not list(tmp_path.iterdir())
