@@ -25,6 +25,11 @@ PLANTED = {
     ('sdcourse/engine/preflight.py', 'tests/test_faults.py'): [
         ("a run's own checkpoints are asked for again", 'max(one, disk - sum(own))', 'disk', 'test_a_run_that_fitted_on_a_disk_can_be_resumed_on_it'),
     ],
+    ('sdcourse/commands/bench.py', 'tests/test_bench.py'): [
+        ('bench: knows one task only', 'own = option in typed or name == "data" and usual and task != "flow_dit"', 'own = option in typed', 'test_every_task_can_be_measured'),
+        ('bench: an option without effect is ignored', 'if name not in kinds(config) and not usual:', 'if False:', 'test_what_cannot_be_measured_is_one_line'),
+        ('bench: measures and cannot write', 'if cfg.json and (there', 'if False and (there', 'test_what_cannot_be_measured_is_one_line'),
+    ],
     ('tools/test.py', 'tests/test_share.py'): [
         ('share: the folder of claims is taken for one of tests', '[f"--share={claims}", *', '["--share", str(claims), *', 'test_each_test_runs_once_and_is_reported_once'),
     ],
