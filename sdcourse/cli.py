@@ -155,7 +155,7 @@ def main(
         return e.code
     except SystemExit as e: return e.code or 0  # argparse's --help
     except KeyboardInterrupt:
-        print("error: ended by Ctrl-C; the same command begins anew, or goes on where it can", file=sys.stderr)
+        print("error: ended by Ctrl-C; the same command goes on where it can", file=sys.stderr)
         return 130
 
 # %% ../nbs/94_cli.ipynb #373f9fe5

@@ -95,11 +95,16 @@ def _convert(kind, value):
     if kind is bool and isinstance(value, str): value = {"true": True, "false": False}.get(value, value)
     if base is Literal and value in args or kind is bool and type(value) is bool: return value
     if kind is str and type(value) is str: return _home(value)
-    if kind in (int, float) and type(value) is int and not -2**63 <= value < 2**64: raise OverflowError
     if kind is float and type(value) in (int, float, str) and math.isfinite(float(value)): return float(value)
-    if kind is int and type(value) is str: return _convert(int, int(value))
-    if kind is int and type(value) is int: return value
+    if kind is int: return _whole(value)
     raise ValueError(value)
+
+def _whole(value):
+    "A whole number, from a number or a text; `OverflowError` when 64 bits do not hold it."
+    if type(value) not in (int, str): raise ValueError(value)
+    number = int(value)
+    if not -2**63 <= number < 2**64: raise OverflowError
+    return number
 
 def _convert_items(kinds, value):
     "A tuple, from text with commas or from a sequence; `kinds` may end in …"

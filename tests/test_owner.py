@@ -134,7 +134,7 @@ def test_a_process_number_that_was_given_anew_is_not_the_owner(tmp_path):
 
 
 def test_who_was_silent_too_long_writes_nothing_more(tmp_path, monkeypatch):
-    "Its folder has been taken: it stops at once, says so, and leaves checkpoints and the file of the other alone."
+    "Its folder has been taken: it stops, says so, and leaves checkpoints and the other's file alone."
     monkeypatch.setattr(work, "BEAT", 0.05)
     step = loop.step
     other = []

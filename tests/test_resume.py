@@ -315,3 +315,20 @@ def test_a_flag_passes_a_signal_on_and_a_deadline_not(name):
         with StopFlag(), StopFlag():
             os.kill(os.getpid(), getattr(signal, name))
         assert outer.raised() and outer.reason == name
+
+
+def test_ctrl_c_saves_as_sigterm_does(tmp_path, monkeypatch):
+    step = loop.step
+
+    def one(r):
+        step(r)
+        if r.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(loop, "step", one)
+    try:
+        result = run(tmp_path)
+    except KeyboardInterrupt:
+        pytest.fail("nothing was saved")
+    assert (result.step, result.stopped) == (3, "SIGINT")
+    assert latest_checkpoint(tmp_path / "checkpoints")[0].name == "step-00000003"

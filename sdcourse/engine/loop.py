@@ -90,6 +90,7 @@ class Run:
         self._set_machine(checkpoint["state"] if checkpoint else {})
         self._build()
         if checkpoint: self.load(checkpoint)
+        if self.meter.bad[1] > 0: self.doubtful = self.step
         self._refuse_odd()
         if self.cfg.compile:
             for block in task.blocks(self.module): block.compile()
@@ -220,7 +221,6 @@ class Run:
         if state["scaler"]: self.scaler.load_state_dict(state["scaler"])
         self.meter.load(state["meter"], self.ranks.main)
         self.step = state["step"]
-        self.doubtful = self.step if state["meter"]["bad"][1] else 0
 
 # %% ../../nbs/engine/09_loop.ipynb #3baa6546
 def collate(
@@ -437,8 +437,8 @@ def _readers():
         if "DataLoader worker" not in str(e): raise
         why = re.search(r"killed by signal: \w+", str(e))
         raise UserError(f"a process that reads data ended ({why[0] if why else 'nobody knows why'}), mostly "
-                        "for want of memory: lower --num-workers or --batch-size, and the same command goes on "
-                        "from the last checkpoint") from None
+                        "for want of memory: lower --num-workers or --batch-size, and the same command "
+                        "goes on from the last checkpoint") from None
 
 # %% ../../nbs/engine/09_loop.ipynb #cb1f9078
 def _due(run, every):
