@@ -70,7 +70,8 @@ def textbook_step(
     if run.device.type == "cuda": torch.backends.cuda.matmul.allow_tf32 = True
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
     rows = range(len(run.micros[0]))
-    batch = _batch_of(run, rows)
+    with torch.no_grad():
+        batch = run.task.encode(_batch_of(run, rows), Draws(0, 0, rows, device=run.device))
     total = [0.]
     def one():
         loss = model(batch, Draws(0, 0, rows, device=run.device))[0].mean()
