@@ -154,6 +154,9 @@ def main(
         print(f"error: {e}", file=sys.stderr)
         return e.code
     except SystemExit as e: return e.code or 0  # argparse's --help
+    except KeyboardInterrupt:
+        print("error: ended by Ctrl-C; the same command goes on where it can", file=sys.stderr)
+        return 130
 
 # %% ../nbs/94_cli.ipynb #373f9fe5
 if __name__ == "__main__" and __package__: raise SystemExit(main())

@@ -2,7 +2,10 @@
 
 import json
 
+import pytest
+
 import ranks
+from sdcourse.cli import main
 
 
 def test_two_ranks_measure_the_exchange_of_gradients(tmp_path):
@@ -75,3 +78,30 @@ loop.step = one
     for sync in (True, False):
         ends = ranks.finish(ranks.toy(tmp_path / str(sync), max_steps=2, hook=f"over_sync = {sync}\n" + hook))
         assert [c for c, _, _ in ends] == [0, 0], ends
+
+
+SHORT = "--batch 2 --steps 1 --warmup 0 --device cpu --threads 1".split()
+
+
+@pytest.mark.parametrize("task", ["nets", "sd15"])
+def test_every_task_can_be_measured(task, tmp_path, capsys):
+    "faults.md F: it knew flow_dit only."
+    assert main(["bench", task, *SHORT, "--json", str(tmp_path / "b.json")]) == 0, capsys.readouterr().err
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert found["task"] == task and found["images_per_s"] > 0
+
+
+@pytest.mark.parametrize(
+    "words, text",
+    [
+        (["vae", "--size", "tiny/8"], "--size tiny/8: has no effect on vae"),
+        (["vae", "--compare"], "--compare"),
+        (["flow_dit", "--steps", "0"], "--steps"),
+        (["flow_dit", "--json", "/nope/x.json"], "--json /nope/x.json"),
+        (["vae", "--options=--lrr 3"], "--lrr: unknown option"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line(words, text, capsys):
+    assert main(["bench", *words]) == 2
+    said = capsys.readouterr().err
+    assert text in said and said.count("\n") == 1

@@ -1,12 +1,13 @@
 """Options: one dataclass, four layers, one line for each mistake; run folders that are never overwritten."""
 
-import dataclasses, os, subprocess, sys
+import dataclasses, os, subprocess, sys, tempfile
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 import pytest
 import yaml
+from hypothesis import given, settings, strategies as st
 
 from sdcourse.config import (
     BelowOne,
@@ -369,3 +370,133 @@ def test_config_needs_no_torch():
 
 def test_dataclass_replace_keeps_type():
     assert isinstance(dataclasses.replace(Config(), out="x"), Config)
+
+
+# ---- faults.md B: files and values that people write
+def written(tmp_path, text):
+    path = tmp_path / "a.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("lr: 1e-3\nseed: 1\nlr: 1e-5\n", ["lr is there twice", "line 3"]),
+        ("config: {lr: 1e-3}\nbatch_size: 3\n", ["batch_size", "beside config:", "below config:"]),
+        ("config: {lr: 1e-3}\nversions: {}\nbatch_size: 3\n", ["batch_size", "beside config:"]),
+        ("config: {lr: 1e-3}\nthreads: 3\n", ["threads", "beside config:"]),
+        ("max_steps: 1:30\n", ["max_steps", "whole number", "1:30"]),
+        ("lr: 1:30.5\n", ["lr", "a number"]),
+        (f"lr: 1{'0' * 400}\n", ["lr", "too large"]),
+        (f"seed: {2**64}\n", ["seed", "too large"]),
+        (f"seed: '{2**64}'\n", ["seed", "too large"]),
+        (f"seed: 1{'0' * 5000}\n", ["a.yaml"]),
+        ("[" * 3000, ["a.yaml"]),
+        ("lr: 2020-13-45\n", ["a.yaml"]),
+        ("lr: 1e-3\n".encode("utf-16"), ["UTF-8"]),
+        ("? [a, b]\n: 1\n", ["a.yaml"]),
+    ],
+)
+def test_files_that_are_refused_in_one_line(tmp_path, text, words):
+    said = refusal(resolve, Config, file=written(tmp_path, text))
+    assert "\n" not in said and len(said) < 600 and all(w in said for w in words), said
+
+
+@pytest.mark.parametrize(
+    "text, name, value",
+    [
+        ("batch_size: 010\n", "batch_size", 10),
+        ("\ufefflr: 1e-4\n", "lr", 1e-4),
+        ("base: &b {lr: 3e-4}\n", None, None),
+        ("batch_size: 0x10\n", "batch_size", 16),
+        ("out: ~/runs/x\n", "out", os.path.expanduser("~/runs/x")),
+        ("out: C:\\runs\n", "out", "C:\\runs"),
+        ("force: yes\n", "force", True),
+        ("config: {lr: 3e-4}\nversions: {}\nthreads: 3\nworld: 1\n", "lr", 3e-4),
+        (f"seed: {2**64 - 1}\n", "seed", 2**64 - 1),
+    ],
+)
+def test_files_that_are_read_as_they_look(tmp_path, text, name, value):
+    path = written(tmp_path, text)
+    if name:
+        assert getattr(resolve(Config, file=path), name) == value
+    else:
+        assert "base" in refusal(resolve, Config, file=path)
+
+
+def test_a_merge_key_may_be_overridden(tmp_path):
+    path = written(tmp_path, "config: &b {lr: 3e-4, seed: 4}\nversions: {<<: *b, lr: 1}\n")
+    assert resolve(Config, file=path).seed == 4
+
+
+@given(st.dictionaries(st.text(max_size=12), st.text(max_size=30), max_size=5))
+@settings(max_examples=100, deadline=None)
+def test_any_mapping_that_we_write_we_read(found):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.yaml"
+        path.write_text(yaml.safe_dump(found), encoding="utf-8")
+        assert load_config(path) == found
+
+
+@given(st.binary(max_size=60))
+@settings(max_examples=200, deadline=None)
+def test_any_bytes_are_options_or_one_line(data):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.yaml"
+        path.write_bytes(data)
+        try:
+            resolve(Config, file=path)
+        except UserError as e:
+            assert "\n" not in str(e)
+
+
+@given(
+    st.sampled_from(["lr", "seed", "batch_size", "interval", "tracker", "force", "out"]), st.text(max_size=30)
+)
+@settings(max_examples=200, deadline=None)
+def test_any_text_is_a_value_or_one_line(name, text):
+    try:
+        cfg = resolve(Config, overrides={name: text})
+        if name == "seed":
+            assert 0 <= cfg.seed < 2**64
+    except UserError as e:
+        assert name in str(e)
+
+
+def test_home_means_home_everywhere(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert (
+        run("--out=~/x").out == Config(out="~/x").out == f"{tmp_path}/x" and Config(out="a~/x").out == "a~/x"
+    )
+    save_config(tmp_path / "config.yaml", Config(), {})
+    old = load_config(tmp_path / "config.yaml")
+    old["config"]["size"] = "~/m"  # of a run before this was so
+    assert run_diff(old, Config(size="~/m")) == []
+    (tmp_path / "a.yaml").write_text("lr: 3e-4\n")
+    assert run("--config=~/a.yaml").lr == 3e-4
+
+
+@pytest.mark.parametrize(
+    "line", ["--config a --config b", "--config=a --config b", "--preset tiny --preset full"]
+)
+def test_two_files_or_presets_are_refused(line):
+    assert "twice" in refusal(run, line)
+
+
+def test_an_out_that_no_file_system_takes_is_one_line():
+    assert "--out" in refusal(check_run_folder, "/tmp/" + "x" * 300)
+    assert "--out" in refusal(check_run_folder, "/tmp/a\0b")
+    assert "--resume" in refusal(Config(resume="x" * 300).check)
+
+
+def test_resume_with_a_run_says_what_to_give(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    said = refusal(Config(resume=str(tmp_path)).check)
+    assert f"--out {tmp_path}" in said and "checkpoints/step-" in said
+
+
+def test_beta2_of_another_optimizer_is_refused():
+    said = refusal(Config(beta2=0.5, optimizer="torch.optim.SGD").check)
+    assert "--beta2 0.5" in said and "no effect" in said
+    Config(optimizer="torch.optim.SGD").check()

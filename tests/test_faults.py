@@ -5,6 +5,7 @@ and never costs a checkpoint.
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -204,7 +205,6 @@ def test_a_small_disk(small_disk):
     """R5 on a real full disk: refused by the preflight when it is known, and by the save when another program
     took the room.
     """
-    import shutil
     from toy import run
     from sdcourse.core import UserError
 
@@ -222,6 +222,20 @@ def test_a_small_disk(small_disk):
     finally:
         loop.preflight = whole
     assert step_of(small_disk / "run") == 4 and latest_checkpoint(small_disk / "run/checkpoints")[1] == []
+
+
+def test_a_run_that_fitted_on_a_disk_can_be_resumed_on_it(small_disk):
+    "faults.md F: its own old checkpoints are not asked for again; room for one more is."
+    from toy import run
+    from sdcourse.core import UserError
+
+    run(small_disk / "run", max_steps=8, checkpoint_every=4, keep=2)
+    size = sum(p.stat().st_blocks * 512 for p in (small_disk / "run/checkpoints/step-00000008").iterdir())
+    film = small_disk / "film"
+    film.write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 2 * size - 20_000))
+    assert run(small_disk / "run", max_steps=12, checkpoint_every=4, keep=2, force=True).step == 12
+    with pytest.raises(UserError, match="9 \\+ 1 checkpoints need"):
+        run(small_disk / "run", max_steps=14, keep=9, force=True)
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

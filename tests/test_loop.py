@@ -464,3 +464,134 @@ def test_a_run_sets_up_the_processor(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "use_cpu", lambda *a: seen.append(a))
     Run(ToyTask(config(tmp_path, threads=1)))
     assert seen == [(1, "cpu")]
+
+
+def blown_up(out, **over):
+    "Forty good steps, then a learning rate of 1e30, as in faults.md E."
+    run(out, max_steps=40, **over)
+    shutil.rmtree(out / "export")
+    with pytest.raises(UserError) as refused:
+        run(out, max_steps=160, lr=1e30, force=True, **over)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "log_every, checkpoint_every, keep", [(50, 10, 2), (20, 10, 1), (50, 2, 3), (7, 3, 1)]
+)
+def test_bad_steps_never_push_out_the_last_good_checkpoint(tmp_path, log_every, checkpoint_every, keep):
+    over = dict(log_every=log_every, checkpoint_every=checkpoint_every, keep=keep, max_bad_steps=10)
+    run(tmp_path / "good", max_steps=40, **over)
+    said = blown_up(tmp_path / "bad", **over)
+    assert "steps in a row had a non-finite loss" in said and "\n" not in said
+    left = sorted(p.name for p in (tmp_path / "bad/checkpoints").iterdir())
+    assert "step-00000040" in left and len(left) <= keep
+    good, kept = weights(tmp_path / "good", 40), weights(tmp_path / "bad", 40)
+    assert distance(good, kept) == 0
+    assert max(v.abs().max().item() for v in weights(tmp_path / "bad")["model"].values()) < 1e6
+    assert run(tmp_path / "bad", max_steps=44, lr=1e-3, force=True, **over).step == 44
+
+
+def test_a_stop_among_bad_steps_saves_and_replaces_nothing(tmp_path, monkeypatch):
+    "Stopped and resumed twice within the streak: one doubtful checkpoint at a time beside the good one."
+    over = dict(items=8, max_bad_steps=99, keep=1, checkpoint_every=0)
+    run(tmp_path, max_steps=4, **over)
+    for stop in (6, 8):
+
+        def one(r, stop=stop):
+            r.module.nan_at = r.step
+            step(r)
+            if r.step == stop:
+                os.kill(os.getpid(), 15)
+
+        monkeypatch.setattr(loop, "step", one)
+        assert run(tmp_path, max_steps=20, force=True, **over).step == stop
+        left = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+        assert left == ["step-00000004", f"step-{stop:08}"]
+    monkeypatch.setattr(loop, "step", step)
+    assert run(tmp_path, max_steps=20, force=True, **over).step == 20
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000020"]
+
+
+def test_a_model_that_is_not_finite_is_refused_at_the_start(tmp_path, monkeypatch):
+    "faults.md F: a NaN weight, fewer steps than --max-bad-steps: nothing is exported as finished."
+    build = ToyTask.build
+
+    def broken(self):
+        net = build(self)
+        net.frozen.data.fill_(float("nan"))
+        return net
+
+    monkeypatch.setattr(ToyTask, "build", broken)
+    with pytest.raises(UserError, match=r"not finite before step 0 \(frozen\)"):
+        run(tmp_path, max_steps=9)
+    assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize("max_steps", [44, 49])
+def test_a_run_that_ends_among_bad_steps_is_not_finished(tmp_path, max_steps):
+    "Its weights of 1e30 are finite; its losses are not."
+    over = dict(keep=1, checkpoint_every=10, log_every=10)
+    run(tmp_path, max_steps=40, **over)
+    shutil.rmtree(tmp_path / "export")
+    with pytest.raises(UserError, match=r"no model is exported: the last \d steps had a non-finite"):
+        run(tmp_path, max_steps=max_steps, lr=1e30, force=True, **over)
+    assert not (tmp_path / "export").exists()
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-00000040"]
+
+
+def test_weights_that_are_not_finite_at_the_end_are_not_exported(tmp_path, monkeypatch):
+    def spoilt(r):
+        step(r)
+        if r.step == 12:
+            r.ema.module.blocks[0].bias.data[0] = float("inf")
+
+    monkeypatch.setattr(loop, "step", spoilt)
+    with pytest.raises(UserError, match="after step 12 blocks.0.bias holds numbers that are not finite"):
+        run(tmp_path)
+    assert not (tmp_path / "export").exists()
+
+
+def test_one_bad_step_at_the_end_does_no_harm(tmp_path):
+    assert run(tmp_path, nan_at=11).step == 12 and (tmp_path / "export").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["step-00000002.bak", "step-latest", "step-", "step-00000009x", "latest", "step-٣"]
+)
+@pytest.mark.parametrize("kind", ["folder", "file", "link"])
+def test_odd_entries_beside_the_checkpoints(tmp_path, name, kind):
+    "faults.md D: a run with such an entry can be resumed."
+    run(tmp_path, max_steps=4, checkpoint_every=2)
+    odd = tmp_path / "checkpoints" / name
+    if kind == "folder":
+        odd.mkdir()
+    elif kind == "file":
+        odd.touch()
+    else:
+        odd.symlink_to("step-00000004")
+    assert run(tmp_path, max_steps=6, checkpoint_every=2, force=True).step == 6 and os.path.lexists(odd)
+
+
+KILLED = """
+import os, sys
+sys.path[:0] = [{tests!r}]
+import toy
+from sdcourse.core import UserError
+get = toy.Points.__getitem__
+def dies(self, i):
+    if i == 7: os.kill(os.getpid(), 9)
+    return get(self, i)
+toy.Points.__getitem__ = dies
+try: toy.run({out!r}, num_workers=2, checkpoint_every=1)
+except UserError as e: print(e)
+"""
+
+
+def test_a_killed_reader_is_one_line(tmp_path):
+    "faults.md E: a data worker that the system ended for want of memory."
+    tests = os.path.dirname(os.path.abspath(__file__))
+    done = warm.run(["-c", KILLED.format(tests=tests, out=str(tmp_path))], first=warm.LOOP)
+    assert done.returncode == 0, done.stderr[-1500:]
+    assert re.fullmatch(r"a process that reads data ended .*lower --num-workers.*\n", done.stdout), (
+        done.stdout
+    )

@@ -156,3 +156,35 @@ def test_precision():
     assert resolve_precision("fp64", CPU) == (None, torch.float64)
     with pytest.raises(UserError, match="fp16 needs a GPU"):
         resolve_precision("fp16", CPU)
+
+
+@pytest.mark.parametrize(
+    "name, why",
+    [
+        ("os.system", "is no optimizer"),
+        ("torch.nn.Linear", "is no optimizer"),
+        ("torch.optim.LBFGS", "makes no step here"),
+        ("torch.optim.SparseAdam", "makes no step here"),
+        ("torch.optim.Optimizer", "makes no step here"),
+        ("torch.optim", "is no optimizer"),
+        ("..", "cannot import"),
+    ],
+)
+def test_what_is_no_usable_optimizer_is_one_line(name, why, capfd):
+    "faults.md D; os.system is not called either."
+    with pytest.raises(UserError, match=why) as refused:
+        build_optimizer(nn.Linear(2, 2), cfg(optimizer=name))
+    assert (
+        "\n" not in str(refused.value)
+        and "use adamw" in str(refused.value)
+        and capfd.readouterr() == ("", "")
+    )
+
+
+def test_trying_an_optimizer_draws_nothing_and_trains_nothing():
+    net = nn.Linear(2, 2)
+    before = [p.detach().clone() for p in net.parameters()]
+    state = torch.get_rng_state()
+    opt = build_optimizer(net, cfg(optimizer="torch.optim.NAdam"))
+    assert torch.equal(state, torch.get_rng_state()) and not opt.state
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters()))

@@ -172,7 +172,7 @@ def test_a_resume_hashes_each_byte_once(tmp_path):
 
 
 @pytest.mark.parametrize("when", ["training", "validation", "sampling", "saving"])
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGUSR1", "file STOP", "deadline", "end of the job"])
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGUSR1", "SIGINT", "file STOP", "deadline", "end of the job"])
 def test_every_way_to_stop(tmp_path, monkeypatch, how, when):
     "R7: asked in step 5, whatever runs then; saved and left within two steps, and the same command goes on."
     flags, fired = [], []
@@ -280,8 +280,55 @@ loop.step = one
 r = run({str(tmp_path)!r} + '/NAME', num_workers=2, requeue_code=75)
 print(r.step, r.stopped, r.exit_code)
 """
-    for name in ("SIGUSR1", "SIGTERM"):
+    for name in ("SIGUSR1", "SIGTERM", "SIGINT"):
         done = warm.run(["-c", code.replace("NAME", name)])  # in a session of its own
         assert done.returncode == 0 and done.stdout.strip() == f"5 {name} 75", (
             done.stdout + done.stderr[-1500:]
         )
+
+
+def test_a_second_ctrl_c_ends_at_once():
+    with pytest.raises(KeyboardInterrupt), StopFlag() as flag:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert flag.raised() and flag.reason == "SIGINT"
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_stays_off_where_the_shell_switched_it_off():
+    "As for `command &` in a script, which the terminal's Ctrl-C does not mean."
+    old = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopFlag() as flag:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not flag.raised()
+    finally:
+        signal.signal(signal.SIGINT, old)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGINT"])
+def test_a_flag_passes_a_signal_on_and_a_deadline_not(name):
+    with StopFlag() as outer:
+        with StopFlag(max_seconds=1e-9) as inner:
+            assert inner.raised()
+        assert not outer.raised()
+        with StopFlag(), StopFlag():
+            os.kill(os.getpid(), getattr(signal, name))
+        assert outer.raised() and outer.reason == name
+
+
+def test_ctrl_c_saves_as_sigterm_does(tmp_path, monkeypatch):
+    step = loop.step
+
+    def one(r):
+        step(r)
+        if r.step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(loop, "step", one)
+    try:
+        result = run(tmp_path)
+    except KeyboardInterrupt:
+        pytest.fail("nothing was saved")
+    assert (result.step, result.stopped) == (3, "SIGINT")
+    assert latest_checkpoint(tmp_path / "checkpoints")[0].name == "step-00000003"

@@ -158,7 +158,7 @@ def test_one_process_at_a_time_and_leftovers_go(tmp_path):
             with alone(tmp_path / "c"):
                 pass
     with alone(tmp_path / "c"):
-        assert not list((tmp_path / "c").iterdir())
+        assert [p.name for p in (tmp_path / "c").iterdir()] == [".owner.json"]
 
 
 def test_joined_sets_give_one_item_and_notice_strangers(tmp_path):

@@ -3,6 +3,8 @@ one is missing.
 """
 
 import json
+import os
+import signal
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -97,3 +99,46 @@ def test_the_plan_names_a_folder_for_each(tmp_path):
         "--out=runs/sweep-flow_dit/size=tiny-4",
         "--out=runs/sweep-flow_dit/size=tiny-8",
     ]
+
+
+def sweeping(tmp_path, monkeypatch, values, step_of):
+    "The command with --run; `step_of(run, step)` is what a step does."
+    import sdcourse.engine.loop as loop
+
+    step = loop.step
+    monkeypatch.setattr(loop, "step", lambda r: step_of(r, step))
+    words = [w if w != "3" else "12" for w in WORDS]
+    code = main(["sweep", *words, "--log-every", "4", "--checkpoint-every", "4", "--max-bad-steps", "3",
+                 "--vary", f"lr={values}", "--out", str(tmp_path / "s"), "--run"])  # fmt: skip
+    return code, [r["state"] for r in json.loads((tmp_path / "s/table.json").read_text())]
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_one_signal_ends_a_sweep(tmp_path, monkeypatch, name):
+    "faults.md E: sent in the first of three runs; the same command goes on."
+
+    def one(r, step):
+        step(r)
+        if r.step == 5 and r.cfg.lr == 1e-3:
+            os.kill(os.getpid(), getattr(signal, name))
+
+    found = sweeping(tmp_path, monkeypatch, "1e-3,1e-4,1e-5", one)
+    assert found == (75, ["at step 4", "not started", "not started"])
+    monkeypatch.undo()
+    assert sweeping(tmp_path, monkeypatch, "1e-3,1e-4,1e-5", lambda r, step: step(r)) == (0, ["finished"] * 3)
+
+
+def test_one_diverging_combination_does_not_end_a_sweep(tmp_path, monkeypatch, capsys):
+    def one(r, step):
+        if r.cfg.lr == 1.0:
+            for p in r.params:
+                p.data.fill_(float("nan"))
+        step(r)
+
+    code, states = sweeping(tmp_path, monkeypatch, "1e-3,1.0,1e-5", one)
+    assert (code, states) == (2, ["finished", "failed", "finished"])
+    assert "error: lr=1.0: " in capsys.readouterr().err
+    monkeypatch.undo()
+    assert rows(combinations(["lr=1e-3,1.0,1e-5"]), tmp_path / "s")[1]["state"] == "failed"
+    assert sweeping(tmp_path, monkeypatch, "1e-3,1.0,1e-5", lambda r, step: step(r)) == (0, ["finished"] * 3)
+    assert json.loads((tmp_path / "s/failed.json").read_text()) == {}

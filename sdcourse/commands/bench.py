@@ -6,12 +6,13 @@
 __all__ = ['Bench', 'timed', 'median_time', 'textbook_step', 'measure_step', 'between_ranks', 'parts', 'bench', 'bench_task']
 
 # %% ../../nbs/commands/05_bench.ipynb #d683a9b7
-import copy, json, statistics, time
-from dataclasses import dataclass
+import copy, json, shlex, statistics, time
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
-from ..config import NonNegative, Options, Positive, resolve
+from ..config import NonNegative, Options, Positive, kinds, parse_args
 from ..core import UserError, git_commit, progress, versions, write_text
 from ..train.__main__ import task_module
 
@@ -33,6 +34,7 @@ class Bench(Options):
     steps: Positive[int] = 10 # steps measured
     compare: bool = False # also run the textbook loop, and give the ratio
     json: str = "" # also write the result to this file
+    options: str = "" # more options of the task in one text: "--model tiny-sd15 --data FOLDER"
 
 # %% ../../nbs/commands/05_bench.ipynb #4dcc445b
 def timed(
@@ -68,7 +70,8 @@ def textbook_step(
     if run.device.type == "cuda": torch.backends.cuda.matmul.allow_tf32 = True
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0)
     rows = range(len(run.micros[0]))
-    batch = _batch_of(run, rows)
+    with torch.no_grad():
+        batch = run.task.encode(_batch_of(run, rows), Draws(0, 0, rows, device=run.device))
     total = [0.]
     def one():
         loss = model(batch, Draws(0, 0, rows, device=run.device))[0].mean()
@@ -155,7 +158,7 @@ def parts(
     out = dict(
         clip_share=share(lambda: clip_gradients(run.params, 1.)),
         optimizer_share=share(lambda: guarded_step(run.optimizer, fine)),
-        ema_share=share(lambda: run.ema.update(run.step)),
+        ema_share=share(lambda: run.ema.update(run.step)) if run.ema else 0.,
     )
     run.optimizer.zero_grad(set_to_none=True)
     return out
@@ -165,13 +168,28 @@ _SHARED = ( # options of the benchmark that the task has under the same name
     "size", "data", "micro_batch", "precision", "compile", "gradient_checkpointing", "num_workers", "threads",
 )
 
+def _shared(task, config, cfg, words):
+    "What the benchmark says of the task's options; `UserError` for what the task has not."
+    typed = {word.partition("=")[0] for word in words}
+    shared = {}
+    for name in _SHARED:
+        option = "--" + name.replace("_", "-")
+        value = getattr(cfg, name)
+        usual = value == getattr(Bench, name)
+        if name not in kinds(config) and not usual:
+            raise UserError(f"{option} {value}: has no effect on {task}; leave it out, or see --options")
+        own = option in typed or name == "data" and usual and task != "flow_dit"
+        if name in kinds(config) and not own: shared[name] = value
+    return shared
+
 def _task_of(task, cfg):
     "The task, with as many steps as are taken."
     module = task_module(task)
-    shared = {k: getattr(cfg, k) for k in _SHARED}
+    words = shlex.split(cfg.options)
+    chosen = parse_args(module.Config, words, f"sdcourse bench {task} --options")[0]
     steps = 1 + cfg.warmup + 2 * cfg.steps
-    over = dict(batch_size=cfg.batch, max_steps=steps, warmup_steps=0, device=cfg.device, **shared)
-    return module.Task(resolve(module.Config, overrides=over))
+    over = dict(batch_size=cfg.batch, max_steps=steps, warmup_steps=0, device=cfg.device)
+    return module.Task(replace(chosen, **over, **_shared(task, module.Config, cfg, words)))
 
 def bench(
     task: str, # as on the command line
@@ -184,6 +202,8 @@ def bench(
     with job(device=cfg.device) as j:
         one.config.check(j.ranks.world)
         one.check()
+        if cfg.compare and task != "flow_dit":
+            raise UserError(f"--compare: the textbook loop is that of flow_dit, not of {task}; leave it out")
         if cfg.compare and j.ranks.world > 1:
             remedy = "start one process, or leave it out"
             raise UserError(f"--compare: the textbook loop runs on one rank; {remedy}")
@@ -206,6 +226,9 @@ def bench_task(
 ) -> int: # 0
     "`sdcourse bench TASK --size XL/2 --batch 256 --precision bf16 --compile`: prints JSON."
     from sdcourse.engine.dist import launched
+    there = Path(cfg.json)
+    if cfg.json and (there.is_dir() or not there.parent.is_dir()):
+        raise UserError(f"--json {cfg.json}: is a folder, or lies in none that exists; give a file")
     found = bench(task, cfg)
     if launched().rank: return 0
     rounded = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in found.items()}

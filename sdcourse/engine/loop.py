@@ -7,8 +7,8 @@ __all__ = ['Task', 'Run', 'collate', 'step', 'held_out_sums', 'harmless', 'valid
            'train', 'close', 'dry_run']
 
 # %% ../../nbs/engine/09_loop.ipynb #338ddb1d
-import time
-from contextlib import contextmanager, nullcontext
+import re, time
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,16 +19,18 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..config import check_run_folder, run_diff
 from ..core import UserError, git_commit, human, log, progress, use_cpu, versions
-from .checkpoint import checkpoint_bytes, load_checkpoint, load_latest, save_checkpoint
+from .checkpoint import (checkpoint_bytes, discard_checkpoint, load_checkpoint, load_latest,
+    save_checkpoint, saved_steps)
 from .dist import Ranks, job
 from .meter import Meter
 from .optim import (EMA, build_optimizer, check_master_weights, clip_gradients, guarded_step,
-    lr_at, resolve_precision)
+    lr_at, odd_tensor, resolve_precision)
 from .order import Draws, Plan, key, micro_rows, order_of, rank_rows
 from .preflight import peak_memory, preflight
 from .run_folder import Recorder, Result, finish, last_row, picture_path, prepare_folder
 from .stop import STOP_FILE
 from .trackers import check_tracker
+from .work import Owner
 
 # %% ../../nbs/engine/09_loop.ipynb #8f0d1b53
 class Task:
@@ -83,9 +85,13 @@ class Run:
         self.beat = beat
         self.step = 0
         self.waited = 0. # seconds for data since the last row of the log
+        self.doubtful = 0 # step of a checkpoint that was saved among bad steps; 0: none
+        self.check_owner = lambda: None # refuses when the run folder has become another's
         self._set_machine(checkpoint["state"] if checkpoint else {})
         self._build()
         if checkpoint: self.load(checkpoint)
+        if self.meter.bad[1] > 0: self.doubtful = self.step
+        self._refuse_odd()
         if self.cfg.compile:
             for block in task.blocks(self.module): block.compile()
         self.forward = self._parallel()
@@ -111,6 +117,12 @@ class Run:
         self.optimizer = build_optimizer(self.module, cfg)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast_dtype == torch.float16)
         self.meter = Meter(self.device)
+
+    def _refuse_odd(self):
+        "`UserError` when the model is not finite before the first step: then no step would be."
+        if name := odd_tensor(self.module):
+            raise UserError(f"the model holds numbers that are not finite before step {self.step} ({name}): "
+                            "start from another model or checkpoint")
 
     def _parallel(self):
         "What a step calls: the module, or its wrapper that joins the gradients of all ranks."
@@ -325,7 +337,8 @@ def validate(
 # %% ../../nbs/engine/09_loop.ipynb #590d3814
 def _same_branch(cfg, root, step, skipped):
     "`UserError` when the run has gone on from `step` already; what was skipped does not count."
-    newer = [p.name for p in root.glob("step-*") if int(p.name[5:]) > step and p.name not in str(skipped)]
+    later = [p.name for p in saved_steps(root) if int(p.name[5:]) > step]
+    newer = [name for name in later if name not in str(skipped)]
     if newer:
         raise UserError(f"--resume {cfg.resume}: {root} already holds the later {max(newer)}; "
                         "a branch of a run needs its own --out")
@@ -375,30 +388,57 @@ def save(
     run, # a `Run`
     folder, # run folder
 ):
-    "Write a checkpoint of this step. All ranks call it; the main one writes."
+    "Write a checkpoint of this step; one among bad steps replaces no good one. All ranks call it."
     run.beat(f"saving step {run.step}")
     state = run.state()
+    bad = state["meter"]["bad"][1] > 0 # the last step changed nothing, so this is worth no more than before
     with run.ranks.together():
         if run.ranks.main:
+            run.check_owner()
+            root = Path(folder) / "checkpoints"
+            if bad and run.doubtful not in (0, run.step): discard_checkpoint(root, run.doubtful)
             objects = dict(optimizer=run.optimizer.state_dict())
-            save_checkpoint(Path(folder) / "checkpoints", run.step, tensors=run.tensors(), objects=objects,
-                            state=state, keep=run.cfg.keep)
+            save_checkpoint(root, run.step, tensors=run.tensors(), objects=objects, state=state,
+                            keep=run.cfg.keep + bad)
+    run.doubtful = run.step if bad else 0
 
 # %% ../../nbs/engine/09_loop.ipynb #73fd5a53
-def _start(task, ranks):
-    "Refuse what is wrong, on all ranks alike; returns the checkpoint to continue from."
+def _nobody(): "The check of a rank that writes nothing."
+
+def _own(job, cfg, held):
+    "Make the run folder and be its owner until `held` ends: what refuses an owner that is no more."
+    check_run_folder(cfg.out, cfg.resume)
+    if cfg.dry_run: return _nobody
+    def lost(): job.flag.raise_("another process that has taken the folder")
+    return held.enter_context(Owner(cfg.out, lost, job.flag.raised)).check
+
+def _start(task, job, held):
+    "Refuse what is wrong, on all ranks alike; the checkpoint to continue from, and the owner's check."
     cfg = task.config
+    ranks = job.ranks
     checkpoint = None
+    check_owner = _nobody
     ranks.same("configuration", asdict(cfg))
     with ranks.together():
         cfg.check(world=ranks.world)
         task.check()
         check_tracker(cfg.tracker)
-        if ranks.main: check_run_folder(cfg.out, cfg.resume)
+        if ranks.main: check_owner = _own(job, cfg, held)
         checkpoint = find_start(cfg)
         if checkpoint and not cfg.force: _same_files(checkpoint, task)
     ranks.same("checkpoint", checkpoint and checkpoint["state"]["step"])
-    return checkpoint
+    return checkpoint, check_owner
+
+@contextmanager
+def _readers():
+    "A reader of data that was killed is one line."
+    try: yield
+    except RuntimeError as e:
+        if "DataLoader worker" not in str(e): raise
+        why = re.search(r"killed by signal: \w+", str(e))
+        raise UserError(f"a process that reads data ended ({why[0] if why else 'nobody knows why'}), mostly "
+                        "for want of memory: lower --num-workers or --batch-size, and the same command "
+                        "goes on from the last checkpoint") from None
 
 # %% ../../nbs/engine/09_loop.ipynb #cb1f9078
 def _due(run, every):
@@ -446,13 +486,14 @@ def train(
     cfg = task.config
     folder = Path(cfg.out)
     limits = dict(max_seconds=cfg.max_seconds, margin=cfg.stop_before, hang_seconds=cfg.hang_seconds)
-    with job(folder, device=cfg.device, **limits) as j:
-        checkpoint = _start(task, j.ranks)
+    with job(folder, device=cfg.device, **limits) as j, ExitStack() as held, _readers():
+        checkpoint, check_owner = _start(task, j, held)
         begin = checkpoint["state"]["step"] if checkpoint else 0
         done = checkpoint is not None and begin >= cfg.max_steps
         if done and (folder / "export").exists():
             return Result(folder, begin, cfg.max_steps, metrics=last_row(folder))
         run = Run(task, j.ranks, checkpoint, j.beat)
+        run.check_owner = check_owner
         _look_ahead(run, folder)
         if cfg.dry_run: return dry_run(run, folder)
         if j.ranks.main: prepare_folder(run, folder)
@@ -471,6 +512,7 @@ def close(
     job.beat("exporting")
     with run.ranks.together():
         if run.ranks.main:
+            run.check_owner()
             job.flag.clear_file()
             if finished: finish(run, folder, row)
     if finished: return Result(folder, run.step, run.cfg.max_steps, metrics=row)

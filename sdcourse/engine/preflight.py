@@ -98,6 +98,11 @@ def _free_disk(folder):
     while not there.exists(): there = there.parent
     return shutil.disk_usage(there).free
 
+def _own_checkpoints(folder):
+    "What each checkpoint of this run takes on the disk, bytes; they make room for the next ones."
+    folders = (Path(folder) / "checkpoints").glob("*/")
+    return [sum(p.stat().st_blocks * 512 for p in one.iterdir() if p.is_file()) for one in folders]
+
 # %% ../../nbs/engine/08_preflight.ipynb #8bac83af
 def preflight(
     run, # a `sdcourse.engine.loop.Run`
@@ -107,15 +112,18 @@ def preflight(
     "Say what will run; refuse what does not fit into memory or on the disk."
     cfg = run.cfg
     memory = state_bytes(run.module, run.ema is not None)
-    disk = (cfg.keep + 1) * checkpoint
+    own = _own_checkpoints(folder)
+    one = max(checkpoint, *own, 0)
+    disk = (cfg.keep + 1) * one
     free = free_memory(run.device)
     room = _free_disk(folder)
+    missing = max(one, disk - sum(own)) # one is written before the oldest goes
     if memory > free:
         raise UserError(f"weights, gradients and optimizer need {human(memory, 'B')} "
                         f"but {run.device} has {human(free, 'B')} free: choose a smaller model, or a LoRA")
-    if disk > room:
-        raise UserError(f"{cfg.out}: {cfg.keep} + 1 checkpoints need {human(disk, 'B')} but the disk has "
-                        f"{human(room, 'B')} free: lower --keep or choose another --out")
+    if missing > room:
+        raise UserError(f"{cfg.out}: {cfg.keep} + 1 checkpoints need {human(missing, 'B')} more but the disk "
+                        f"has {human(room, 'B')} free: lower --keep or choose another --out")
     needs = (f"memory: {human(memory, 'B')} for weights and optimizer + activations, "
              f"{human(free, 'B')} free; disk: {human(disk, 'B')} for checkpoints, {human(room, 'B')} free")
     return [_model_line(run), _batch_line(run), _data_line(run), needs]

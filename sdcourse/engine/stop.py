@@ -22,7 +22,7 @@ def end_of_job(
     return left - min(margin, 0.1 * max(left, 0))
 
 class StopFlag:
-    "Raised by SIGTERM, SIGUSR1, a file named STOP in `folder`, or a deadline. Use it as a context manager."
+    "Raised by SIGTERM, SIGUSR1, Ctrl-C, a file STOP in `folder`, or a deadline; used by `with`."
     def __init__(self,
         folder=None, # run folder in which a file STOP is looked for
         max_seconds: float = 0, # seconds from now to the deadline; 0 = none
@@ -33,6 +33,7 @@ class StopFlag:
         self.deadlines = {"deadline": now + (max_seconds or float("inf")),
                           "end of the job": now + end_of_job(margin)}
         self.reason = ""
+        self.signal = "" # the first one that came
         self._looked = 0.
         self._old = {}
 
@@ -56,15 +57,27 @@ class StopFlag:
         "Remove the STOP file, so that the next start does not stop at once."
         if self.file: self.file.unlink(missing_ok=True)
 
-    def _heard(self, number, _): self.raise_(signal.Signals(number).name)
+    def _heard(self, number, _):
+        again = self.signal == signal.Signals(number).name
+        self.signal = self.signal or signal.Signals(number).name
+        self.raise_(self.signal)
+        if again and number == signal.SIGINT: raise KeyboardInterrupt
+
+    def _outer(self):
+        "The flag around this one."
+        outer = getattr(self._old.get(SIGNALS[0]), "__self__", None)
+        return outer if isinstance(outer, StopFlag) else None
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            self._old = {s: signal.signal(s, self._heard) for s in SIGNALS}
-        for old in self._old.values():
-            outer = getattr(old, "__self__", None)
-            if isinstance(outer, StopFlag): self.raise_(outer.reason)
+            interrupt = [signal.SIGINT] * (signal.getsignal(signal.SIGINT) is not signal.SIG_IGN)
+            self._old = {s: signal.signal(s, self._heard) for s in [*SIGNALS, *interrupt]}
+        if outer := self._outer(): self.raise_(outer.reason)
         return self
 
     def __exit__(self, *_):
+        outer = self._outer()
         for s, old in self._old.items(): signal.signal(s, old)
+        if outer and self.signal:
+            outer.signal = outer.signal or self.signal
+            outer.raise_(self.signal)
