@@ -767,7 +767,7 @@ PLANTED = {
         ('unsplash: terms of another set', 'origin("unsplash-lite", folder)', 'origin("unsplash-lite")', 'test_every_set_carries_a_manifest_and_every_change_is_found'),
     ],
     ('sdcourse/data/manifests.py', 'tests/test_dataset.py'): [
-        ('splits: only in small letters', 'WORDS.get(name.lower(), "")', 'WORDS.get(name, "")', 'test_splits_in_any_case_and_word'),
+        ('splits: only in small letters', 'SPLIT_WORDS.get(name.lower(), "")', 'SPLIT_WORDS.get(name, "")', 'test_splits_in_any_case_and_word'),
         ('left out: any share passes', 'if len(names) > LEFT_OUT * total:', 'if False:', 'test_what_lies_beside_the_splits_is_counted_and_much_of_it_refused'),
         ('left out: nothing is said', 'log.warning("%s; they are left out", said)', 'pass', 'test_what_lies_beside_the_splits_is_counted_and_much_of_it_refused'),
         ('walk: pipes and devices pass', 'if not stat.S_ISREG(s.st_mode):', 'if False:', 'test_pipes_devices_and_names_that_are_not_text'),
@@ -963,7 +963,7 @@ PLANTED = {
     ],
     ('sdcourse/commands/copy_images.py', 'tests/test_generate.py'): [
         ('copy-images: two ids share a file', 'names = file_names(found.ids, "")', 'names = ["a" for _ in found.ids]', 'test_two_ids_of_a_set_never_share_a_file'),
-        ('copy-images: removes the work of another command', 'if new.exists() and not (new/MARK).is_file():', 'if False:', 'test_the_work_of_another_command_is_left_alone'),
+        ('copy-images: removes the work of another command', 'if new.exists() and not (new/COPYING).is_file():', 'if False:', 'test_the_work_of_another_command_is_left_alone'),
         ('copy-images: links are absolute', 'os.path.relpath(found.path(i).resolve(), final)', 'found.path(i).resolve()', 'test_the_truth_is_copied_linked_or_resized'),
         ('copy-images: other columns are lost', '{k: v for k, v in row.items() if k not in ("texts", "file_name")}', '{"id": row["id"]}', 'test_the_truth_is_copied_linked_or_resized'),
     ],
@@ -1069,12 +1069,12 @@ PLANTED = {
         ('conditions are kept at rate p', 'return torch.where(drop, empty, values)', 'return torch.where(drop, values, empty)', 'test_class_dropping'),
     ],
     ('sdcourse/data/sources.py', 'tests/test_dataset.py'): [
-        ('view: pictures beside the splits are left out silently', '    if homes: leave_out(folder, beside, len(pictures), why)', '    pass', 'test_what_lies_beside_the_splits_is_counted_and_much_of_it_refused'),
+        ('view: pictures beside the splits are left out silently', '    leave_out(folder, beside, len(pictures), why)', '    pass', 'test_what_lies_beside_the_splits_is_counted_and_much_of_it_refused'),
         ('view: formats that are not read are left out silently', '        unread(folder, self.found)\n', '', 'test_what_lies_beside_the_splits_is_counted_and_much_of_it_refused'),
         ('view: hidden folders are classes', 'walk(self.folder, hidden=False)', 'walk(self.folder)', 'test_hidden_and_system_folders_are_no_classes'),
         ('view: captions beside pictures are not read', 'if len(lone) == len(rows): return', 'if True: return', 'test_captions_beside_pictures_and_in_the_folders_of_classes'),
         ('view: numbered parts are classes', 'if all(map(str.isdecimal, classes)):', 'if False:', 'test_captions_beside_pictures_and_in_the_folders_of_classes'),
-        ('view: tables of classes are not read', 'if nested: mine = [(n, row | known[n])', 'if nested: mine = [(n, row)', 'test_captions_beside_pictures_and_in_the_folders_of_classes'),
+        ('view: tables of classes are not read', 'return [(n, row | known[n]) for', 'return [(n, row) for', 'test_captions_beside_pictures_and_in_the_folders_of_classes'),
         ('view: labels of a csv are text', 'return row | {label: int(value)} if number else row', 'return row', 'test_labels_of_a_csv_are_numbers_and_long_fields_are_read'),
         ('view: a sum of the manifest outlives its picture', '    try: return os.stat(path).st_ctime_ns <= os.stat(folder/"manifest.json").st_ctime_ns', '    try: return True', 'test_a_replaced_picture_of_the_same_size_has_another_digest'),
         ('view: the identity of a picture is its size', 'hashlib.sha256(source.read(i)).hexdigest()', 'str(len(source.read(i)))', 'test_a_replaced_picture_of_the_same_size_has_another_digest'),

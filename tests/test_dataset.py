@@ -352,8 +352,8 @@ def test_captions_of_foreign_tars(tmp_path):
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     sh.index_folder(tmp_path, tmp_path)
-    assert splits(tmp_path) == ("part",)
-    p = pictures(tmp_path, "part")
+    assert splits(tmp_path) == ("train",)
+    p = pictures(tmp_path, "train")
     assert p.row(0)["texts"] == ["from txt"] and p.row(0)["label"] == 4 and p.row(1)["texts"] == ["from json"]
     with pytest.raises(UserError, match="part-0/c of .*caption is broken"):
         p.row(2)
@@ -933,8 +933,13 @@ def test_labels_of_a_csv_are_numbers_and_long_fields_are_read(tmp_path):
     assert data.row(0)["texts"] == ["x" * 200_000] and data.row(1)["texts"] == ['q", \u2028"']
 
 
-@pytest.mark.parametrize("line", ['{"file_name": "a.png", "x": NaN}', '{"file_name": "a.png", "x": 1e999}', '{"file_name": "a.png", "file_name": "a.png"}',
-    '{"file_name": 123}', '{"file_name": "a.png", "x": ' + "9" * 5000 + "}", '{"file_name": "a.png", "x": ' + "[" * 100_000 + "]" * 100_000 + "}"])  # fmt: skip
+DEEP = "[" * 100_000 + "]" * 100_000
+HOSTILE = ['{"file_name": "a.png", "x": %s}' % x for x in ("NaN", "-Infinity", "1e999", "9" * 5000, DEEP)]
+
+
+@pytest.mark.parametrize(
+    "line", [*HOSTILE, '{"file_name": "a.png", "file_name": "a.png"}', '{"file_name": 123}']
+)
 def test_hostile_json_is_one_line(tmp_path, line):
     (lay(tmp_path, "a.png") / "metadata.jsonl").write_text(line + "\n")
     refused(tmp_path, "metadata.jsonl (line 1")

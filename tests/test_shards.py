@@ -569,7 +569,7 @@ def test_changed_pictures_are_another_set(packed, tmp_path):
 
 
 # ---- nothing is lost on the way
-def tar_of(path, *names):
+def tar_with(path, *names):
     with tarfile.open(path, "w") as tar:
         for i, name in enumerate(names):
             data = picture(20, 16, seed=i, format="PNG") if name.endswith("png") else b"a cat"
@@ -590,16 +590,16 @@ def tar_of(path, *names):
 )
 def test_tars_of_the_hub_have_the_usual_splits(tmp_path, names, wanted):
     for name in names:
-        tar_of(tmp_path / f"{name}.tar", "a.png", "a.txt")
+        tar_with(tmp_path / f"{name}.tar", "a.png", "a.txt")
     assert sh.index_folder(tmp_path, tmp_path) == 0
     assert {t["split"] for t in json.loads((tmp_path / "index.json").read_text())["tars"]} == wanted
 
 
 def test_dots_in_names_are_counted_and_many_refused(tmp_path, caplog):
-    tar_of(tmp_path / "a-0.tar", *(f"{i}.png" for i in range(18)), "0.seg.png", "22.01.png", "22.01.txt")
+    tar_with(tmp_path / "a-0.tar", *(f"{i}.png" for i in range(18)), "0.seg.png", "22.01.png", "22.01.txt")
     assert sh.index_folder(tmp_path, tmp_path) == 0 and len(sh.TarSet(tmp_path)) == 18
     assert "1 of 19 samples cannot be read" in caplog.text and "a-0.tar: 22.01.png" in caplog.text
-    tar_of(tmp_path / "a-0.tar", "22.01.png", "22.01.txt", "3.png")
+    tar_with(tmp_path / "a-0.tar", "22.01.png", "22.01.txt", "3.png")
     with pytest.raises(UserError, match="1 of 2 samples .* a-0.tar: 22.01.png"):
         sh.index_folder(tmp_path, tmp_path)
 

@@ -88,7 +88,7 @@ def file_names(
     ids: list, # of pictures, all different
     suffix: str = ".png", # behind each
 ) -> list: # of names without folders, all different also where a disk takes A for a
-    "A file name for each id: the id as far as a disk can hold it, and a hash behind those that would be equal."
+    "A file name for each id: the id as far as a disk can hold it, and a hash where two would be equal."
     plain = [_on_disk(i) for i in ids]
     many = Counter(p.lower() for p in plain)
     def sum_of(id): return hashlib.sha256(str(id).encode("utf-8", "surrogatepass")).hexdigest()[:12]

@@ -269,6 +269,13 @@ def _findings(names, facts):
         else: odd += [{"file": n, "kind": kind} for kind in f["odd"]]
     return bad, odd
 
+def _found(folder):
+    "All files; `UserError` when one cannot be read, or when many have a format that is not read."
+    found, problems = walk(folder, hidden=False)
+    if problems: raise UserError(f"{folder}: {problems[0]}; make it readable, or remove it")
+    unread(folder, found)
+    return found
+
 def scan(
     folder, # with pictures, also in folders below
     cfg: Scan, # options
@@ -278,11 +285,9 @@ def scan(
     "Look at every picture of a folder; `UserError` when there is none."
     folder = Path(folder)
     if not os.path.isdir(folder): raise UserError(f"{folder}: no such folder, or you may not enter it")
-    found, problems = walk(folder, hidden=False)
-    if problems: raise UserError(f"{folder}: {problems[0]}; make it readable, or remove it")
+    found = _found(folder)
     names = sorted((n for n in found if n.lower().endswith(SUFFIXES)), key=_rank)
     if not names: raise UserError(f"{folder}: holds no pictures ({', '.join(SUFFIXES)})")
-    unread(folder, found)
     facts = _look_at_all(folder, names, cfg, flag, journal)
     if len(facts) < len(names): return None
     _mark_equal(names, facts)
@@ -330,7 +335,7 @@ def scan_folder(
             return 0
         write_json(out, found)
         if Path(out).resolve() != (Path(folder)/"scan.json").resolve():
-            print(f"{out}: has no effect there; readers leave out what {folder}/scan.json lists, copy it there")
+            print(f"{out}: has no effect there; readers look at {folder}/scan.json, copy it there")
         os.unlink(f"{out}.partial")
     except OSError as e: raise disk_error(e, folder) from None
     return _tell(folder, cfg, found)

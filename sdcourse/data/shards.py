@@ -76,7 +76,7 @@ def read_samples(
         raise UserError(
             f"{folder}: holds neither tars nor SPLIT/metadata.jsonl; "
             f"sdcourse copy-images {folder} OUT --split SPLIT writes the latter")
-    splits, packed = {}, set()
+    splits = {}
     bad = excluded(folder)
     entry = {"columns": ["file_name"], "names": "file_name"}
     for table in tables:
@@ -84,18 +84,25 @@ def read_samples(
         if problems:
             more = f" and {len(problems) - 1} more" if problems[1:] else ""
             raise UserError(f"{folder}: {problems[0]}{more}; mend or remove it (sdcourse verify)")
-        split = table.split("/")[0]
-        samples = splits[split] = []
-        for _, row in table_rows(folder/table):
-            row["file_name"] = named_file(row["file_name"])
-            name = f"{split}/{row['file_name']}"
-            packed.add(name)
-            if name not in bad: samples.append(_sample(folder/table, row, found[name]))
+        splits[table.split("/")[0]] = list(_samples_of(folder, table, found, bad))
+    _tell_unpacked(folder, splits, found, bad)
+    return splits
+
+def _samples_of(folder, table, found, bad):
+    "The samples of a split."
+    split = table.split("/")[0]
+    for _, row in table_rows(folder/table):
+        row["file_name"] = named_file(row["file_name"])
+        name = f"{split}/{row['file_name']}"
+        if name not in bad: yield _sample(folder/table, row, found[name])
+
+def _tell_unpacked(folder, splits, found, bad):
+    "Say which pictures are in no tar though no scan found them bad."
+    packed = {s.path.relative_to(folder).as_posix() for samples in splits.values() for s in samples}
     pictures = [n for n in found if n.lower().endswith(SUFFIXES)]
-    beside = [n for n in pictures if n not in packed]
+    beside = [n for n in pictures if n not in packed and n not in bad]
     leave_out(folder, beside, len(pictures), "pictures have no row in a SPLIT/metadata.jsonl")
     unread(folder, found)
-    return splits
 
 def _suffix(path): return path.suffix.lower().lstrip(".")
 
@@ -456,8 +463,19 @@ def index_folder(
 ) -> int: # 0
     "Index tars that somebody else made; they stay where they are."
     out = Path(out)
-    tars, left = [], []
     out.mkdir(parents=True, exist_ok=True)
+    tars, left = _index_all(folder, out)
+    count = sum(t["samples"] for t in tars)
+    lost = [f"{w['tar']}: {w['key']}" for w in left if w["reason"] in (DOTS, BARE)]
+    leave_out(folder, lost, count + len(lost), "samples cannot be read (a key has no dots, and a picture)")
+    write_json(out/"index.json", {"quoted": False, "tars": tars, "left_out": left})
+    where = " (left_out in index.json)" if left else ""
+    print(f"{out}: {count:,} samples in {len(tars)} tars, {len(left):,} members left out{where}")
+    return 0
+
+def _index_all(folder, out):
+    "(entries of index.json, what is left out) of all tars; the index of each is written."
+    tars, left = [], []
     paths = sorted(p for p in Path(folder).glob("*.tar") if not is_hidden(p.name))
     splits = _named_splits([p.stem for p in paths])
     for path in progress(paths, desc="index", unit="tar"):
@@ -466,13 +484,7 @@ def index_folder(
         entry = _entry(out, splits[path.stem], path, rows)
         write_text(out/entry["index"], "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
         tars.append(entry)
-    count = sum(t["samples"] for t in tars)
-    lost = [f"{w['tar']}: {w['key']}" for w in left if w["reason"] in (DOTS, BARE)]
-    leave_out(folder, lost, count + len(lost), "samples cannot be read (a key has no dots, and a picture)")
-    write_json(out/"index.json", {"quoted": False, "tars": tars, "left_out": left})
-    where = " (left_out in index.json)" if left else ""
-    print(f"{out}: {count:,} samples in {len(tars)} tars, {len(left):,} members left out{where}")
-    return 0
+    return tars, left
 
 def make_shards(
     folder, # a data folder, or one with tars

@@ -14,7 +14,9 @@ import numpy as np
 
 from ..core import UserError, read_json
 from .images import SUFFIXES, UNREAD, BadImage, open_image, plain_bytes
-from .manifests import check_rows, leave_out, named_file, shown, split_of, table_rows, unread, walk
+from sdcourse.data.manifests import (
+    check_rows, leave_out, named_file, shown, split_of, table_rows, unread, walk,
+)
 from .scan import excluded
 from .shards import TarSet
 
@@ -83,6 +85,13 @@ def in_order(
 # %% ../../nbs/data/10_sources.ipynb #4f530e1f
 TABLES = ("metadata.jsonl", "metadata.csv") # what a table of pictures may be called
 
+def _tell_beside(folder, homes, found):
+    "Say which pictures lie in no split."
+    pictures = [n for n in found if n.lower().endswith(SUFFIXES)]
+    beside = [n for n in pictures if not n.startswith(tuple(homes.values()))]
+    why = f"pictures lie in none of its splits ({', '.join(homes)})"
+    leave_out(folder, beside, len(pictures), why)
+
 def _homes(folder, found):
     "{split: the folder of its pictures, with a slash at its end, or nothing}"
     homes = {}
@@ -93,10 +102,7 @@ def _homes(folder, found):
             both = f"both {homes[split]} and {top}/"
             raise UserError(f"{folder}: has {both}, which mean the same split; remove one")
         if split: homes[split] = f"{top}/"
-    pictures = [n for n in found if n.lower().endswith(SUFFIXES)]
-    beside = [n for n in pictures if not n.startswith(tuple(homes.values()))]
-    why = f"pictures lie in none of its splits ({', '.join(homes)})"
-    if homes: leave_out(folder, beside, len(pictures), why)
+    if homes: _tell_beside(folder, homes, found)
     if not homes and any(n.lower().endswith(SUFFIXES) for n in found): homes = {"train": ""}
     if not homes:
         kinds = ", ".join(SUFFIXES)
@@ -216,18 +222,26 @@ class FolderSet:
         near = [f"{h}{name}" for h in dict.fromkeys((home, "")) for name in TABLES]
         table = next((t for t in near if t in self.found), None)
         if table: return FolderSource(self, home, self._rows(table, home, column, label), classes, label)
+        return self._open_folders(split, column, label)
+
+    def _open_folders(self, split, column, label):
+        "A split without a table of its own: folders are classes, and may have tables."
+        home = self.homes[split]
         nested = [t for t in self.found if t.startswith(home) and t.rsplit("/", 1)[-1] in TABLES]
         if column and not nested:
             what = f"has no metadata.jsonl, hence no column {column}"
             raise UserError(f"{self.folder}: {what}; leave --image-column out")
         rows, classes = _from_folders(self.folder, self.homes, self.found)
+        if not nested: return FolderSource(self, home, *self._captioned(rows[split], classes), label)
         known = dict(r for t in nested for r in self._rows(t, home, column, label))
-        if nested and (bare := [n for n, _ in rows[split] if n not in known]):
-            what = f"has no row, and other folders have a metadata.jsonl ({nested[0]})"
+        return FolderSource(self, home, self._joined(rows[split], known, nested), classes, label)
+
+    def _joined(self, rows, known, tables):
+        "Rows of folders with what the tables in them know; `UserError` when one is in no table."
+        if bare := [n for n, _ in rows if n not in known]:
+            what = f"has no row, and other folders have a metadata.jsonl ({tables[0]})"
             raise UserError(f"{self.folder}/{shown(bare[0])}: {what}; write one beside it")
-        if nested: mine = [(n, row | known[n]) for n, row in rows[split]]
-        else: mine, classes = self._captioned(rows[split], classes)
-        return FolderSource(self, home, mine, classes, label)
+        return [(n, row | known[n]) for n, row in rows]
 
     def _rows(self, table, home, column, label):
         rows = _from_table(self.folder, table, home, self.found, column or "file_name")

@@ -66,7 +66,8 @@ class Photo:
 
 def _tables(folder):
     "The photos.tsv* of a folder, which were called photos.csv* in some archives."
-    try: found = sorted(p for p in Path(folder).iterdir() if re.fullmatch(r"photos\.[ct]sv\d*", p.name) and p.is_file())
+    def is_table(p): return re.fullmatch(r"photos\.[ct]sv\d*", p.name) and p.is_file()
+    try: found = sorted(filter(is_table, Path(folder).iterdir()))
     except OSError as e:
         raise UserError(
             f"{folder}: cannot be read ({e.strerror}); give the folder with photos.tsv000") from None
