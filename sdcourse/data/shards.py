@@ -466,8 +466,8 @@ def index_folder(
     out.mkdir(parents=True, exist_ok=True)
     tars, left = _index_all(folder, out)
     count = sum(t["samples"] for t in tars)
-    lost = [f"{w['tar']}: {w['key']}" for w in left if w["reason"] in (DOTS, BARE)]
-    leave_out(folder, lost, count + len(lost), "samples cannot be read (a key has no dots, and a picture)")
+    lost = [f"{w['tar']}: {w['key']}" for w in left if w["reason"] == DOTS]
+    leave_out(folder, lost, count + len(lost), "samples cannot be read (a key has no dots)")
     write_json(out/"index.json", {"quoted": False, "tars": tars, "left_out": left})
     where = " (left_out in index.json)" if left else ""
     print(f"{out}: {count:,} samples in {len(tars)} tars, {len(left):,} members left out{where}")
