@@ -2,7 +2,7 @@
 cannot be trusted is refused by name.
 """
 
-import io, json, shutil
+import csv, hashlib, io, json, os, shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torch import nn
 
@@ -18,6 +19,7 @@ from hostile import picture
 from nobody import OpenFolder, as_nobody
 from sdcourse.core import UserError
 from sdcourse.data import scan as scans, shards as sh
+from sdcourse.data.imagefolder import read_lines, write_lines
 from sdcourse.data.images import BadImage, centre_crop
 from sdcourse.data.prepare import Work
 from sdcourse.dataset import Squares, Transform, pictures, splits
@@ -350,8 +352,8 @@ def test_captions_of_foreign_tars(tmp_path):
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
     sh.index_folder(tmp_path, tmp_path)
-    assert splits(tmp_path) == ("part",)
-    p = pictures(tmp_path, "part")
+    assert splits(tmp_path) == ("train",)
+    p = pictures(tmp_path, "train")
     assert p.row(0)["texts"] == ["from txt"] and p.row(0)["label"] == 4 and p.row(1)["texts"] == ["from json"]
     with pytest.raises(UserError, match="part-0/c of .*caption is broken"):
         p.row(2)
@@ -471,7 +473,7 @@ def test_digests_tell_pictures_apart_and_follow_the_manifest(both, tmp_path):
     a, b = map(pictures, both)
     for p in (a, b):
         assert len({p.digest(i) for i in range(len(p))}) == len(p)
-    assert a.digest(0) == "file:train/p0.png:" + str((both[0] / "train/p0.png").stat().st_size)
+    assert a.digest(0) == "sha256:" + hashlib.sha256((both[0] / "train/p0.png").read_bytes()).hexdigest()
     manifest = json.loads((both[1] / "manifest.json").read_text())
     sums = {f["path"]: f["sha256"] for f in manifest["layouts"]["prepared"]["files"]}
     assert b.digest(0).split(":")[1] == sums["train-00000.tar"] and b.licence == "not recorded"
@@ -848,3 +850,170 @@ def test_broken_parquet(tmp_path, cache):
     (tmp_path / "set").mkdir()
     (tmp_path / "set/train.parquet").write_bytes(b"PAR1rubbish")
     refused(tmp_path / "set", "cannot be read")
+
+
+# ---- nothing disappears without a count
+def lay(home, *names):
+    "Pictures of these names, all different."
+    for i, name in enumerate(names):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_bytes(picture(20, 16, seed=i, format="PNG"))
+    return home
+
+
+def test_hidden_and_system_folders_are_no_classes(tmp_path):
+    names = (
+        "cat/1.png",
+        "dog/3.png",
+        ".ipynb_checkpoints/1.png",
+        "__MACOSX/cat/._1.png",
+        "@eaDir/x.png",
+        "cat/._1.png",
+    )
+    data = pictures(lay(tmp_path, *names))
+    assert data.classes == ("cat", "dog") and data.ids == ["cat/1", "dog/3"]
+    assert [data.row(i)["label"] for i in range(2)] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "train, val, test",
+    [("Train", "VAL", "Test"), ("training", "valid", "testing"), ("TRAIN", "Validation", "TEST")],
+)
+def test_splits_in_any_case_and_word(tmp_path, train, val, test):
+    lay(tmp_path, f"{train}/a.png", f"{val}/b.png", f"{test}/c.png")
+    assert splits(tmp_path) == ("train", "val", "test")
+    assert [pictures(tmp_path, s).ids for s in splits(tmp_path)] == [["a"], ["b"], ["c"]]
+    assert pictures(tmp_path, "TESTING").ids == ["c"] and not pictures(tmp_path).classes
+
+
+def test_what_lies_beside_the_splits_is_counted_and_much_of_it_refused(tmp_path, caplog):
+    few = lay(tmp_path / "few", *(f"train/{i}.png" for i in range(18)), "extra/9.png")
+    assert len(pictures(few)) == 18
+    assert "1 of 19 pictures lie in none of its splits (train), the first is extra/9.png" in caplog.text
+    refused(lay(tmp_path / "many", "train/1.png", "valid/2.png", "extra/3.png", "4.png"), "2 of 4", "4.png")
+    caplog.clear()
+    strange = lay(tmp_path / "strange", *(f"{i}.png" for i in range(18)), "b.avif", "c.jfif")
+    assert len(pictures(strange)) == 19 and "1 of 20 pictures have a format that is not read" in caplog.text
+    assert "b.avif" in caplog.text
+    refused(lay(tmp_path / "twice", "train/1.png", "Training/2.png"), "mean the same split")
+
+
+def test_captions_beside_pictures_and_in_the_folders_of_classes(tmp_path):
+    kohya = lay(tmp_path / "kohya", "1.png", "2.png")
+    (kohya / "1.txt").write_text("\ufeffa cat\n", encoding="utf-8")
+    (kohya / "2.txt").write_text("a dog \u2028 here", encoding="utf-8")
+    assert [pictures(kohya).row(i)["texts"] for i in range(2)] == [["a cat"], ["a dog \u2028 here"]]
+    parts = lay(tmp_path / "parts", "00000/000000000.png", "00001/000010000.png")
+    for p in sorted(parts.rglob("*.png")):
+        p.with_suffix(".txt").write_text(p.stem)
+    assert pictures(parts).classes == () and pictures(parts).row(1)["texts"] == ["000010000"]
+    (parts / "00000/000000000.txt").unlink()
+    refused(parts, "1 of 2 pictures have no .txt", "000000000.png")
+    nested = lay(tmp_path / "nested", "train/cat/1.png", "train/dog/2.png")
+    for c, n in (("cat", 1), ("dog", 2)):
+        write_rows(nested / "train" / c, [{"file_name": f"{n}.png", "text": f"my {c}"}])
+    rows = [pictures(nested).row(i) for i in range(2)]
+    assert [(r["texts"], r["label"]) for r in rows] == [(["my cat"], 0), (["my dog"], 1)]
+    (nested / "train/dog/metadata.jsonl").unlink()
+    refused(nested, "train/dog/2.png", "has no row")
+
+
+def test_labels_of_a_csv_are_numbers_and_long_fields_are_read(tmp_path):
+    lay(tmp_path, "a.png", "b.png", "c.png")
+    rows = [
+        ["file_name", "id", "text", "label"],
+        ["a.png", "007", "x" * 200_000, "2"],
+        ["b.png", "8", 'q", \u2028"', "0"],
+        ["c.png", "9", "", ""],
+    ]
+    with open(tmp_path / "metadata.csv", "w", newline="", encoding="utf-8-sig") as f:
+        csv.writer(f).writerows(rows)
+    data = pictures(tmp_path)
+    assert data.ids == ["007", "8", "9"] and [data.row(i).get("label") for i in range(3)] == [2, 0, None]
+    assert data.row(0)["texts"] == ["x" * 200_000] and data.row(1)["texts"] == ['q", \u2028"']
+
+
+DEEP = "[" * 100_000 + "]" * 100_000
+HOSTILE = ['{"file_name": "a.png", "x": %s}' % x for x in ("NaN", "-Infinity", "1e999", "9" * 5000, DEEP)]
+
+
+@pytest.mark.parametrize(
+    "line", [*HOSTILE, '{"file_name": "a.png", "file_name": "a.png"}', '{"file_name": 123}']
+)
+def test_hostile_json_is_one_line(tmp_path, line):
+    (lay(tmp_path, "a.png") / "metadata.jsonl").write_text(line + "\n")
+    refused(tmp_path, "metadata.jsonl (line 1")
+
+
+def test_beginnings_marks_and_halves_are_understood(tmp_path):
+    lay(tmp_path, "a.png", "b.png")
+    text = (
+        r'{"file_name": "./a.png", "text": "cut \ud83d"}'
+        + "\n"
+        + '{"file_name": "file:b.png", "text": "\u2028\x85|\x0c"}\n'.replace("\x0c", "\\f")
+    )
+    (tmp_path / "metadata.jsonl").write_text("\ufeff" + text, encoding="utf-8")
+    data = pictures(tmp_path)
+    assert (
+        data.row(0)["texts"] == ["cut \ufffd"] and data.ids == ["a", "b"] and "|" in data.row(1)["texts"][0]
+    )
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "name"])
+def test_pipes_devices_and_names_that_are_not_text(tmp_path, kind):
+    lay(tmp_path, "a.png")
+    if kind == "pipe":
+        os.mkfifo(tmp_path / "c.png")
+    elif kind == "device":
+        (tmp_path / "z.png").symlink_to("/dev/zero")
+    else:
+        shutil.copy(tmp_path / "a.png", os.fsencode(tmp_path) + b"/bad\xff\xfe.png")
+    refused(tmp_path, "UTF-8" if kind == "name" else "no plain file")
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_a_replaced_picture_of_the_same_size_has_another_digest(tmp_path, both, sealed):
+    source = shutil.copytree(both[1] if sealed else both[0], tmp_path / "in")
+    if sealed:
+        tar = source / "train-00000.tar"
+        (source / "manifest.json").touch()
+        before = pictures(source).digest(0)
+        data = bytearray(tar.read_bytes())
+        data[600] ^= 1
+        tar.write_bytes(data)
+    else:
+        before = pictures(source).digest(0)
+        one = source / "train/p0.png"
+        one.write_bytes(one.read_bytes()[:-1] + b"x")
+    assert pictures(source).digest(0) != before
+
+
+def test_a_prepared_picture_that_was_replaced_is_refused(tmp_path):
+    folder = lay(tmp_path, "train/a.png")
+    one = folder / "train/a.png"
+    entry = {
+        "path": "train/a.png",
+        "size": one.stat().st_size,
+        "sha256": hashlib.sha256(one.read_bytes()).hexdigest(),
+    }
+    manifest = {"layouts": {"x": {"files": [entry]}}, "licence": {"name": "mine"}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    assert pictures(folder).digest(0) == "sha256:" + entry["sha256"]
+    one.write_bytes(one.read_bytes()[:-1] + b"x")
+    with pytest.raises(UserError, match="train/a.png: its bytes are not those of the manifest"):
+        pictures(folder).digest(0)
+
+
+@given(st.lists(st.text(max_size=30), min_size=1, max_size=4))
+@settings(max_examples=40, deadline=None)
+def test_any_caption_comes_back_from_lines_and_tables(tmp_path_factory, texts):
+    home = tmp_path_factory.mktemp("any")
+    names = [f"{i}.png" for i in range(len(texts))]
+    lay(home, *names)
+    write_lines(home / "metadata.jsonl", [{"file_name": n, "text": t} for n, t in zip(names, texts)])
+    data = pictures(home)
+    assert (
+        [data.row(i).get("text") for i in range(len(texts))]
+        == texts
+        == [r["text"] for r in read_lines(home / "metadata.jsonl")]
+    )

@@ -536,3 +536,28 @@ def test_a_picture_that_changes_meanwhile_is_noticed(world, tmp_path):
     later.data.splits["train"].digest = lambda i: "other"
     with pytest.raises(UserError, match="picture train-000 changed while it was cached"):
         module.fill(tmp_path / "c", index["shards"][0], later, batch=4, go_on=lambda n: True)
+
+
+@pytest.mark.parametrize("bare", [range(1, 24, 2), range(8), range(12, 24)])
+def test_a_row_without_label_is_refused_before_anything_is_encoded(world, tmp_path, bare):
+    home = pictures(tmp_path / "data")
+    table = home / "train/metadata.jsonl"
+    rows = [json.loads(line) for line in table.read_text().split("\n") if line]
+    for i in bare:
+        del rows[i]["label"]
+    table.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    with pytest.raises(
+        UserError, match=rf"train train-{bare[0]:03} has no label, .*\({len(bare)} have none\)"
+    ):
+        cache("latents", home, tmp_path / "out", options(world[1]))
+    assert not (tmp_path / "out/index.json").exists()
+    assert cache("latents", home, tmp_path / "out", options(world[1], splits=("validation",))) == 0
+    shards = json.loads((tmp_path / "out/index.json").read_text())["shards"]
+    assert {s["split"] for s in shards} == {"val"}
+
+
+def test_prompts_of_a_file_are_its_lines(tmp_path):
+    (tmp_path / "p.txt").write_text("\ufeffa cat\r\ntwo \u2028 parts\x0c of one\n\n", encoding="utf-8")
+    assert module._lines(tmp_path / "p.txt") == ["a cat", "two \u2028 parts\x0c of one"]
+    with pytest.raises(UserError, match="--more /dev/zero: cannot be read"):
+        module._lines("/dev/zero")

@@ -646,3 +646,31 @@ def test_the_command(run, tmp_path):
     assert done.returncode == 0 and done.stdout.strip().endswith("o: 10 pictures") and not done.stderr, (
         done.stderr
     )
+
+
+def test_two_ids_of_a_set_never_share_a_file(tmp_path):
+    home = tmp_path / "in/train"
+    rows = []
+    for i, name in enumerate(("cat 1.png", "cat_1.png", "cat/1.png")):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(home / name)
+        rows.append({"file_name": name, "text": f"\u2028 {i}", "x": None})
+    (home / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert copy_images(tmp_path / "in", tmp_path / "out", CopyOptions(split="train")) == 0
+    copied = pictures(tmp_path / "out", "train")
+    assert (
+        copied.ids == ["cat 1", "cat_1", "cat/1"] and len(list((tmp_path / "out/train").glob("*.png"))) == 3
+    )
+    assert [copied.image(i).getpixel((0, 0))[0] for i in range(3)] == [0, 1, 2]
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_the_work_of_another_command_is_left_alone(data, tmp_path):
+    (tmp_path / "x.partial").mkdir()
+    (tmp_path / "x.partial/hours.png").write_bytes(b"of download")
+    with pytest.raises(UserError, match="x.partial: is the work of another command"):
+        copy_images(data, tmp_path / "x", CopyOptions())
+    assert (tmp_path / "x.partial/hours.png").is_file()
+    (tmp_path / "y.partial").mkdir()
+    (tmp_path / "y.partial/.copy-images").touch()  # a start that was killed
+    assert copy_images(data, tmp_path / "y", CopyOptions()) == 0

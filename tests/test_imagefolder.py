@@ -6,11 +6,20 @@ import hashlib, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings, strategies as st
 from PIL import Image
 
 from sdcourse.core import UserError
-from sdcourse.data.imagefolder import MakeOne, PictureJob, build_folder, check_jobs, read_lines
-from sdcourse.data.manifests import load_manifest, verify
+from sdcourse.data.imagefolder import (
+    MakeOne,
+    PictureJob,
+    build_folder,
+    check_jobs,
+    file_names,
+    read_lines,
+    write_lines,
+)
+from sdcourse.data.manifests import is_inside, load_manifest, verify
 from sdcourse.data.prepare import Failed, Prepare
 
 ORIGIN = load_manifest("digits")
@@ -264,3 +273,22 @@ def test_ids_and_names_are_used_once():
     with pytest.raises(UserError, match="no pictures"):
         check_jobs([])
     check_jobs([PictureJob("x/y", "a.png"), PictureJob("x/y", "b.png")])
+
+
+@given(st.lists(st.text(max_size=40), max_size=20, unique=True))
+@settings(max_examples=200, deadline=None)
+def test_two_ids_never_become_one_file(ids):
+    names = file_names(ids)
+    assert len({n.lower() for n in names}) == len(ids)
+    assert all(is_inside(n) and not n.startswith(".") and len(n.encode()) < 255 for n in names)
+
+
+def test_names_stay_as_they_are_where_they_can():
+    assert file_names(["cat 1", "cat_2"]) == ["cat_1.png", "cat_2.png"]
+    a, b, c = file_names(["cat 1", "cat_1", "cat/1"])
+    assert len({a, b, c}) == 3 and all(n.startswith("cat_1-") for n in (a, b, c))
+
+
+def test_what_json_cannot_hold_is_written_as_something_it_can(tmp_path):
+    write_lines(tmp_path / "x.jsonl", [{"a": float("nan"), "b": [float("inf"), 1.5], "c": "cut \ud83d"}])
+    assert read_lines(tmp_path / "x.jsonl") == [{"a": None, "b": [None, 1.5], "c": "cut \ufffd"}]

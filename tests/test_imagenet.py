@@ -310,3 +310,11 @@ def test_what_is_cropped_are_the_pixels_as_they_are_stored(tmp_path):
         with Image.open(source / f"train/n01/{mode}.JPEG") as image:
             want = reference(np.asarray(image.convert("RGB")), 32)
         assert np.array_equal(np.asarray(Image.open(tmp_path / f"o/train/0000/{mode}.png")), want)
+
+
+def test_hidden_folders_are_no_classes(tmp_path):
+    source = small(tmp_path)
+    for name in (".ipynb_checkpoints", "__MACOSX", "@eaDir"):
+        (source / "train" / name).mkdir()
+    names, synsets, rows = read_folders(source)
+    assert synsets == ["n01", "n02"] and {r[1] for r in rows} == {0, 1}

@@ -13,6 +13,7 @@ from sdcourse.data.images import (
     FORMATS,
     MAX_PIXELS,
     BadImage,
+    has_colours,
     image_bytes,
     is_turned,
     open_image,
@@ -248,3 +249,86 @@ def test_a_switch_that_lets_cut_pictures_pass_is_refused(monkeypatch):
     for data in (whole, whole[:-900]):
         with pytest.raises(UserError, match="LOAD_TRUNCATED_IMAGES is on"):
             open_image(data)
+
+
+# ---- damage that a decoder passes over
+SMOOTH = Image.fromarray(noise(40, 40)).resize((320, 240), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("quality", [40, 75, 95])
+@pytest.mark.parametrize("subsampling", [0, 2])
+def test_a_jpeg_whose_data_end_early_is_found(quality, subsampling):
+    data = as_file(SMOOTH, "JPEG", quality=quality, subsampling=subsampling)
+    half = len(data) // 2
+    for wrong in (
+        *(data[: half + n] + data[-2:] for n in range(40)),  # cut, and an end mark behind it
+        data[:half] + bytes(len(data) - half),  # a download that was begun
+        data[:half] + bytes(2000) + data[half + 2000 :],  # a hole
+    ):
+        assert refused(wrong) == "truncated"
+
+
+def test_good_jpegs_with_more_behind_them_or_even_areas_pass():
+    data = as_file(SMOOTH, "JPEG")
+    for tail in (b"", b"appended", bytes(5000), data):
+        assert open_image(data + tail).size == (320, 240)
+    for colour in ("white", "black", (128, 128, 128)):
+        for optimize in (False, True):
+            open_image(as_file(Image.new("RGB", (2000, 2000), colour), "JPEG", optimize=optimize))
+    open_image(as_file(SMOOTH, "JPEG", progressive=True))
+
+
+def test_a_png_with_megabytes_of_text_is_a_picture():
+    from PIL.PngImagePlugin import PngInfo
+
+    note = PngInfo()
+    note.add_itxt("workflow", "x" * 3_000_000, zip=True)
+    note.add_text("more", "y" * 2_000_000, zip=True)
+    assert open_image(as_file(SMOOTH, pnginfo=note)).size == (320, 240)
+
+
+def test_a_format_that_is_not_read_is_named():
+    with pytest.raises(BadImage, match="AVIF, which is not read; convert it"):
+        open_image(b"\0\0\0\x1cftypavif" + bytes(40))
+
+
+def adobe_rgb():
+    "An ICC profile with the primaries and the gamma of Adobe RGB (1998), from tags of sRGB's."
+    from PIL import ImageCms
+
+    data = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    primaries = {
+        b"rXYZ": (0.60974, 0.31111, 0.01947),
+        b"gXYZ": (0.20528, 0.62567, 0.06087),
+        b"bXYZ": (0.14919, 0.06322, 0.74457),
+    }
+    for k in range(struct.unpack(">I", data[128:132])[0]):
+        name, at, _ = struct.unpack(">4sII", data[132 + 12 * k : 144 + 12 * k])
+        for i, x in enumerate(primaries.get(name, ())):
+            struct.pack_into(">i", data, at + 8 + 4 * i, round(x * 65536))
+    return bytes(data)
+
+
+@pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_colours_are_those_of_the_profile(format):
+    options = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}.get(format, {})
+    im = Image.new("RGB", (16, 16), (100, 180, 90))
+    data = as_file(im, format, icc_profile=adobe_rgb(), **options)
+    seen = open_image(data)
+    r, g, b = seen.getpixel((8, 8))
+    assert r < 60 and 176 <= g <= 188 and "icc_profile" not in seen.info and has_colours(read_header(data))
+    assert (
+        max(abs(a - b) for a, b in zip(open_image(data, upright=False).getpixel((8, 8)), (100, 180, 90))) <= 2
+    )
+    assert np.array_equal(np.asarray(open_image(image_bytes(seen))), np.asarray(seen))  # not converted twice
+
+
+def test_the_profile_of_srgb_and_broken_ones_change_nothing():
+    from PIL import ImageCms
+
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for profile in (srgb, b"no profile", adobe_rgb()[:200]):
+        data = as_file(SMOOTH, icc_profile=profile)
+        assert np.array_equal(np.asarray(open_image(data)), np.asarray(SMOOTH)) and not has_colours(
+            read_header(data)
+        )

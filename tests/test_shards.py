@@ -566,3 +566,47 @@ def test_changed_pictures_are_another_set(packed, tmp_path):
     (folder / "train/x0.jpg").write_bytes(picture(41, 30))
     with pytest.raises(UserError, match="content"):
         sh.pack(folder, tmp_path / "out", sh.Shards(), flag=Never())
+
+
+# ---- nothing is lost on the way
+def tar_with(path, *names):
+    with tarfile.open(path, "w") as tar:
+        for i, name in enumerate(names):
+            data = picture(20, 16, seed=i, format="PNG") if name.endswith("png") else b"a cat"
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.mark.parametrize(
+    "names, wanted",
+    [
+        (("imagenet1k-train-0000", "imagenet1k-validation-00"), {"train", "val"}),
+        (("cc3m-train-0000", "cc3m-train-0001"), {"train"}),
+        (("laion2B-en-00001",), {"train"}),
+        (("00000", "00001"), {"train"}),
+        (("Test_0", "VALID_0", "cats-0"), {"test", "val", "cats"}),
+    ],
+)
+def test_tars_of_the_hub_have_the_usual_splits(tmp_path, names, wanted):
+    for name in names:
+        tar_with(tmp_path / f"{name}.tar", "a.png", "a.txt")
+    assert sh.index_folder(tmp_path, tmp_path) == 0
+    assert {t["split"] for t in json.loads((tmp_path / "index.json").read_text())["tars"]} == wanted
+
+
+def test_dots_in_names_are_counted_and_many_refused(tmp_path, caplog):
+    tar_with(tmp_path / "a-0.tar", *(f"{i}.png" for i in range(18)), "0.seg.png", "22.01.png", "22.01.txt")
+    assert sh.index_folder(tmp_path, tmp_path) == 0 and len(sh.TarSet(tmp_path)) == 18
+    assert "1 of 19 samples cannot be read" in caplog.text and "a-0.tar: 22.01.png" in caplog.text
+    tar_with(tmp_path / "a-0.tar", "22.01.png", "22.01.txt", "3.png")
+    with pytest.raises(UserError, match="1 of 2 samples .* a-0.tar: 22.01.png"):
+        sh.index_folder(tmp_path, tmp_path)
+
+
+def test_pictures_without_a_row_are_not_left_behind(tmp_path):
+    data_folder(tmp_path, 3)
+    (tmp_path / "val").mkdir()
+    (tmp_path / "val/1.png").write_bytes(picture(20, 16, format="PNG"))
+    with pytest.raises(UserError, match="1 of 4 pictures have no row .* val/1.png"):
+        sh.read_samples(tmp_path)

@@ -2,14 +2,14 @@
 and stops.
 """
 
-import json, resource, signal, subprocess, sys, threading, time
+import json, os, resource, signal, subprocess, sys, threading, time
 from dataclasses import replace
 
 import pytest
 
 from hostile import JPEG, Patient, hostile_server, picture
 from nobody import OpenFolder, as_nobody
-from test_images import png_claiming
+from test_images import adobe_rgb, png_claiming
 from sdcourse import cli
 from sdcourse.core import UserError
 from sdcourse.data.images import open_image
@@ -707,3 +707,29 @@ def test_a_photo_that_comes_after_the_stop_is_not_stored(tmp_path, monkeypatch):
     with pytest.raises(u.Stopped):
         u._far(QUICK, tmp_path, stop, None, None, one)
     assert not list((tmp_path / "train").iterdir())
+
+
+# ---- what never ends, and what must not be lost
+def test_pipes_and_devices_are_failures_of_their_photos(tmp_path):
+    os.mkfifo(tmp_path / "ff")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name, words in (("zero", "no plain file"), ("ff", "no plain file")):
+        with pytest.raises(u.Failed, match=words):
+            u.get_photo(photo(f"file:{name}"), tmp_path, u.Unsplash(retries=0), threading.Event())
+
+
+def test_the_table_of_the_lite_archive_by_its_other_name(tmp_path):
+    table(tmp_path, ["a\tfile:a.png\ta cat"])
+    (tmp_path / "photos.tsv000").rename(tmp_path / "photos.csv000")
+    assert [p.id for p in u.read_photos(tmp_path, u.Unsplash())[0]] == ["a"]
+
+
+def test_colours_are_converted_before_their_profile_is_dropped():
+    data = picture(icc_profile=adobe_rgb())
+    before = open_image(data)
+    for size in (0, 40):
+        stored, _, sides = u.as_stored(data, size)
+        after = open_image(stored)
+        assert b"ICC_PROFILE" not in stored
+        a, b = (im.resize((1, 1)).getpixel((0, 0)) for im in (before, after))
+        assert max(abs(x - y) for x, y in zip(a, b)) <= 3

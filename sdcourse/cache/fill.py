@@ -22,7 +22,8 @@ from sdcourse.cache.store import (
     FORMAT, check_key, extend_plan, missing, read_index, row_bytes, shard_plan, write_shard,
 )
 from ..config import Free, NonNegative, Positive
-from ..core import UserError
+from ..core import UserError, text_lines
+from ..data.manifests import leave_out, shown, split_of
 from ..data.parallel import read_ahead
 from ..engine.work import JobOptions, LongWork, run_work
 from ..models.files import DTYPES
@@ -38,6 +39,7 @@ class CacheOptions(JobOptions):
     image_column: str = "" # of a hub set; empty: the only one that holds pictures
     caption_column: str = "" # column with captions; empty: text, caption …
     label_column: str = "" # column with classes; empty: label
+    splits: tuple[str, ...] = () # only these, such as train,val; empty: all
     max_samples: NonNegative[int] = 0 # only so many items of each split; 0: all
     shard_bytes: Free[Positive[int]] = 268_435_456 # of one file, about (256 MiB); a rank holds one in memory
     workers: Free[Positive[int]] = 2 # threads that read pictures ahead
@@ -104,7 +106,14 @@ class LatentJob:
 
     def rows(self):
         def row(data, i): return [data.ids[i], data.digest(i), data.row(i).get("label")]
-        return {split: [row(data, i) for i in range(len(data))] for split, data in self.data.splits.items()}
+        found = {split: [row(data, i) for i in range(len(data))] for split, data in self.data.splits.items()}
+        bare = [(split, r[0]) for split, rows in found.items() for r in rows if r[2] is None]
+        if bare and len(bare) < sum(map(len, found.values())):
+            split, id = bare[0]
+            what = f"{split} {shown(str(id))} has no label, and others have one"
+            remedy = f"mend its row, or leave its split out (--splits {','.join(_labelled(found)) or '…'})"
+            raise UserError(f"{self.data.source}: {what} ({len(bare):,} have none); {remedy}")
+        return found
 
     def read(self, split, row): return self.data.square(split, row, self.transform)
 
@@ -112,6 +121,10 @@ class LatentJob:
         out = moments(self.encoder, torch.stack(inputs), [r[0] for r in rows], mirror=self.cfg.mirror)
         labels = [r[2] for r in rows]
         return out if labels[0] is None else out | {"label": torch.tensor(labels)}
+
+def _labelled(found):
+    "The splits in which each row has a label."
+    return [split for split, rows in found.items() if all(r[2] is not None for r in rows)]
 
 def moments(
     encoder, # of `sdcourse.cache.encoders`
@@ -142,6 +155,7 @@ class PromptJob:
         texts = [t for d in self.data.splits.values() for i in range(len(d)) for t in d.row(i)["texts"]]
         if not texts:
             raise UserError(f"{self.data.source}: has no captions; name their column with --caption-column")
+        self.data.bare()
         return {"": [[t] for t in dict.fromkeys(["", *texts, *_lines(self.cfg.more)])]}
 
     def read(self, split, row): return row[0]
@@ -183,12 +197,18 @@ class _Data:
         self.source = source
         chosen = ("image_column", "caption_column", "label_column", "max_samples")
         data = DataSet(source, **{name: getattr(cfg, name) for name in chosen})
-        self.splits = {split: data.pictures(split) for split in data.splits}
+        wanted = [split_of(s) or s for s in cfg.splits] or data.splits
+        self.splits = {split: data.pictures(split) for split in wanted}
         first = next(iter(self.splits.values()))
         self.classes = first.classes
         self.licence = first.licence
         self.mirrors = first.mirrors
         self._at = {}
+
+    def bare(self):
+        "Say which rows have no caption; `UserError` when they are many."
+        ids = [k for d in self.splits.values() for i, k in enumerate(d.ids) if not d.row(i)["texts"]]
+        leave_out(self.source, ids, sum(map(len, self.splits.values())), "rows have no caption")
 
     def find(self, split, row):
         "(pictures, number) of a row of the plan; `UserError` when it is not the one that was planned."
@@ -210,7 +230,9 @@ class _Data:
 
 def _lines(path):
     if not path: return []
-    try: return [t.strip() for t in Path(path).read_text(encoding="utf-8").splitlines() if t.strip()]
+    try:
+        if Path(path).is_char_device() or Path(path).is_block_device(): raise OSError(0, "it is a device")
+        return [t.strip() for t in text_lines(path) if t.strip()]
     except (OSError, UnicodeDecodeError) as e:
         why = getattr(e, "strerror", None) or "it is not UTF-8"
         raise UserError(f"--more {path}: cannot be read ({why})") from None

@@ -15,8 +15,10 @@ from typing import Annotated, Literal
 
 from ..config import NonNegative, Options, Range, Share
 from ..core import UserError, disk_error, progress, read_json, write_json
-from .images import FORMATS, MAX_PIXELS, SUFFIXES, BadImage, is_turned, open_image, read_header
-from .manifests import shown, walk
+from sdcourse.data.images import (
+    FORMATS, MAX_PIXELS, SUFFIXES, BadImage, has_colours, is_turned, open_image, plain_bytes, read_header,
+)
+from .manifests import shown, split_of, unread, walk
 from .parallel import in_parallel
 
 # %% ../../nbs/data/03_scan.ipynb #b67cbcdc
@@ -35,6 +37,7 @@ BAD = { # kind: meaning; these are left out
 ODD = { # kind: meaning; these are used
     "alpha": "transparent parts become white",
     "turned": "turned upright by its EXIF note",
+    "colours": "converted to sRGB from its ICC profile",
     "grey": "one channel",
     "palette": "at most 256 colours",
 }
@@ -125,6 +128,7 @@ def _header_faults(im, data, name, cfg):
 def _oddities(im, data):
     if "A" in im.mode or "a" in im.mode or "transparency" in im.info: yield "alpha"
     if is_turned(im, data): yield "turned"
+    if has_colours(im): yield "colours"
     if im.mode in ("1", "L", "LA"): yield "grey"
     if im.mode in ("P", "PA"): yield "palette"
 
@@ -135,7 +139,7 @@ def examine(
     "Look at one picture."
     out = {"bad": "", "detail": "", "odd": [], "sha256": "", "look": None}
     try:
-        data = Path(path).read_bytes()
+        data = plain_bytes(path)
         out["sha256"] = hashlib.sha256(data).hexdigest()
         im = read_header(data, cfg.max_pixels)
         bad = next(_header_faults(im, data, str(path), cfg), None)
@@ -150,7 +154,7 @@ def _split(name):
     "The split that a name belongs to; empty beside all splits."
     first, slash, _ = name.partition("/")
     if not slash: return ""
-    return "val" if first == "validation" else first
+    return split_of(first) or first
 
 def _rank(name): return {"test": 0, "val": 1}.get(_split(name), 2), name
 
@@ -265,6 +269,13 @@ def _findings(names, facts):
         else: odd += [{"file": n, "kind": kind} for kind in f["odd"]]
     return bad, odd
 
+def _found(folder):
+    "All files; `UserError` when one cannot be read, or when many have a format that is not read."
+    found, problems = walk(folder, hidden=False)
+    if problems: raise UserError(f"{folder}: {problems[0]}; make it readable, or remove it")
+    unread(folder, found)
+    return found
+
 def scan(
     folder, # with pictures, also in folders below
     cfg: Scan, # options
@@ -274,8 +285,7 @@ def scan(
     "Look at every picture of a folder; `UserError` when there is none."
     folder = Path(folder)
     if not os.path.isdir(folder): raise UserError(f"{folder}: no such folder, or you may not enter it")
-    found, problems = walk(folder)
-    if problems: raise UserError(f"{folder}: {problems[0]}; make it readable, or remove it")
+    found = _found(folder)
     names = sorted((n for n in found if n.lower().endswith(SUFFIXES)), key=_rank)
     if not names: raise UserError(f"{folder}: holds no pictures ({', '.join(SUFFIXES)})")
     facts = _look_at_all(folder, names, cfg, flag, journal)
@@ -299,7 +309,7 @@ def excluded(
         if required: raise UserError(f"{folder}: was never scanned; run sdcourse scan {folder}")
         return frozenset()
     found = read_json(path)
-    if found["files"] != fingerprint(walk(folder)[0]):
+    if found["files"] != fingerprint(walk(folder, hidden=False)[0]):
         raise UserError(f"{folder}: changed since it was scanned; run sdcourse scan {folder} again")
     if found["share"] > found["limit"]:
         raise UserError(
@@ -324,6 +334,8 @@ def scan_folder(
             print(f"{folder}: stopped ({flag.reason}), there is no list yet; the same command goes on")
             return 0
         write_json(out, found)
+        if Path(out).resolve() != (Path(folder)/"scan.json").resolve():
+            print(f"{out}: has no effect there; readers look at {folder}/scan.json, copy it there")
         os.unlink(f"{out}.partial")
     except OSError as e: raise disk_error(e, folder) from None
     return _tell(folder, cfg, found)

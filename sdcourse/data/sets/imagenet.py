@@ -17,8 +17,8 @@ from typing import Annotated, Literal
 from ...config import NonNegative, Positive, Range, fixed
 from ...core import UserError, atomic_path, disk_error, write_json, write_text
 from ..imagefolder import PictureJob, build_folder
-from ..images import centre_crop, image_bytes, open_image
-from ..manifests import load_manifest, origin
+from ..images import SUFFIXES, centre_crop, image_bytes, open_image
+from ..manifests import is_hidden, load_manifest, origin
 from ..prepare import Prepare, Work
 
 # %% ../../../nbs/data/sets/06_imagenet.ipynb #7b4e5274
@@ -105,14 +105,14 @@ def prepare_digits(
     return True
 
 # %% ../../../nbs/data/sets/06_imagenet.ipynb #ba6693f8
-IMAGENET_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGENET_SUFFIXES = SUFFIXES
 
 def _pictures(folder):
     "The pictures in a folder, sorted; hidden files are none."
     found = [p for p in folder.iterdir() if p.suffix.lower() in IMAGENET_SUFFIXES]
-    return sorted(p for p in found if not p.name.startswith("."))
+    return sorted(p for p in found if not is_hidden(p.name))
 
-def _folders(folder): return sorted(p for p in folder.iterdir() if p.is_dir())
+def _folders(folder): return sorted(p for p in folder.iterdir() if p.is_dir() and not is_hidden(p.name))
 
 def _val_classes(source, flat):
     "File stem -> synset of a flat validation folder."

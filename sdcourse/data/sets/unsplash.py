@@ -7,7 +7,7 @@ __all__ = ['REDIRECTS', 'Unsplash', 'Photo', 'read_photos', 'assign_splits', 'Ag
            'address', 'get_photo', 'download', 'publish_photos', 'prepare_unsplash']
 
 # %% ../../../nbs/data/sets/04_unsplash.ipynb #1025543f
-import hashlib, re, threading, time
+import errno, hashlib, re, threading, time
 from collections import Counter
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, replace
@@ -20,7 +20,9 @@ from urllib.parse import unquote, urlsplit
 from ...config import BelowOne, Free, NonNegative, Options, Positive, fixed
 from ...core import UserError, disk_error, nearest, sha256
 from ..imagefolder import SPLITS, write_lines
-from ..images import FORMATS, BadImage, image_bytes, is_turned, open_image, read_header, shrink
+from sdcourse.data.images import (
+    FORMATS, BadImage, has_colours, image_bytes, is_turned, open_image, plain_bytes, read_header, shrink,
+)
 from ..manifests import is_inside, origin, shown, tsv_rows
 from ..parallel import cores, processes
 from ..prepare import Failed, Stopped, Work, save_bytes
@@ -63,8 +65,9 @@ class Photo:
     sides: tuple = () # (width, height) in pixels, where the table says
 
 def _tables(folder):
-    "The photos.tsv* of a folder."
-    try: found = sorted(p for p in Path(folder).iterdir() if re.fullmatch(r"photos\.tsv\d*", p.name))
+    "The photos.tsv* of a folder, which were called photos.csv* in some archives."
+    def is_table(p): return re.fullmatch(r"photos\.[ct]sv\d*", p.name) and p.is_file()
+    try: found = sorted(filter(is_table, Path(folder).iterdir()))
     except OSError as e:
         raise UserError(
             f"{folder}: cannot be read ({e.strerror}); give the folder with photos.tsv000") from None
@@ -244,7 +247,7 @@ def as_stored(
     head = read_header(data)
     im = open_image(data) # before anything else is asked of the file: this one says what is wrong with it
     small = not size or min(head.size) <= size
-    right = head.mode == "RGB" and not is_turned(head, data) and small
+    right = head.mode == "RGB" and not is_turned(head, data) and not has_colours(head) and small
     if right and head.format in ("JPEG", "PNG", "WEBP"): return data, FORMATS[head.format][0], im.size
     im = shrink(im, size)
     form = "JPEG" if head.format in ("JPEG", "WEBP") else "PNG"
@@ -269,12 +272,10 @@ def _read_file(url, folder, cfg):
         name = unquote(urlsplit(url).path)
         if not name.startswith("/") and not is_inside(name):
             raise Failed("the file is outside the table's folder")
-        path = Path(folder)/name
-        if path.stat().st_size > cfg.max_bytes:
-            raise Failed(f"more than {cfg.max_bytes:,} bytes (--max-bytes)")
-        return path.read_bytes()
+        return plain_bytes(Path(folder)/name, cfg.max_bytes)
     except (OSError, ValueError) as e:
         why = getattr(e, "strerror", None) or "its name is broken"
+        if getattr(e, "errno", None) == errno.EFBIG: raise Failed(f"{why} (--max-bytes)") from None
         raise Failed(f"the file cannot be read ({why})") from None
 
 def get_photo(
