@@ -10,7 +10,6 @@ __all__ = ['FORMATS', 'SUFFIXES', 'UNREAD', 'MAX_PIXELS', 'MAX_TEXT', 'MARK', 'S
 # %% ../../nbs/data/00_images.ipynb #10979db9
 import errno, io, math, os, re, stat
 from functools import lru_cache
-from pathlib import Path
 
 from ..core import UserError
 

@@ -9,7 +9,7 @@ __all__ = ['JOIN', 'FIELD', 'OWN', 'SYSTEM', 'SPLIT_WORDS', 'LEFT_OUT', 'manifes
            'inventory', 'Verify', 'verify_folder']
 
 # %% ../../nbs/data/01_manifests.ipynb #02f6bbb8
-import csv, errno, hashlib, json, os, re, stat
+import csv, errno, hashlib, os, re, stat
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 

@@ -16,7 +16,6 @@ from torch import nn
 from ..config import NonNegative
 from ..core import UserError, nearest
 from ..diffusion import Density, add_noise, flow_velocity, min_snr_weight, snr
-from ..models.home import zero_terminal_snr
 
 # %% ../../nbs/train/00_objective.ipynb #c8ac8802
 def offset_noise(

@@ -188,6 +188,7 @@ def build(self: Task):
     text = self.captions.trainable(lora)
     return Denoiser(unet, cfg, **known, text=text, empty=self.captions.tokens([""])[0])
 
+# %% ../../nbs/03_sd15.ipynb #0dbd8e39
 @patch
 def unet(self: Task): # with its weights, or random ones
     from diffusers import UNet2DConditionModel as UNet
@@ -292,6 +293,7 @@ def facts(self: Task):
     parts = {part: weights_id(self.home/part) for part in ("text_encoder", "unet", "vae")}
     return super(Task, self).facts() | dict(model_weights=parts)
 
+# %% ../../nbs/03_sd15.ipynb #128b6afb
 @patch
 def card(self: Task):
     cfg = self.config
