@@ -278,6 +278,7 @@ def other_noise(self: Task): # whether the model is now used with another schedu
     own, before = noise_of(self.own_noise)
     return prediction != before or not torch.equal(abar, own)
 
+# %% ../../nbs/03_sd15.ipynb #3866b338
 @patch
 def export(self: Task, module, folder):
     "A pipeline that diffusers loads; of adapters their two files, and the scheduler where it is another."
