@@ -88,7 +88,7 @@ def ex5(
 ): # a Verdict
     "Exercise 5: a schedule that ends in pure noise."
     from sdcourse.diffusion import alphas_cumprod
-    from sdcourse.train.objective import zero_terminal_snr
+    from sdcourse.models.home import zero_terminal_snr
     cases = [(alphas_cumprod(),), (alphas_cumprod(10, schedule="linear", start=1e-3, end=0.2),)]
     return compare("ex5", fn, cases, zero_terminal_snr, tol=1e-9, hints=[
         (lambda a: (a - a[-1]) * a[0] / (a[0] - a[-1]),

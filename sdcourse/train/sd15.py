@@ -22,14 +22,14 @@ from ..config import Free, TrainConfig
 from ..core import UserError, read_json
 from ..engine.order import drawn
 from ..models.files import as_before, load_frozen, quiet, vae_facts, weights_id
-from ..models.home import licence_of, model_home, noise_of, unpacked
+from ..models.home import licence_of, model_home, noise_of, unpacked, zero_terminal_snr
 from ..models.lora import add_lora, save_lora
 from ..models.shipped import MODELS
 from .condition import CaptionOptions, dropped
 from sdcourse.train.latent import (
     BucketOptions, CaptionedTask, LatentModule, LoraOptions, PictureOptions, SampleOptions, refuse,
 )
-from .objective import Noise, NoiseOptions, zero_terminal_snr
+from .objective import Noise, NoiseOptions
 
 # %% ../../nbs/03_sd15.ipynb #e9f3c0ca
 SCENES = dict(data="scenes", image_size=32, flip=False, guidance_scale=2., num_inference_steps=20)
