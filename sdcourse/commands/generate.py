@@ -356,7 +356,7 @@ class Drawing(LongWork):
             if changed:
                 what = f"its pictures were made with other settings ({changed})"
                 raise UserError(f"{self.out}: {what}; choose another OUT")
-        elif any(p.name != "STOP" and not p.name.startswith("slurm-") for p in self.out.iterdir()):
+        elif any(not p.name.startswith((".", "STOP", "slurm-")) for p in self.out.iterdir()):
             raise UserError(f"{self.out}: is not empty and holds no generate.json; choose another OUT")
         self.home.mkdir(exist_ok=True)
         for p in self.home.glob(".*.tmp"): p.unlink()
