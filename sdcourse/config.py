@@ -357,10 +357,6 @@ class TrainConfig(Options):
         for wrong, text in _COMBINATIONS:
             if wrong(self, world): raise UserError(text.format(c=self, world=world))
 
-def _usual(cls, name):
-    "The values that an option has when nobody gives one."
-    return {getattr(cls, name), *(preset[name] for preset in cls.presets.values() if name in preset)}
-
 _COMBINATIONS = [ # what is wrong with a config c on n ranks, and how it is said
     (lambda c, n: c.batch_size < n,
      "--batch-size {c.batch_size}: fewer images than the {world} ranks; "
@@ -375,8 +371,6 @@ _COMBINATIONS = [ # what is wrong with a config c on n ranks, and how it is said
      "--device {c.device}: unknown; use auto, cpu, cuda, cuda:0 or mps"),
     (lambda c, n: c.optimizer != "adamw" and "." not in c.optimizer,
      "--optimizer {c.optimizer}: unknown; use adamw or an import path such as torch.optim.SGD"),
-    (lambda c, n: c.optimizer != "adamw" and c.beta2 not in _usual(type(c), "beta2"),
-     "--beta2 {c.beta2}: has no effect with --optimizer {c.optimizer}; leave it out"),
     (lambda c, n: c.resume not in ("auto", "never") and not os.path.isdir(c.resume),
      "--resume {c.resume}: no such folder; use auto, never or a checkpoint folder"),
     (lambda c, n: os.path.isdir(f"{c.resume}/checkpoints"),
