@@ -6,7 +6,7 @@ import hashlib, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from PIL import Image
 
 from sdcourse.core import UserError
@@ -276,6 +276,7 @@ def test_ids_and_names_are_used_once():
 
 
 @given(st.lists(st.text(max_size=40), max_size=20, unique=True))
+@example(["A", "a"])
 @settings(max_examples=200, deadline=None)
 def test_two_ids_never_become_one_file(ids):
     names = file_names(ids)

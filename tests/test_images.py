@@ -260,8 +260,10 @@ SMOOTH = Image.fromarray(noise(40, 40)).resize((320, 240), Image.Resampling.BICU
 def test_a_jpeg_whose_data_end_early_is_found(quality, subsampling):
     data = as_file(SMOOTH, "JPEG", quality=quality, subsampling=subsampling)
     half = len(data) // 2
+    marks = [k + 1 for k in range(half, len(data) - 500) if data[k] == 0xFF][:3]
     for wrong in (
         *(data[: half + n] + data[-2:] for n in range(40)),  # cut, and an end mark behind it
+        *(data[:k] + data[-2:] for k in marks),  # cut within a mark
         data[:half] + bytes(len(data) - half),  # a download that was begun
         data[:half] + bytes(2000) + data[half + 2000 :],  # a hole
     ):
