@@ -1,10 +1,13 @@
 """Every test runs offline, on one thread, on the package that lies beside this folder."""
 
-import os, sys
+import os, signal, sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OFFLINE = ROOT / "tests" / "offline"
+
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what runs in the background
 
 
 def first(path, *rest):

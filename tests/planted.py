@@ -992,7 +992,8 @@ PLANTED = {
         ('export: raw weights for averaged ones', 'found["ema" if weights == "ema" and "ema" in found else "model"]', 'found["model"]', 'test_a_checkpoint_draws_with_averaged_weights_what_the_export_draws'),
         ('export: averaged weights for raw ones', 'found["ema" if weights == "ema" and "ema" in found else "model"]', 'found["ema"]', 'test_an_exported_checkpoint_is_that_checkpoint'),
         ('export: half a model stays after a refusal', 'finally: shutil.rmtree(new, ignore_errors=True)', 'finally: new.mkdir(exist_ok=True) if not out.exists() else None', 'test_exports_refuse_in_one_line_and_leave_nothing'),
-        ('export: writes into what is there', 'if out.exists(): raise UserError(f"{out}: is there already', 'if False: raise UserError(f"{out}: is there already', 'test_exports_refuse_in_one_line_and_leave_nothing'),
+        ('export: writes into what is there', '    if os.path.lexists(out): raise UserError(f"{out}: is there already', '    if False: raise UserError(f"{out}: is there already', 'test_exports_refuse_in_one_line_and_leave_nothing'),
+        ("export: another command's work is swept away", 'new = out.with_name(f".{out.name}.{os.getpid()}.partial")', 'new = Path(f"{out}.partial")', 'test_an_export_leaves_what_another_command_left'),
     ],
     ('sdcourse/commands/export.py', 'tests/test_sd15.py'): [
         ('export: a part is everything', '        if cfg.part:\n', '        if False:\n', 'test_export_draws_in_plain_diffusers_what_the_task_draws'),
@@ -1032,9 +1033,6 @@ PLANTED = {
         ('copy-images: removes the work of another command', 'if new.exists() and not (new/COPYING).is_file():', 'if False:', 'test_the_work_of_another_command_is_left_alone'),
         ('copy-images: links are absolute', 'os.path.relpath(found.path(i).resolve(), final)', 'found.path(i).resolve()', 'test_the_truth_is_copied_linked_or_resized'),
         ('copy-images: other columns are lost', '{k: v for k, v in row.items() if k not in ("texts", "file_name")}', '{"id": row["id"]}', 'test_the_truth_is_copied_linked_or_resized'),
-    ],
-    ('sdcourse/commands/export.py', 'tests/test_generate.py'): [
-        ("export: another command's work is swept away", 'new = out.with_name(f".{out.name}.{os.getpid()}.partial")', 'new = Path(f"{out}.partial")', 'test_an_export_leaves_what_another_command_left'),
     ],
     ('sdcourse/evaluation/metrics.py', 'tests/test_evaluate.py'): [
         ('drawn digits are compared with training digits', 'held_out, train = (digits(split).tensors for split in ("test", "train"))', 'train, held_out = (digits(split).tensors for split in ("test", "train"))', 'test_digits_drawn_in_this_process_get_the_numbers_of_the_command'),

@@ -283,7 +283,8 @@ def test_one_line_for_each_bad_picture(museum, tmp_path, capsys):
     assert cli.main(["scan", str(museum), "--out", str(tmp_path / "list.json"), "--near-bits", "-1"]) == 1
     out = capsys.readouterr().out.splitlines()
     assert (
-        len(out) == len(CORRUPT) + 1
+        len(out) == len(CORRUPT) + 2
+        and "has no effect there" in out[0]
         and "empty: train/zero.png (the file has no bytes)" in out
         and out[-1].endswith("raise --limit)")
     )

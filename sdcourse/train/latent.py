@@ -88,7 +88,7 @@ class SampleOptions:
     num_samples: Free[NonNegative[int]] = 200 # pictures for the numbers of a validation on a built-in world; 0: none
     effects: ClassVar[tuple] = (
         (("num_samples",), # recipes give it whatever the data are
-         lambda c: world_named(c.data) or "num_samples" not in getattr(c, "given", ()),
+         lambda c: not c.num_samples or world_named(c.data) or "num_samples" not in getattr(c, "given", ()),
          "where --data {c.data} is no built-in world"),
     )
 
