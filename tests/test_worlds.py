@@ -152,7 +152,7 @@ def test_a_training_walks_its_folder_once(folder, tmp_path, model, monkeypatch, 
         assert cli.run(["cache", "prompts", str(folder), str(tmp_path / "p"), *made]) == 0
         common |= dict(latents=str(tmp_path / "z"), prompts=str(tmp_path / "p"))
     walks, walk = [], sources.walk
-    monkeypatch.setattr(sources, "walk", lambda f: walks.append(f) or walk(f))
+    monkeypatch.setattr(sources, "walk", lambda *a, **k: walks.append(a) or walk(*a, **k))
     train(sd15.Task(config(tmp_path / "run", model, **common)))
     assert len(walks) == 1
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
