@@ -1218,6 +1218,7 @@ PLANTED = {
     ],
     ('sdcourse/train/latent.py', 'tests/test_worlds.py'): [
         ('tasks: the data set is opened for every use', '    @cached_property\n    def data(self):', '    @property\n    def data(self):', 'test_a_training_walks_its_folder_once'),
+        ('tasks: captions are read for every use', '        if split not in self.read: self.read[split]', '        self.read[split]', 'test_a_training_walks_its_folder_once'),
     ],
     ('sdcourse/cache/store.py', 'tests/test_worlds.py'): [
         ('joined: items without captions pass until they are met', '        if lost:\n', '        if False:\n', 'test_items_without_a_row_of_captions_are_named'),

@@ -153,8 +153,10 @@ def test_a_training_walks_its_folder_once(folder, tmp_path, model, monkeypatch, 
         common |= dict(latents=str(tmp_path / "z"), prompts=str(tmp_path / "p"))
     walks, walk = [], sources.walk
     monkeypatch.setattr(sources, "walk", lambda *a, **k: walks.append(a) or walk(*a, **k))
+    reads, read = [], sd15.Task._texts
+    monkeypatch.setattr(sd15.Task, "_texts", lambda task, split: reads.append(split) or read(task, split))
     train(sd15.Task(config(tmp_path / "run", model, **common)))
-    assert len(walks) == 1
+    assert len(walks) == 1 and len(reads) == len(set(reads)) > 0
     rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     assert sum("val_loss" in row for row in rows) == 2
 

@@ -234,8 +234,15 @@ class CaptionedTask(LatentTask):
         make = f"sdcourse cache {kind} {cfg.data} {place} --model {cfg.model}{size}"
         raise UserError(f"--{kind} {place}: no cache is there; make it with: {make}")
 
+    @cached_property
+    def read(self): return {} # split -> its captions
+
     def texts(self, split): # {id: captions}
-        "All captions of a split; `UserError` for a picture without one."
+        "All captions of a split, read once; `UserError` for a picture without one."
+        if split not in self.read: self.read[split] = self._texts(split)
+        return self.read[split]
+
+    def _texts(self, split):
         data = self.data.pictures(split)
         found = {}
         for start in range(0, len(data), 1000):
