@@ -544,8 +544,11 @@ PLANTED = {
     ],
     ('sdcourse/data/images.py', 'tests/test_images.py'): [
         ('jpeg: no end mark', 'if not segments or segments[-1][0] != END_OF_IMAGE:', 'if False:', 'test_a_jpeg_whose_data_end_early_is_found'),
-        ('jpeg: a hole', 'if hole >= 0 and not even:', 'if False:', 'test_a_jpeg_whose_data_end_early_is_found'),
+        ('jpeg: a hole', 'if hole >= 0 and last and (first or not even): return hole', 'pass', 'test_a_jpeg_whose_data_end_early_is_found'),
         ('jpeg: a cut with an end mark', 'return "the JPEG ends in the middle of its data" if', 'return "" if', 'test_a_jpeg_whose_data_end_early_is_found'),
+        ('jpeg: missing scans pass', '    if _lacks_scans(data, segments): return', '    if False: return', 'test_a_progressive_jpeg_whose_data_end_early_is_found'),
+        ('jpeg: the last scan is not asked', 'cut = (many or _ends_grey(im)) and', 'cut = _ends_grey(im) and', 'test_a_progressive_jpeg_whose_data_end_early_is_found'),
+        ('jpeg: mean colours without change are holes', 'hole >= 0 and last and (', 'hole >= 0 and (', 'test_good_progressive_jpegs_pass'),
         ('jpeg: a cut behind half a mark', '.rstrip(b"\\xff") + filler', ' + filler', 'test_a_jpeg_whose_data_end_early_is_found'),
         ('jpeg: even areas are holes', 'if data[at] >> 4 and data[at + 17] != 0: return False', 'return False', 'test_good_jpegs_with_more_behind_them_or_even_areas_pass'),
         ('png: much text is damage', 'MAX_TEXT = 64 * 2**20', 'MAX_TEXT = 2**20', 'test_a_png_with_megabytes_of_text_is_a_picture'),

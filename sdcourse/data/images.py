@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'SUFFIXES', 'UNREAD', 'MAX_PIXELS', 'MAX_TEXT', 'MARK', 'START_OF_SCAN', 'END_OF_IMAGE', 'TABLES_OF_CODES',
-           'HOLE', 'SAME', 'BadImage', 'plain_bytes', 'read_header', 'has_colours', 'to_rgb', 'is_turned', 'open_image',
-           'shrink', 'image_bytes', 'centre_crop']
+           'FRAMES', 'HOLE', 'SAME', 'BadImage', 'plain_bytes', 'read_header', 'has_colours', 'to_rgb', 'is_turned',
+           'open_image', 'shrink', 'image_bytes', 'centre_crop']
 
 # %% ../../nbs/data/00_images.ipynb #10979db9
 import errno, io, math, os, re, stat
@@ -76,6 +76,7 @@ def read_header(
 # %% ../../nbs/data/00_images.ipynb #ec057e5f
 MARK = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])") # of a JPEG; the others belong to the compressed data
 START_OF_SCAN, END_OF_IMAGE, TABLES_OF_CODES = 0xDA, 0xD9, 0xC4
+FRAMES = (0xC0, 0xC1, 0xC2) # sequential, extended, progressive
 HOLE = 1024 # zeros in a row that no codes of a photo make
 
 def _segments(data):
@@ -96,24 +97,52 @@ def _zeros_are_flat(data, at):
         at += 17 + sum(data[at + 1:at + 17])
     return True
 
+def _scans(data, segments):
+    "(first, last coefficient, where the compressed data begin and end) of each scan of a JPEG."
+    for (mark, at), (_, end) in zip(segments, segments[1:]):
+        if mark != START_OF_SCAN: continue
+        first, last = data[at + 3 + 2 * data[at + 2]:][:2]
+        yield first, last, at, end
+
+def _lacks_scans(data, segments):
+    "Whether some coefficient of some colour never comes in full: then the last scans are missing."
+    short = {}
+    for mark, at in segments:
+        if mark in FRAMES: short = {data[at + 8 + 3 * c]: [True] * 64 for c in range(data[at + 7])}
+        if mark != START_OF_SCAN: continue
+        n = data[at + 2]
+        first, last, bits = data[at + 3 + 2 * n:][:3]
+        for c in range(n):
+            colour = short.get(data[at + 3 + 2 * c], [True] * 64)
+            colour[first:last + 1] = [bits & 15 > 0] * len(colour[first:last + 1])
+    return any(map(any, short.values()))
+
+def _hole(data, segments):
+    "Where zeros begin that no picture means; -1: nowhere. A scan of mean colours alone may have them."
+    even = all(_zeros_are_flat(data, at) for mark, at in segments if mark == TABLES_OF_CODES)
+    for first, last, at, end in _scans(data, segments):
+        hole = data.find(bytes(HOLE), at, end)
+        if hole >= 0 and last and (first or not even): return hole
+    return -1
+
 def _jpeg_fault(im, data):
     "How the data of a JPEG end too early though its decoder says nothing; empty: they do not."
     segments = list(_segments(data))
     if not segments or segments[-1][0] != END_OF_IMAGE: return "the end of the JPEG is missing"
-    end = segments[-1][1]
-    first = next((at for mark, at in segments if mark == START_OF_SCAN), end)
-    even = all(_zeros_are_flat(data, at) for mark, at in segments if mark == TABLES_OF_CODES)
-    if im.info.get("progressive"): return ""
-    hole = data.find(bytes(HOLE), first, end)
-    if hole >= 0 and not even: return f"there are only zeros after {hole:,} bytes of the JPEG"
-    return "the JPEG ends in the middle of its data" if _is_cut(im, data, end) else ""
+    if _lacks_scans(data, segments): return "the last parts of the JPEG are missing"
+    if (hole := _hole(data, segments)) >= 0: return f"there are only zeros after {hole:,} bytes of the JPEG"
+    many = sum(mark == START_OF_SCAN for mark, _ in segments) > 1
+    cut = (many or _ends_grey(im)) and _is_cut(im, data, segments[-1][1])
+    return "the JPEG ends in the middle of its data" if cut else ""
+
+def _ends_grey(im):
+    "Whether the last corner is what the decoder takes for data of a single scan that are not there."
+    corner = im.crop((im.width - 1, im.height - 1, im.width, im.height)).tobytes()
+    return im.mode in ("L", "RGB") and all(abs(c - 128) <= 8 for c in corner)
 
 def _is_cut(im, data, end):
     "Whether data that are put before the end mark change the picture: then some were missing."
     from PIL import Image
-    corner = im.crop((im.width - 1, im.height - 1, im.width, im.height)).tobytes()
-    missing = 128 # what the decoder takes for data that are not there
-    if im.mode not in ("L", "RGB") or any(abs(c - missing) > 8 for c in corner): return False
     filler = bytes((73 * i + 41) % 255 for i in range(4096))
     longer = data[:end - 2].rstrip(b"\xff") + filler + data[end - 2:end]
     more = Image.open(io.BytesIO(longer), formats=["JPEG"])
