@@ -179,10 +179,11 @@ PLANTED = {
         ('nobody says where the others stand', '        if self.store and idle > self.seconds / 2: self._look()\n', '        if False: pass\n', 'test_a_frozen_rank'),
     ],
     ('sdcourse/commands/sweep.py', 'tests/test_sweep.py'): [
+        ('runs that end together lose a row', '    with _turn(out):\n        all_ = rows(found, out)\n', '    if True:\n        all_ = rows(found, out); time.sleep(0.2)\n', 'test_runs_that_end_together_leave_one_whole_table'),
+        ('a table waits for ever', '            if time.monotonic() > end: raise\n', '            if time.monotonic() > end + 60: return\n', 'test_a_table_waits_for_its_turn_and_not_for_ever'),
         ('sweep: a signal ends one run only', '            if flag.raised(): return REQUEUE\n', '', 'test_one_signal_ends_a_sweep'),
         ('sweep: one that diverges ends all', '        return e.code\n    if name', '        raise\n    if name', 'test_one_diverging_combination_does_not_end_a_sweep'),
         ('sweep: a failure is forgotten in the table', '        _note_failure(out, name, str(e))\n', '', 'test_one_diverging_combination_does_not_end_a_sweep'),
-        ('runs that end together lose a row', '        fcntl.flock(lock, fcntl.LOCK_EX)\n        all_ = rows(found, out)\n', '        all_ = rows(found, out); import time; time.sleep(0.2)\n', 'test_runs_that_end_together_leave_one_whole_table'),
         ('a run that was never started is finished', 'return f"at step {last[\'step\']}" if last else "not started"', 'return "finished"', 'test_a_run_that_is_missing_has_a_row_that_says_so'),
         ('a wrong value is found when its turn comes', '    for w in words: parse_args(', '    for w in words[:1]: parse_args(', 'test_what_is_wrong_is_refused_before_anything_trains'),
     ],
@@ -597,10 +598,13 @@ PLANTED = {
         ('the manifests stay at home', 'package_data={', 'exclude_package_data={', 'test_an_installed_package_carries_the_manifests'),
     ],
     ('sdcourse/data/prepare.py', 'tests/test_prepare.py'): [
+        ('prepare: two processes in one folder', 'self._owner = self._held.enter_context(Owner(self.folder, self._lose))', 'self._owner = Owner(self.folder, self._lose)', 'test_two_processes_do_not_work_in_one_folder'),
+        ('prepare: swept without a lock', 'self._owner = self._held.enter_context(Owner(self.folder, self._lose))', 'self._sweep(); self._owner = self._held.enter_context(Owner(self.folder, self._lose))', 'test_nothing_is_swept_where_locks_are_unknown'),
+        ('prepare: its owner is published', '        os.rename(self.folder, self.out)\n        self._let_go()\n', '        os.rename(self.folder, self.out)\n', 'test_an_owner_leaves_no_trace_in_what_is_published'),
+        ('prepare: a lost folder is written', '        if self._lost: self._owner.check()\n', '', 'test_a_folder_that_another_has_taken_is_written_no_more'),
+        ('prepare: a lost folder is published', '        self._owner.check()\n        (self.folder/"STOP")', '        (self.folder/"STOP")', 'test_a_folder_that_another_has_taken_is_written_no_more'),
         ('prepare: other options go on with old files', 'if changed := differences(old.get("prepared", {}), self.facts):', 'if changed := "":', 'test_other_facts_are_refused_with_the_difference'),
         ('prepare: a foreign folder is filled', '        if not path.is_file():\n', '        if not path.is_file(): return {}\n        if False:\n', 'test_what_is_not_ours_is_never_touched'),
-        ('prepare: two processes in one folder', 'fcntl.LOCK_EX | fcntl.LOCK_NB', 'fcntl.LOCK_SH | fcntl.LOCK_NB', 'test_two_processes_do_not_work_in_one_folder'),
-        ('prepare: a file system without locks cannot be used', '            if e.errno not in NO_LOCKS: raise\n', '            raise\n', 'test_a_file_system_without_locks_is_said_and_used'),
         ('prepare: a place that may not be written is a crash', '        except OSError as e:\n            self.__exit__()\n', '        except ImportError as e:\n            self.__exit__()\n', 'test_a_place_that_may_not_be_written'),
         ('prepare: a refused start keeps the lock', '        except UserError:\n            self.__exit__()\n            raise\n', '', 'test_other_facts_are_refused_with_the_difference'),
         ('prepare: the STOP file is part of the set', '        (self.folder/"STOP").unlink(missing_ok=True)\n', '', 'test_leftovers_of_a_kill_are_swept_up'),
@@ -733,6 +737,9 @@ PLANTED = {
     ('sdcourse/data/sources.py', 'tests/test_scan.py'): [
         ('shards: what the scan found bad is packed', 'def bad(self): return excluded(self.folder, only_pictures(self.found))', 'def bad(self): return frozenset()', 'test_training_data_go_on_without_the_bad_ones'),
     ],
+    ('sdcourse/core.py', 'tests/test_generate.py'): [
+        ('export: writes into what is there', '    if os.path.lexists(out): raise UserError(f"{out}: is there already', '    if False: raise UserError(f"{out}: is there already', 'test_exports_refuse_in_one_line_and_leave_nothing'),
+    ],
     ('sdcourse/dataset.py', 'tests/test_dataset.py'): [
         ('view: only the first caption', 'return [t for v in value for t in _strings(v)]', 'return _strings(value[0])', 'test_captions_come_from_the_columns_that_are_asked_for'),
         ('view: max_samples takes the first ones', 'return np.sort(permutation(0, 0, n)[:max_samples])', 'return np.arange(max_samples)', 'test_a_choice_is_spread_nested_and_in_order'),
@@ -778,7 +785,6 @@ PLANTED = {
         ('cached: the mirror is never taken', 'mirrored(draws, flip).long().clamp(max=batch["mean"].shape[1] - 1)', 'mirrored(draws, False).long().clamp(max=batch["mean"].shape[1] - 1)', 'test_both_sides_of_nearly_every_item_in_ten_epochs'),
         ('cached: the posterior noise is the same in each step', 'draws.normal("posterior", mean.shape[1:])', 'type(draws)(draws.seed, 0, draws.rows).normal("posterior", mean.shape[1:])', 'test_the_posterior_is_drawn_anew_in_each_step'),
         ('cached: any VAE may decode', 'if vae and weights_id(vae_folder(vae)) != index["key"]["weights"]', 'if vae and False', 'test_what_does_not_fit_is_refused'),
-        ('any cache is taken for latents', 'if index["kind"] != "latents"', 'if False', 'test_what_does_not_fit_is_refused'),
     ],
     ('sdcourse/cache/store.py', 'tests/test_store.py'): [
         ('cache: batches come in the order of the files', 'out[k][torch.from_numpy(group)] = v', 'out[k][torch.from_numpy(np.sort(order)[: len(group)])] = v', 'test_each_row_comes_back_under_its_id_in_any_order'),
@@ -1018,7 +1024,6 @@ PLANTED = {
         ('export: raw weights for averaged ones', 'found["ema" if weights == "ema" and "ema" in found else "model"]', 'found["model"]', 'test_a_checkpoint_draws_with_averaged_weights_what_the_export_draws'),
         ('export: averaged weights for raw ones', 'found["ema" if weights == "ema" and "ema" in found else "model"]', 'found["ema"]', 'test_an_exported_checkpoint_is_that_checkpoint'),
         ('export: half a model stays after a refusal', 'finally: shutil.rmtree(new, ignore_errors=True)', 'finally: new.mkdir(exist_ok=True) if not out.exists() else None', 'test_exports_refuse_in_one_line_and_leave_nothing'),
-        ('export: writes into what is there', '    if os.path.lexists(out): raise UserError(f"{out}: is there already', '    if False: raise UserError(f"{out}: is there already', 'test_exports_refuse_in_one_line_and_leave_nothing'),
         ("export: another command's work is swept away", 'new = out.with_name(f".{out.name}.{os.getpid()}.partial")', 'new = Path(f"{out}.partial")', 'test_an_export_leaves_what_another_command_left'),
     ],
     ('sdcourse/commands/export.py', 'tests/test_sd15.py'): [
@@ -1055,6 +1060,11 @@ PLANTED = {
         ('generate: a file STOP asks for a requeue', 'if left and stopped != "file STOP" else 0', 'if left else 0', 'test_asked_to_stop_it_leaves_between_batches_and_goes_on_later[STOP]'),
     ],
     ('sdcourse/commands/copy_images.py', 'tests/test_generate.py'): [
+        ('copy-images: removes what another start writes', '    with Owner(new):\n', '    if True:\n', 'test_the_work_of_another_command_is_left_alone'),
+        ('copy-images: what an earlier start left is copied', '            if p.is_dir(): shutil.rmtree(p)\n', '            pass\n', 'test_the_work_of_another_command_is_left_alone'),
+        ('copy-images: OUT below a file is a crash', '    check_free(out)\n', '    if Path(out).exists(): raise UserError(f"{out}: is there already; choose another OUT")\n', 'test_what_is_in_the_way_of_a_copy_is_one_line'),
+        ('copy-images: a full disk is a crash', '    except OSError as e: raise disk_error', '    except ImportError as e: raise disk_error', 'test_a_full_disk_ends_a_copy_with_one_line'),
+        ('copy-images: says that what was done is kept', '(e, new, "it begins anew")', '(e, new)', 'test_a_full_disk_ends_a_copy_with_one_line'),
         ('copy-images: two ids share a file', 'names = file_names(found.ids, "")', 'names = ["a" for _ in found.ids]', 'test_two_ids_of_a_set_never_share_a_file'),
         ('copy-images: removes the work of another command', 'if new.exists() and not (new/COPYING).is_file():', 'if False:', 'test_the_work_of_another_command_is_left_alone'),
         ('copy-images: links are absolute', 'os.path.relpath(found.path(i).resolve(), final)', 'found.path(i).resolve()', 'test_the_truth_is_copied_linked_or_resized'),

@@ -390,7 +390,8 @@ def test_our_own_tars_are_scanned_by_tar_and_id(tmp_path):
     assert cli.main(["scan", str(tmp_path / "out"), "--limit", "0.5"]) == 0
     found = json.loads((tmp_path / "out/scan.json").read_text())
     assert [b["file"] for b in found["bad"]] == ["train-00000.tar/2", "val-00000.tar/2"]
-    assert pictures(tmp_path / "out", "val").ids == ["0", "1", "3"]
+    data = pictures(tmp_path / "out", "val")
+    assert data.ids == ["0", "1", "3"] and data.bytes(2) == (home / "val/3.png").read_bytes()
 
 
 def test_a_stopped_scan_of_tars_goes_on(tars, monkeypatch):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'check_key', 'read_index', 'shard_plan', 'planned', 'row_bytes', 'extend_plan', 'write_shard', 'read_shard',
-           'missing', 'Cache', 'Joined']
+           'missing', 'finished_index', 'Cache', 'Joined']
 
 # %% ../../nbs/cache/05_store.ipynb #28245194
 import hashlib, json, os
@@ -152,7 +152,10 @@ def missing(
     return [s for s in index["shards"] if f"{s['name']}.safetensors" not in there]
 
 # %% ../../nbs/cache/05_store.ipynb #4d583f5c
-def _finished_index(folder, kind):
+def finished_index(
+    folder, # of a cache
+    kind: str = "", # latents, prompts or features; empty: any
+) -> dict:
     "The index of a cache that is whole and of this kind; `UserError` for another."
     index = read_index(folder)
     if index is None: raise UserError(f"{folder}: no cache is there; make it with sdcourse cache")
@@ -172,7 +175,7 @@ class Cache:
         *, kind: str = "", # latents, prompts or features; empty: any
     ):
         self.folder = Path(folder)
-        index = _finished_index(folder, kind)
+        index = finished_index(folder, kind)
         known = tuple(dict.fromkeys(s["split"] for s in index["shards"]))
         if split not in known: raise UserError(f"{folder}: has no split {split!r}: {nearest(split, known)}")
         self.split = split

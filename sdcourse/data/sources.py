@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from ..core import UserError, log, read_json
-from .images import SUFFIXES, UNREAD, BadImage, open_image, plain_bytes
+from .images import SUFFIXES, BadImage, open_image, plain_bytes
 from sdcourse.data.manifests import (
     check_rows, leave_out, named_file, shown, split_of, table_rows, unread, walk,
 )
