@@ -12,7 +12,7 @@ from pathlib import Path
 from ..core import UserError, disk_error, write_json
 from .images import BadImage
 from .manifests import shown, split_of
-from .scan import FolderGallery, Gallery, Journal, Part, Scan, scan
+from .scan import BAD, FolderGallery, Gallery, Journal, Part, Scan, scan
 from .shards import TarSet, TarsSet, kind_of
 from .sources import FETCH, HubSet, HubSource, picture_columns, row_name
 
@@ -50,7 +50,8 @@ class HubGallery(Gallery):
         whole: HubSet, # with all splits
     ):
         self.files = whole.files
-        self.time = max((os.stat(Path(whole.name)/n).st_mtime_ns for n in self.files), default=0)
+        paths = [Path(whole.name)/n for n in self.files]
+        self.time = max((p.stat().st_mtime_ns for p in paths if p.is_file()), default=0)
         self.columns = {}
         for split, data in whole.data.items():
             for column in picture_columns(data):
@@ -110,8 +111,10 @@ LINKS = "make a folder of your own with links (ln -s FOLDER/* MINE), scan it and
 
 def _tell(folder, cfg, found, out):
     "Print what was found; the exit code."
-    _some([f"{b['kind']}: {shown(b['file'])} ({b['detail']})" for b in found["bad"]], "bad", out)
-    _some(map(_alike, found["near"]), "near", out)
+    for kind in BAD:
+        mine = [b for b in found["bad"] if b["kind"] == kind]
+        _some([f"{kind}: {shown(b['file'])} ({b['detail']})" for b in mine], kind, out)
+    _some([_alike(n) for n in found["near"]], "alike", out)
     if Path(out).resolve() != (Path(folder)/"scan.json").resolve():
         what = f"readers of {folder} look at its scan.json, and do not see this list"
         print(f"{out}: {what}; copy it there, or {LINKS}")
@@ -127,7 +130,6 @@ def _alike(n):
 
 def _some(lines, kind, out):
     "Print the first lines, and how many more there are."
-    lines = list(lines)
     for line in lines[:PRINTED]: print(line)
     more = len(lines) - PRINTED
-    if more > 0: print(f"… and {more:,} more ({kind} in {out})")
+    if more > 0: print(f"… and {more:,} more ({kind}; all are in {out})")

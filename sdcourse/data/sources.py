@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from ..core import UserError, log, read_json
-from .images import SUFFIXES, BadImage, open_image, plain_bytes
+from .images import POINTER, SUFFIXES, BadImage, open_image, plain_bytes, read_header
 from sdcourse.data.manifests import (
     check_rows, leave_out, named_file, shown, split_of, table_rows, unread, walk,
 )
@@ -403,12 +403,44 @@ def _load_hub(name):
         if local: raise UserError(f"{name}: cannot be read ({why}); see to it") from None
         raise UserError(f"{name}: no such folder, and the Hub cannot be reached ({why}); {FETCH}") from None
     except Exception as e:
+        if local: _check_files(name)
         why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
         raise UserError(f"{name}: cannot be read as a hub set ({why})") from None
     data = data if isinstance(data, dict) else {str(data.split or "train"): data}
-    found = {split_of(s) or s: d for s, d in data.items()}
+    found = {split_of(s) or s: _with_pictures(d) for s, d in data.items()}
     if len(found) == len(data): return found
     raise UserError(f"{name}: two of its splits {', '.join(data)} mean the same; remove or rename one")
+
+def _check_files(folder):
+    "`UserError` that names the first parquet file that is none."
+    for path in sorted(Path(folder).rglob("*.parquet")):
+        if not path.is_file(): continue
+        with open(path, "rb") as f:
+            start = f.read(len(POINTER))
+            f.seek(max(0, path.stat().st_size - 4))
+            end = f.read()
+        if start == POINTER: raise UserError(f"{path}: is a pointer of Git LFS; fetch it (git lfs pull)")
+        if start[:4] != b"PAR1" or end != b"PAR1":
+            raise UserError(f"{path}: is cut off, empty or no parquet file; download it again")
+
+def _with_pictures(data):
+    "The same rows; columns of stored pictures become such where nothing says so, as in files of pandas."
+    from datasets import Image
+    if picture_columns(data): return data
+    for column, kind in data.features.items():
+        bare = str(getattr(kind, "dtype", "")) in ("binary", "large_binary")
+        stored = isinstance(kind, dict) and kind.keys() == {"bytes", "path"}
+        if (bare or stored) and _shows(data, column): data = data.cast_column(column, Image())
+    return data
+
+def _shows(data, column):
+    "Whether the first cell that is not empty holds a picture."
+    for row in data.select_columns([column]):
+        cell = row[column]["bytes"] if isinstance(row[column], dict) else row[column]
+        if not cell: continue
+        try: return bool(read_header(cell))
+        except BadImage: return False
+    return False
 
 def _read_hub(datasets, name, local):
     "What `datasets` makes of a name: one split, or several by their names."
@@ -426,11 +458,12 @@ class HubSet:
         self.splits = in_order(self.data)
 
     @cached_property
-    def files(self): # {name: bytes}; of a set that is no folder there are none
-        "The files of a local copy that hold pictures."
+    def files(self): # {name: bytes, split: rows}; of a set that is no folder there are none
+        "What tells a local copy from another one: its files that hold pictures, and how many rows they have."
         if not Path(self.name).is_dir(): return {}
         found, _ = walk(self.name, hidden=False)
-        return {n: s for n, s in found.items() if n.lower().endswith((".parquet", ".arrow", *SUFFIXES))}
+        files = {n: s for n, s in found.items() if n.lower().endswith((".parquet", ".arrow", *SUFFIXES))}
+        return files | {split: len(d) for split, d in self.data.items()}
 
     @cached_property
     def bad(self): # what a scan has found
