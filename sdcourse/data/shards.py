@@ -206,14 +206,17 @@ def _reason(name, samples):
 
 def _has_picture(sample): return bool(sample.keys() & set(IMAGE_KEYS))
 
+def _plain_file(path):
+    if os.path.isfile(path): return open(path, "rb")
+    raise UserError(f"{path}: is no plain file; remove or rename it") # a pipe would wait for its writer
+
 def index_tar(
     path, # a tar, not compressed
 ) -> tuple: # (rows of the index, [{"key", "reason"}] of what is left out)
     "Find every sample of a tar; `UserError` when it is damaged or hostile."
-    if not os.path.isfile(path): raise UserError(f"{path}: is no plain file; remove or rename it")
     samples, left = {}, []
     end = 0 # of the last member
-    with open(path, "rb") as f:
+    with _plain_file(path) as f:
         for name, m, end in _members(f, path, os.path.getsize(path)):
             if not name: continue
             key, suffix = _split_name(name)
@@ -528,6 +531,15 @@ def _content(jobs, classes):
         lines += [f"{name} {s.key} {s.path.name} {s.size} {s.meta!r}\n" for s in samples]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
+def _planned(folder, cfg):
+    "(jobs, names of classes, number of samples) of a folder."
+    whole = open_folder(folder)
+    if not isinstance(whole, FolderSet):
+        raise UserError(f"{folder}: is packed already; give a folder of pictures, or one with tars")
+    sources = {split: whole.open(split) for split in whole.splits}
+    splits = read_samples(sources)
+    return _jobs(splits, cfg.max_bytes), next(iter(sources.values())).classes, sum(map(len, splits.values()))
+
 def _pack_one(work, split, name, samples):
     "Write one tar and its index."
     path = work.folder/f"{name}.tar"
@@ -550,15 +562,8 @@ def pack(
     *, flag, # raised() says when to stop
 ) -> int: # 0: published, there already, or stopped to be continued
     "Data folder to tars and index."
-    whole = open_folder(folder)
-    if not isinstance(whole, FolderSet):
-        raise UserError(f"{folder}: is packed already; give a folder of pictures, or one with tars")
-    sources = {split: whole.open(split) for split in whole.splits}
-    splits = read_samples(sources)
-    count = sum(map(len, splits.values()))
+    jobs, classes, count = _planned(folder, cfg)
     manifest = _origin(folder) | {"count": count}
-    jobs = _jobs(splits, cfg.max_bytes)
-    classes = next(iter(sources.values())).classes
     facts = {"set": "shards", "max_bytes": cfg.max_bytes, "content": _content(jobs, classes)}
     with Work(out, facts) as work:
         if work.whole:

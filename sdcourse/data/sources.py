@@ -71,8 +71,8 @@ class Source:
     @property
     def remedy(self) -> str:
         "What helps against a picture that cannot be used."
-        if not self.scanned: return f"take a local copy, and what sdcourse scan lists there is left out: {FETCH}"
-        return f"sdcourse scan {self.scanned} lists such pictures, and they are left out"
+        if self.scanned: return f"sdcourse scan {self.scanned} lists such pictures, and they are left out"
+        return f"take a local copy, and what sdcourse scan lists there is left out: {FETCH}"
 
     def draw(self,
         numbers, # of items
@@ -101,11 +101,13 @@ def _check_tables(folder, found):
     for name in found:
         home, _, base = name.rpartition("/")
         if base.lower() in TABLES:
-            if base not in TABLES: raise UserError(f"{folder}/{name}: call it {base.lower()}, or it is not read")
+            if base not in TABLES:
+                raise UserError(f"{folder}/{name}: call it {base.lower()}, or it is not read")
             if (other := tables.setdefault(home, name)) != name:
                 raise UserError(f"{folder}: has {other} and {name}; remove one of them")
         elif base.lower() in NO_TABLES: others.append(name)
-    _tell_unused(folder, others, "captions are read from metadata.jsonl, metadata.csv, or .txt beside pictures")
+    known = "captions are read from metadata.jsonl, metadata.csv, or .txt beside pictures"
+    _tell_unused(folder, others, known)
 
 def _tell_unused(folder, names, why):
     "Say which tables are not read."
@@ -253,7 +255,8 @@ class FolderSet:
         near = [t for t in near if t in self.found]
         if not near: return self._open_folders(split, column, label)
         others = dict.fromkeys([*self._tables(home), *near])
-        _tell_unused(self.folder, [t for t in others if t != near[0]], f"{near[0]} speaks for all pictures of {split}")
+        why = f"{near[0]} speaks for all pictures of {split}"
+        _tell_unused(self.folder, [t for t in others if t != near[0]], why)
         return FolderSource(self, home, self._rows(near[0], home, column, label), classes, label)
 
     def _tables(self, home): # in a folder and below
@@ -265,7 +268,8 @@ class FolderSet:
         nested = self._tables(home)
         with_table = [s for s, h in self.homes.items() if any(f"{h}{name}" in self.found for name in TABLES)]
         if with_table and not nested:
-            log.warning("%s: its split %s has no metadata.jsonl, and %s has one", self.folder, split, with_table[0])
+            what = "its split %s has no metadata.jsonl, and %s has one"
+            log.warning(f"%s: {what}", self.folder, split, with_table[0])
         if column and not nested:
             what = f"has no metadata.jsonl, hence no column {column}"
             raise UserError(f"{self.folder}: {what}; leave --image-column out")
@@ -290,15 +294,16 @@ class FolderSet:
         """Rows with the text of the .txt that lies beside a picture, and the classes: kohya and img2dataset
         write such folders, and those of the latter are numbered parts with a table beside each, not classes.
         """
-        texts = [f"{n.rsplit('.', 1)[0]}.txt" for n, _ in rows]
-        lone = [n for (n, _), t in zip(rows, texts) if t not in self.found]
+        texts = {n: f"{n.rsplit('.', 1)[0]}.txt" for n, _ in rows}
+        lone = [n for n, text in texts.items() if text not in self.found]
         written = len(lone) < len(rows)
         parts = all(f"{home}{c}.parquet" in self.found for c in classes)
-        if parts or written and all(map(str.isdecimal, classes)): rows, classes = [(n, {}) for n, _ in rows], ()
+        if parts or written and all(map(str.isdecimal, classes)):
+            rows, classes = [(n, {}) for n, _ in rows], ()
         if not written: return rows, classes
         leave_out(self.folder, lone, len(rows), "pictures have no .txt beside them, and the others have")
-        kept = [(n, row, t) for (n, row), t in zip(rows, texts) if t in self.found]
-        return [(n, row | {"text": _text(self.folder/t)}) for n, row, t in kept], classes
+        lone = set(lone)
+        return [(n, r | {"text": _text(self.folder/texts[n])}) for n, r in rows if n not in lone], classes
 
 def _text(path):
     try: return path.read_text(encoding="utf-8-sig").strip()
@@ -328,9 +333,7 @@ class FolderSource(Source):
         self.classes = classes
         self.label = label or "label"
         self.licence, self.sums = whole.facts
-        good = [(n, r) for n, r in rows if n not in whole.bad]
-        tell_listed(self.folder, len(rows) - len(good), len(rows))
-        rows = good
+        rows = _without(whole.bad, rows, whole.folder)
         self.names = [n for n, _ in rows]
         self.sizes = [whole.found[n] for n in self.names]
         self._compare()
@@ -364,6 +367,12 @@ class FolderSource(Source):
         try: return plain_bytes(self.path(i))
         except OSError as e: raise BadImage("unreadable", e.strerror or type(e).__name__) from None
 
+def _without(bad, rows, folder):
+    "The rows whose pictures are not listed."
+    good = [(n, r) for n, r in rows if n not in bad]
+    tell_listed(folder, len(rows) - len(good), len(rows))
+    return good
+
 def is_older(
     path, # a file
     folder, # with manifest.json
@@ -396,32 +405,32 @@ def _load_hub(name):
     except ImportError:
         how = "pip install -c constraints.txt datasets"
         raise UserError(f"{name}: hub sets need the package datasets: {how}") from None
-    local = Path(name).is_dir()
-    try: data = _read_hub(datasets, str(name), local)
-    except (ConnectionError, OSError) as e:
-        why = " ".join(str(e).split())[:160]
-        if local: raise UserError(f"{name}: cannot be read ({why}); see to it") from None
-        raise UserError(f"{name}: no such folder, and the Hub cannot be reached ({why}); {FETCH}") from None
-    except Exception as e:
-        if local: _check_files(name)
-        why = f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
-        raise UserError(f"{name}: cannot be read as a hub set ({why})") from None
+    try: data = _read_hub(datasets, str(name), Path(name).is_dir())
+    except Exception as e: raise _no_hub(name, e) from None
     data = data if isinstance(data, dict) else {str(data.split or "train"): data}
     found = {split_of(s) or s: _with_pictures(d) for s, d in data.items()}
     if len(found) == len(data): return found
     raise UserError(f"{name}: two of its splits {', '.join(data)} mean the same; remove or rename one")
 
-def _check_files(folder):
-    "`UserError` that names the first parquet file that is none."
+def _no_hub(name, e):
+    "Why a hub set cannot be read, in one line."
+    why = " ".join(str(e).split())[:200]
+    bad = UserError(f"{name}: cannot be read as a hub set ({type(e).__name__}: {why})")
+    if Path(name).is_dir(): return _broken_file(name) or bad
+    if not isinstance(e, OSError): return bad # what a network says is one
+    return UserError(f"{name}: no such folder, and the Hub cannot be reached ({why}); {FETCH}")
+
+def _broken_file(folder):
+    "What is wrong with the first parquet file that is none; None: they look whole."
     for path in sorted(Path(folder).rglob("*.parquet")):
         if not path.is_file(): continue
         with open(path, "rb") as f:
             start = f.read(len(POINTER))
             f.seek(max(0, path.stat().st_size - 4))
             end = f.read()
-        if start == POINTER: raise UserError(f"{path}: is a pointer of Git LFS; fetch it (git lfs pull)")
+        if start == POINTER: return UserError(f"{path}: is a pointer of Git LFS; fetch it (git lfs pull)")
         if start[:4] != b"PAR1" or end != b"PAR1":
-            raise UserError(f"{path}: is cut off, empty or no parquet file; download it again")
+            return UserError(f"{path}: is cut off, empty or no parquet file; download it again")
 
 def _with_pictures(data):
     "The same rows; columns of stored pictures become such where nothing says so, as in files of pandas."
@@ -510,14 +519,18 @@ class HubSource(Source):
         self.licence = data.info.license or ""
         self._find_pictures(data, column)
         self._find_classes(data, label)
-        listed = {i for i in range(len(data)) if row_name(split, i, self.column) in bad}
-        self.numbers = [i for i in range(len(data)) if i not in listed] # of the rows
-        tell_listed(name, len(data) - len(self.numbers), len(data))
-        if len(self.numbers) < len(data):
-            data, self.pictures = data.select(self.numbers), self.pictures.select(self.numbers)
+        self.numbers = [i for i in range(len(data)) if row_name(split, i, self.column) not in bad] # of rows
+        data = self._without(data)
         self.table = data.select_columns(self.columns)
         given = "id" in self.columns
         self.ids = [str(i) for i in data["id"]] if given else [f"{split}-{i:07}" for i in self.numbers]
+
+    def _without(self, data):
+        "The rows that are not listed."
+        tell_listed(self.name, len(data) - len(self.numbers), len(data))
+        if len(self.numbers) == len(data): return data
+        self.pictures = self.pictures.select(self.numbers)
+        return data.select(self.numbers)
 
     def _find_pictures(self, data, column):
         from datasets import Image

@@ -242,7 +242,8 @@ def read_parquet(
     if names is None:
         raise UserError(f"{source}: {others[0]} is called neither train-… nor validation-…; rename it")
     if others:
-        log.warning("%s: %s is of neither train nor val (%d such files); left out", source, others[0], len(others))
+        what = "is of neither train nor val (%d such files); left out"
+        log.warning(f"%s: %s {what}", source, others[0], len(others))
     return names, names, _distinct(rows)
 
 # %% ../../../nbs/data/sets/06_imagenet.ipynb #c3f5ea55
