@@ -662,6 +662,7 @@ PLANTED = {
         ('unsplash: stored after the stop', '        if stop.is_set(): raise Stopped("stopped")\n        if not pool', '        if not pool', 'test_a_photo_that_comes_after_the_stop_is_not_stored'),
     ],
     ('sdcourse/data/shards.py', 'tests/test_shards.py'): [
+        ('tars: one long name takes the memory of all', '    if len(m.name) > NAME: raise', '    if False: raise', 'test_hostile_members'),
         ('shards: splits without a table stay behind', 'sources = {split: whole.open(split) for split in whole.splits}', 'sources = {split: whole.open(split) for split in whole.splits[:1]}', 'test_tars_hold_what_a_training_on_the_folder_would_see'),
         ('shards: two samples with one id', '        if twice := [i for i in numbers if many[source.ids[i]] > 1]:', '        if twice := []:', 'test_two_pictures_with_one_id_are_not_packed'),
         ('tars: a cut one is called compressed', '    if start.startswith(PACKED):', '    if True:', 'test_what_is_wrong_with_a_tar_is_said_as_it_is'),
@@ -790,6 +791,7 @@ PLANTED = {
         ('the posterior is not sampled', 'mean + std * draws.normal("posterior", mean.shape[1:])', 'mean', 'test_latents_are_sampled_mirrored_and_scaled'),
     ],
     ('sdcourse/cache/latents.py', 'tests/test_latents.py'): [
+        ('any cache is taken for latents', 'index = finished_index(folder, "latents")', 'index = finished_index(folder)', 'test_what_does_not_fit_is_refused'),
         ('online: the flip is not drawn', 'x = torch.where(mirrored(draws, flip)[:, None, None, None], x.flip(-1), x)', 'x = x', 'test_online_flips_are_those_of_the_cache'),
         ('online: encode batches are ignored', 'x.split(self.encode_batch)', 'x.split(len(x))', 'test_cached_training_is_online_training_bit_by_bit'),
         ('online: held-out pictures are cut at random', 'crop = "center" if self.transform.crop == "random" else self.transform.crop', 'crop = self.transform.crop', 'test_random_crops_differ_between_epochs_and_never_in_validation'),
@@ -798,6 +800,7 @@ PLANTED = {
         ('cached: any VAE may decode', 'if vae and weights_id(vae_folder(vae)) != index["key"]["weights"]', 'if vae and False', 'test_what_does_not_fit_is_refused'),
     ],
     ('sdcourse/cache/store.py', 'tests/test_store.py'): [
+        ('cache: one long caption takes the memory of all', 'dtype=object if room > 8 * sum(map(len, texts)) else str)', 'dtype=str)', 'test_one_long_caption_takes_its_own_room_only'),
         ('cache: batches come in the order of the files', 'out[k][torch.from_numpy(group)] = v', 'out[k][torch.from_numpy(np.sort(order)[: len(group)])] = v', 'test_each_row_comes_back_under_its_id_in_any_order'),
         ('cache: a changed row is not planned again', 'new = [r for r in wanted if before.get(r[0]) != r]', 'new = [r for r in wanted if r[0] not in before]', 'test_growth_plans_only_what_is_new'),
         ('cache: what is gone stays', 'for gone in index["dropped"].get(split, ()): found.pop(gone, None)', 'pass', 'test_growth_plans_only_what_is_new'),

@@ -387,6 +387,7 @@ def test_pax_and_gnu_long_names(tmp_path):
         (("x.jpg", PIC, {"size": 2**60}), "says it has"),
         (("x.jpg", PIC, {"size": -512}), ""),
         (("x.jpg", PIC, {"type": tarfile.GNUTYPE_SPARSE}), ""),
+        ((f"{'x' * 5000}.jpg", PIC, {}), "more than 1000 characters"),
     ],
 )
 def test_hostile_members(tmp_path, member, words):

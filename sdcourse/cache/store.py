@@ -152,6 +152,11 @@ def missing(
     return [s for s in index["shards"] if f"{s['name']}.safetensors" not in there]
 
 # %% ../../nbs/cache/05_store.ipynb #4d583f5c
+def _texts(texts):
+    "An array of texts; where one is far longer than the others, each has its own length in memory."
+    room = len(texts) * max(map(len, texts), default=0)
+    return np.array(texts, dtype=object if room > 8 * sum(map(len, texts)) else str)
+
 def finished_index(
     folder, # of a cache
     kind: str = "", # latents, prompts or features; empty: any
@@ -185,7 +190,7 @@ class Cache:
         self.columns = index["columns"]
         self._shards = index["shards"]
         rows = planned(folder, index, split)
-        self.ids = np.array(list(rows), dtype=str)
+        self.ids = _texts(list(rows))
         self._where = np.array([w[1:] for w in rows.values()], dtype=np.int64).reshape(-1, 2)
         self._open = {} # number of a shard -> its tensors
         self._numbers = None # id -> number of the row, once somebody has asked
