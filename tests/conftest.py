@@ -38,12 +38,18 @@ import runpy
 
 runpy.run_path(str(OFFLINE / "sitecustomize.py"))
 
+import hypothesis
 import pytest
 import sdcourse
 from share import pytest_addoption, pytest_configure  # noqa: F401
 
 if Path(sdcourse.__file__).resolve().parent != ROOT / "sdcourse":
     raise RuntimeError(f"the tests of {ROOT} would test {sdcourse.__file__}")
+
+
+# The same examples everywhere: a property test fails in a change that breaks it, or never.
+hypothesis.settings.register_profile("same", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("same")
 
 
 @pytest.fixture(scope="session")

@@ -167,6 +167,7 @@ class Run:
         tried = len(self.caught) + len(self.alive) or len(self.bugs) - len(self.idle())
         caught = len(self.caught)
         counts = {"passed": 0, "failed": tried - caught, "caught": caught, "total": tried, "kept": self.kept}
+        counts["names"] = [f"survived: {bug.name}" for bug in self.alive]
         (out / "mutants.json").write_text(json.dumps(counts), encoding="utf-8")
 
     def waiting(self):

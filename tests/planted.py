@@ -426,7 +426,11 @@ PLANTED = {
         ('test.py: what is slow is ended', '            timer.cancel()\n            print(', '            print(', 'test_what_hangs_is_ended_and_what_is_slow_is_not'),
         ('test.py: a stage without a result passes', '            bad += 1\n    print(f"{good} passed', '            pass\n    print(f"{good} passed', 'test_the_last_line_counts_what_ran'),
         ('test.py: survivors pass', 'bad += found["failed"]', 'bad += found["failed"] * (stage != "mutants")', 'test_the_last_line_counts_what_ran'),
+        ('test.py: nobody says what failed', 'lines.append(f"{case', 'print(f"{case', 'test_what_failed_is_named_with_its_error'),
         ('a notebook that never ran passes', 'if str(p) not in completed]', 'if not p]', 'test_false_passes_of_nbdev_test_are_seen'),
+    ],
+    ('tests/conftest.py', 'tests/test_repo.py'): [
+        ('property tests differ from run to run', 'derandomize=True', 'derandomize=False', 'test_property_tests_are_the_same_everywhere'),
     ],
     ('tests/conftest.py', 'tests/test_offline.py'): [
         ('the network is open in child processes', '"PYTHONPATH": first(OFFLINE, ROOT)', '"PYTHONPATH": first(ROOT)', 'test_connections_are_refused_in_child_processes'),

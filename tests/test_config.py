@@ -431,7 +431,7 @@ def test_a_merge_key_may_be_overridden(tmp_path):
 
 
 @given(st.dictionaries(st.text(max_size=12), st.text(max_size=30), max_size=5))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_mapping_that_we_write_we_read(found):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.yaml"
@@ -440,7 +440,7 @@ def test_any_mapping_that_we_write_we_read(found):
 
 
 @given(st.binary(max_size=60))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_bytes_are_options_or_one_line(data):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.yaml"
@@ -454,7 +454,7 @@ def test_any_bytes_are_options_or_one_line(data):
 @given(
     st.sampled_from(["lr", "seed", "batch_size", "interval", "tracker", "force", "out"]), st.text(max_size=30)
 )
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_text_is_a_value_or_one_line(name, text):
     try:
         cfg = resolve(Config, overrides={name: text})

@@ -1205,7 +1205,7 @@ def test_a_prepared_picture_that_was_replaced_is_refused(tmp_path):
 
 @given(st.lists(st.text(max_size=30), min_size=1, max_size=4))
 @example(["one\u2028two\x0cthree\x85four\u2029"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_any_caption_comes_back_from_lines_and_tables(tmp_path_factory, texts):
     home = tmp_path_factory.mktemp("any")
     names = [f"{i}.png" for i in range(len(texts))]

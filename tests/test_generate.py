@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file
@@ -513,8 +513,9 @@ def test_a_hidden_id_gives_a_file_that_is_seen():
     assert [file_of(k) for k in (".x", "a/b", "..", "a.b")] == ["_x.png", "a_b.png", "_..png", "a.b.png"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.text(st.characters(exclude_categories=("Cs",))), st.text(min_size=1))
+@example("a\u2028b\u2029c\x85d\x0ce", "x")
 def test_a_row_is_one_line_for_every_reader(text, name):
     line = json_line(dict(id=name, text=text)) if name.isprintable() else json_line(dict(text=text))
     assert len(line.splitlines()) == 1 and json.loads(line)["text"] == text

@@ -277,7 +277,7 @@ def test_ids_and_names_are_used_once():
 
 @given(st.lists(st.text(max_size=40), max_size=20, unique=True))
 @example(["A", "a"])
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_two_ids_never_become_one_file(ids):
     names = file_names(ids)
     assert len({n.lower() for n in names}) == len(ids)

@@ -21,7 +21,7 @@ def test_neighbours_finds_copies_exactly():
 FEW = st.lists(st.integers(0, 5), min_size=1, max_size=9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(FEW, FEW)
 def test_shares_without_a_table_are_those_of_all_pairs(ours, real):
     a, b = (torch.tensor(x, dtype=torch.float32) for x in (ours, real))

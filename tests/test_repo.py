@@ -5,8 +5,10 @@ nothing that is unsafe or that holds only on one machine.
 import ast, base64, json, os, re, shutil, signal, subprocess, sys
 from configparser import ConfigParser
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
+from hypothesis import given, settings, strategies
 
 import budgets, in_step, lock, outputs, page, readme
 
@@ -688,8 +690,37 @@ def test_the_last_line_counts_what_ran(tmp_path, monkeypatch, capsys):
     assert last() == (1, "120 passed, 1 failed")  # the tests that read a clock left no result
     tool.keep("alone", 3, 0)
     assert last() == (0, "123 passed, 0 failed")
-    tool.keep("mutants", 0, 1, caught=24, total=25)
-    assert last() == (1, "123 passed, 1 failed")
+    tool.keep("mutants", 0, 1, caught=24, total=25, names=["survived: one"])
+    assert tool.total() and capsys.readouterr().out.splitlines()[-2:] == [
+        "  survived: one",
+        "123 passed, 1 failed",
+    ]
+
+
+def test_what_failed_is_named_with_its_error():
+    import test as tool
+
+    report = """<testsuite><testcase classname="tests.test_a" name="test_b"/>
+    <testcase classname="tests.test_a" name="test_c"><failure message="assert 1 == 2&#10;more"/></testcase>
+    <testcase classname="tests.test_a" name="test_d"><error message="broke"/></testcase></testsuite>"""
+    found = tool.red(ElementTree.fromstring(report))
+    assert found == ["tests.test_a::test_c: assert 1 == 2", "tests.test_a::test_d: broke"]
+
+
+def test_property_tests_are_the_same_everywhere():
+    "A random example would be red in a change that has nothing to do with it, and a planted bug green."
+    seen = []
+
+    @settings(max_examples=20)
+    @given(strategies.integers())
+    def run(number):
+        seen.append(number)
+
+    run()
+    first = seen[:]
+    seen.clear()
+    run()
+    assert len(first) == 20 and seen == first
 
 
 def test_what_hangs_is_ended_and_what_is_slow_is_not(monkeypatch, capsys):

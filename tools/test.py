@@ -147,23 +147,34 @@ def notebooks():
     wanted = expected()
     passed, problems = judge(code, lines, wanted)
     print(f"{passed} of {len(wanted)} notebooks ran and passed", *problems, sep="\n", flush=True)
-    return keep("notebooks", passed, len(problems))
+    return keep("notebooks", passed, len(problems), names=problems)
 
 
 def pytest(options, name, mark, tag="py"):
-    "Run it on what `mark` chooses; {passed, failed, skipped}."
+    "Run it on what `mark` chooses; {passed, failed, skipped, names of those that failed}."
     report = RESULTS / f"pytest-{name}.xml"
     report.unlink(missing_ok=True)
     command = [sys.executable, "-m", "pytest", "-m", mark, "--durations=12", f"--junitxml={report}", *options]
     code, _ = stream(command, tag)
     if not report.exists():
-        return dict(passed=0, failed=1, skipped=0)
+        return dict(passed=0, failed=1, skipped=0, names=[f"{name}: pytest ended without a report"])
     suite = xml.parse(report).getroot().find("testsuite")
     count = {k: int(suite.get(k)) for k in ("tests", "failures", "errors", "skipped")}
     failed = count["failures"] + count["errors"]
     nothing = code == 5 and not count["tests"]  # no test has this mark, or the options leave none
     passed = count["tests"] - failed - count["skipped"]
-    return dict(passed=passed, failed=failed or int(code != 0 and not nothing), skipped=count["skipped"])
+    failed = failed or int(code != 0 and not nothing)
+    return dict(passed=passed, failed=failed, skipped=count["skipped"], names=red(suite))
+
+
+def red(suite):
+    "A line for each test that failed: its name, and the first line of its error."
+    lines = []
+    for case in suite.iter("testcase"):
+        for found in [*case.iter("failure"), *case.iter("error")]:
+            told = (found.get("message") or "").strip().partition("\n")[0]
+            lines.append(f"{case.get('classname')}::{case.get('name')}: {told[:160]}")
+    return lines
 
 
 def tests(options, stage, mark):
@@ -191,7 +202,8 @@ def lanes(options):
     lane.start()
     parts.append(pytest([*share(claims), *options], "tests-1", mark))
     lane.join()
-    count = {k: sum(part[k] for part in parts) for k in parts[0]}
+    count = {k: sum(part[k] for part in parts) for k in ("passed", "failed", "skipped")}
+    count["names"] = [name for part in parts for name in part["names"]]
     count["failed"] += len(parts) != 2  # a lane that broke has left no counts
     return keep("tests", **count)
 
@@ -226,6 +238,8 @@ def total():
             print(told(stage, found))
             good += found["passed"]
             bad += found["failed"]
+            for name in found.get("names", ()):
+                print(f"  {name}")
         elif stage in STAGES:
             print(f"{stage}: no result")
             bad += 1
