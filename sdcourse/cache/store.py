@@ -162,8 +162,9 @@ def finished_index(
     kind: str = "", # latents, prompts or features; empty: any
 ) -> dict:
     "The index of a cache that is whole and of this kind; `UserError` for another."
+    if not (Path(folder)/"index.json").is_file():
+        raise UserError(f"{folder}: no cache is there; make it with sdcourse cache")
     index = read_index(folder)
-    if index is None: raise UserError(f"{folder}: no cache is there; make it with sdcourse cache")
     if kind and index["kind"] != kind:
         raise UserError(f"{folder}: is a cache of {index['kind']}, and {kind} are needed")
     if todo := missing(folder, index):
