@@ -192,23 +192,26 @@ def _plain_size(path):
     if HALF.search(path): raise OSError(errno.EILSEQ, "its name is not UTF-8, rename it", path)
     return s.st_size
 
+def _place(path):
+    "The same for a folder and a link to it."
+    s = os.stat(path)
+    return s.st_dev, s.st_ino
+
 def walk(
     folder, # to look through; links to folders are followed, circles are not
     *, hidden: bool = True, # False: without what `is_hidden`
 ): # ({relative name: bytes}, findings)
     "All files below a folder, in order, and what could not be read."
     found, problems = {}, []
-    above = map(os.stat, Path(folder).resolve().parents)
-    seen = {(s.st_dev, s.st_ino) for s in above} # a link to one of them would be a circle
+    seen = set(map(_place, Path(folder).resolve().parents)) # a link to one of them would be a circle
     def unreadable(e):
         name = shown(os.path.relpath(e.filename, folder))
         problems.append(f"unreadable: {name} ({e.strerror})")
     for root, dirs, files in os.walk(folder, onerror=unreadable, followlinks=True):
-        here = os.stat(root)
-        if (here.st_dev, here.st_ino) in seen:
+        if (here := _place(root)) in seen:
             dirs.clear()
             continue
-        seen.add((here.st_dev, here.st_ino))
+        seen.add(here)
         dirs[:] = sorted(d for d in dirs if hidden or not is_hidden(d))
         for name in sorted(n for n in files if hidden or not is_hidden(n)):
             path = os.path.join(root, name)
