@@ -1,4 +1,4 @@
-"""Make the pictures and the table of the world `emoji` from unpacked npm packages (see data_manifests/emoji.json).
+"""Make pictures and table of the world `emoji` from three unpacked npm packages; their licences stand in the manifest.
 
 npm pack @lobehub/fluent-emoji-3d@1.1.0 @lobehub/fluent-emoji-flat@1.1.0 emojibase-data@17.0.0
 Unpack each into a folder of its own and install cairosvg somewhere; only this tool needs it. Then
@@ -6,18 +6,23 @@ PYTHONPATH=.:SITE python tools/build_emoji.py 3D/package FLAT/package EMOJIBASE/
 """
 
 import argparse
+import hashlib
 import io
 import json
 import re
 import tarfile
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from emoji_words import fill, others_of, parts_of, phrase_of, words_of
 from sdcourse.data.shards import index_tar, key_of
 
-HOME = Path(__file__).resolve().parent.parent / "sdcourse" / "pictures"
+ROOT = Path(__file__).resolve().parent.parent
+HOME = ROOT / "sdcourse" / "pictures"
+MANIFEST = ROOT / "data_manifests" / "emoji.json"
 SIDE = 64
 STEP = 7  # values of pixels lie so far apart, counted from white: WebP without loss then takes half the bytes
 # Unicode's order is light, medium-light, medium …; both packages have the files of the second and the third
@@ -28,7 +33,7 @@ TONES = ("", "light", "medium", "medium-light", "medium-dark", "dark")
 LEFT_OUT = {
     r"(country-|subdivision-)?flag/.*": "a flag: 250 of them would be most of all objects",
     r"keycap/.*|alphanum/.*": "letters and digits, no picture",
-    r"arrow/[A-Z].*|time/.*(o’clock|-thirty)": "a word on an arrow; a clock in 24 copies",
+    r"arrow/[A-Z].*|time/.*(o'clock|-thirty)": "a word on an arrow; a clock in 24 copies",
     r".*/(ATM sign|water closet|ZZZ|copyright|registered|trade mark|no one under eighteen)": "letters",
     r"geometric/.*(medium|small) (square|diamond)": "the same as the large one but for its size",
     r"hand-single-finger/middle finger.*": "rude",
@@ -60,38 +65,38 @@ def read(path):
     return json.loads(Path(path).read_text(encoding="utf-8"))
 
 
-def concepts(base, codes):
-    "Rows of emojibase that are in both packages and are not left out."
-    words = read(base / "meta/groups.json")
-    found = []
+def forms(base, codes):
+    "(entry of emojibase, form, name, subgroup, tone): what both packages have and what is not left out."
+    subgroups = read(base / "meta/groups.json")["subgroups"]
     for entry in read(base / "en/data.json"):
-        if "group" not in entry:
-            continue
-        subgroup = words["subgroups"][str(entry["subgroup"])]
-        name = entry["label"]
-        for form in [entry, *entry.get("skins", [])]:
+        for form in [entry, *entry.get("skins", [])] if "group" in entry else []:
             tone = form.get("tone", 0)
             if isinstance(tone, list) or plain(form["hexcode"]) not in codes:
                 continue
-            if why_left_out(subgroup, name, TONES[tone]):
-                continue
-            found.append(
-                {
-                    "code": plain(form["hexcode"]),
-                    "name": name,
-                    "tone": TONES[tone],
-                    "group": words["groups"][str(entry["group"])],
-                    "subgroup": subgroup,
-                    "words": entry.get("tags", []),
-                }
-            )
-    return found
+            name, subgroup = words_of(entry["label"]), subgroups[str(entry["subgroup"])]
+            if not why_left_out(subgroup, name, TONES[tone]):
+                yield entry, form, name, subgroup, TONES[tone]
 
 
-def identity(concept):
+def concepts(base, codes):
+    "What is known of each concept, in the order of the ids."
+    groups = read(base / "meta/groups.json")["groups"]
+    every = list(forms(base, codes))
+    with_tones = {name for *_, name, _, tone in every if tone}
+    found = []
+    for entry, form, name, subgroup, tone in every:
+        toned = name in with_tones
+        phrase = phrase_of(name, subgroup)
+        row = {"id": identity(name, tone), "code": plain(form["hexcode"]), "name": name, "toned": toned}
+        row |= {"phrase": fill(phrase, tone), "others": [fill(p, tone) for p in others_of(name, phrase)]}
+        row |= {"group": groups[str(entry["group"])], "subgroup": subgroup}
+        found.append({**row, "parts": parts_of(name, subgroup, tone, toned)})
+    return sorted(found, key=itemgetter("id"))
+
+
+def identity(name, tone):
     "A name for files: woman-firefighter-dark."
-    words = f"{concept['name']} {concept['tone']}".lower().replace("ñ", "n")
-    return re.sub(r"[^a-z0-9]+", "-", words.replace("’", "")).strip("-")
+    return re.sub(r"[^a-z0-9]+", "-", f"{name} {tone}".lower().replace("'", "")).strip("-")
 
 
 def on_white(im):
@@ -149,6 +154,15 @@ def build_style(style, files, rows):
     }
 
 
+def write_sums():
+    "Sizes and checksums of what is shipped, into the manifest."
+    manifest = read(MANIFEST)
+    for entry in manifest["layouts"]["shipped"]["files"]:
+        data = (HOME / entry["path"]).read_bytes()
+        entry |= {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    MANIFEST.write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     for name in ("threed", "flat", "emojibase"):
@@ -160,16 +174,15 @@ def main():
         for style, folder in (("3d", args.threed), ("flat", args.flat))
     }
     rows = concepts(args.emojibase, files["3d"].keys() & files["flat"].keys())
-    rows = sorted(({"id": identity(r), **r} for r in rows), key=lambda r: r["id"])
     assert len({r["id"] for r in rows}) == len(rows), "two concepts have one name"
     HOME.mkdir(exist_ok=True)
     write_lines(HOME / "concepts.jsonl", rows)
     print(f"{len(rows):,} concepts")
-    if args.table_only:
-        return
-    tars = [build_style(style, files[style], rows) for style in files]
-    index = {"quoted": True, "tars": tars, "left_out": []}
-    (HOME / "index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    if not args.table_only:
+        tars = [build_style(style, files[style], rows) for style in files]
+        index = {"quoted": True, "tars": tars, "left_out": []}
+        (HOME / "index.json").write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
+    write_sums()
 
 
 if __name__ == "__main__":
