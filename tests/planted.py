@@ -1221,7 +1221,7 @@ PLANTED = {
         ('emoji: only the table is compared', 'for name in (f"{style}.tar", f"{style}.index.jsonl", "index.json"):', 'for name in ("index.json",):', 'test_an_altered_tar_is_one_line'),
         ('emoji: a wording may leave the style out', '        if "{style} emoji" in w: continue\n', '        if True: continue\n', 'test_a_wording_without_style_is_refused'),
         ('emoji: the terse caption has no tone', 'if tone else "")', 'if False else "")', 'test_a_tone_is_said_in_every_caption'),
-        ('emoji: one role loses all its tones', 'return "pair" if int(place) == SKINS.index(parts["tone"]) else ""', 'return "pair" if int(place) == 0 else ""', 'test_pairs_are_in_no_training_set_and_every_role_and_tone_is_seen'),
+        ('emoji: one role loses all its tones', 'return "pair" if int(place) == SKIN_TONES.index(parts["tone"]) else ""', 'return "pair" if int(place) == 0 else ""', 'test_pairs_are_in_no_training_set_and_every_role_and_tone_is_seen'),
         ('emoji: pairs are held out in 3-D only', '{"pair": "val", "concept": "test"}', '{"concept": "test"}', 'test_pairs_are_in_no_training_set_and_every_role_and_tone_is_seen'),
         ('emoji: concepts are held out in 3-D, too', '    if why != "pair": return "train"\n', '    if not why: return "train"\n', 'test_held_out_concepts_are_known_in_3d'),
         ('emoji: the yellow form of a role counts as a concept', 'not concept["toned"] and share_of', 'share_of', 'test_held_out_concepts_are_known_in_3d'),

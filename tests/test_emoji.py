@@ -19,18 +19,18 @@ from sdcourse.data.sets import emoji
 from sdcourse.data.sets.emoji import (
     CONCEPTS,
     PAIRS,
-    SKINS,
+    SKIN_TONES,
     STYLES,
     EmojiOptions,
-    captions,
     concepts,
     draw_emoji,
+    emoji_captions,
     emoji_file,
     emoji_home,
     emoji_tar,
-    held_out,
     share_of,
     split_in,
+    why_held_out,
 )
 from sdcourse.data.sets.photos import COLUMNS
 from sdcourse.dataset import Squares, Transform, pictures, splits
@@ -99,7 +99,7 @@ def test_skin_is_as_dark_as_it_is_called(tars):
     assert len(families) > 30
     for style, tar in tars.items():
         for name, tones in families.items():
-            light = [np.asarray(open_image(tar.read(tones[t]))).mean() for t in SKINS if t in tones]
+            light = [np.asarray(open_image(tar.read(tones[t]))).mean() for t in SKIN_TONES if t in tones]
             assert light == sorted(light, reverse=True), (style, name)
 
 
@@ -114,21 +114,21 @@ def test_nothing_rude_and_no_characters():
 def test_captions_name_their_style_and_no_other():
     for c in KNOWN:
         for style, other in (STYLES, STYLES[::-1]):
-            texts = captions(c, style)
+            texts = emoji_captions(c, style)
             assert len(set(texts)) == len(texts) >= 4
             assert all(f"{style} emoji" in t and f"{other} emoji" not in t for t in texts), texts
 
 
 def test_captions_read_well():
     for c in KNOWN:
-        for text in captions(c, "3d"):
+        for text in emoji_captions(c, "3d"):
             assert not DOUBLED.search(text) and not WRONG_ARTICLE.search(text), text
             assert not re.search(r"[{}’]|  | ,|:", text), text
 
 
 def test_a_tone_is_said_in_every_caption():
     for c in KNOWN:
-        said = [set(re.findall(r"([\w-]+) skin\b", t)) for t in captions(c, "flat")]
+        said = [set(re.findall(r"([\w-]+) skin\b", t)) for t in emoji_captions(c, "flat")]
         tone = c["parts"].get("tone")
         assert all(s == ({tone} if tone else set()) for s in said), c["id"]
 
@@ -149,7 +149,7 @@ def test_parts_are_parsed():
 
 def test_a_wording_without_style_is_refused():
     with pytest.raises(UserError, match=r"caption 'a \{phrase\}': names no style; write \{style\} emoji"):
-        captions(KNOWN[0], "3d", wordings=("{name}, {style} emoji", "a {phrase}"))
+        emoji_captions(KNOWN[0], "3d", wordings=("{name}, {style} emoji", "a {phrase}"))
 
 
 # ---- held out
@@ -164,10 +164,10 @@ def test_pairs_are_in_no_training_set_and_every_role_and_tone_is_seen():
         assert len(inside) == 1, "both styles hold out the same pairs"
         (seen if inside.pop() else lost).add(pair)
     assert not seen & lost and seen | lost == pairs
-    assert {r for r, _ in seen} == {r for r, _ in pairs} and {t for _, t in seen} == set(SKINS)
+    assert {r for r, _ in seen} == {r for r, _ in pairs} and {t for _, t in seen} == set(SKIN_TONES)
     assert max(Counter(r for r, _ in lost).values()) == 1
     assert abs(len(lost) / len(pairs) - PAIRS) < 0.02
-    assert {t for _, t in lost} == set(SKINS)
+    assert {t for _, t in lost} == set(SKIN_TONES)
 
 
 def test_held_out_concepts_are_known_in_3d():
@@ -175,15 +175,15 @@ def test_held_out_concepts_are_known_in_3d():
     lost = [c for c in single if split_in(c, "flat") == "test"]
     assert abs(len(lost) / len(single) - CONCEPTS) < 0.02 and len(lost) >= 100
     assert {split_in(c, "3d") for c in lost} == {"train"}
-    assert {held_out(c) for c in KNOWN if split_in(c, "flat") == "test"} == {"concept"}
-    assert {held_out(c) for c in KNOWN if split_in(c, "flat") == "val"} == {"pair"}
+    assert {why_held_out(c) for c in KNOWN if split_in(c, "flat") == "test"} == {"concept"}
+    assert {why_held_out(c) for c in KNOWN if split_in(c, "flat") == "val"} == {"pair"}
 
 
 def test_the_rule_knows_names_only():
-    "The same name gives the same split, whatever else is there; what a list or a picture adds does not count."
+    "A concept with nothing but its name and parts falls into the same split."
     for c in KNOWN[::40]:
         bare = {k: c[k] for k in ("name", "toned", "parts")}
-        assert held_out(bare) == held_out(c) and split_in(bare, "3d") == split_in(c, "3d")
+        assert why_held_out(bare) == why_held_out(c) and split_in(bare, "3d") == split_in(c, "3d")
     assert share_of("firefighter") == share_of("firefighter") != share_of("firefighters")
     many = [share_of(f"name {i}") for i in range(2000)]
     assert 0 <= min(many) and max(many) < 1 and abs(np.mean(many) - 0.5) < 0.02
@@ -205,12 +205,12 @@ def test_a_world_shows_the_concept_that_it_names(style, tars):
     place = {c["id"]: i for i, c in enumerate(KNOWN)}
     for i in range(0, len(data), 40):
         row, n = data.row(i), place[data.ids[i]]
-        assert row["texts"] == list(captions(KNOWN[n], style)) and row["facts"] == KNOWN[n]["parts"]
-        assert row["held_out"] == held_out(KNOWN[n]) and row["subgroup"] == KNOWN[n]["subgroup"]
+        assert row["texts"] == list(emoji_captions(KNOWN[n], style)) and row["facts"] == KNOWN[n]["parts"]
+        assert row["held_out"] == why_held_out(KNOWN[n]) and row["subgroup"] == KNOWN[n]["subgroup"]
         assert data.image(i).tobytes() == open_image(tars[style].read(n)).tobytes()
     assert not data.mirrors and data.licence == "MIT"
     assert pictures(name, "test", caption_column="complete").row(0)["texts"] == [
-        captions(KNOWN[place[data.ids[0]]], style)[1]
+        emoji_captions(KNOWN[place[data.ids[0]]], style)[1]
     ]
 
 
@@ -307,7 +307,7 @@ def test_a_table_has_unsplashs_columns_and_goes_through_prepare_unsplash(prepare
     for split in ("train", "val", "test"):
         assert pictures(data, split).ids == [r["photo_id"] for r in found if r["split"] == split]
     row = pictures(data, "test").row(0)
-    assert row["texts"] == [captions(next(c for c in KNOWN if c["id"] == row["id"]), "flat")[1]]
+    assert row["texts"] == [emoji_captions(next(c for c in KNOWN if c["id"] == row["id"]), "flat")[1]]
     assert pictures(data, "test").licence == "MIT"
 
 

@@ -1,4 +1,4 @@
-"""Make pictures and table of the world `emoji` from three unpacked npm packages; their licences stand in the manifest.
+"""Pictures and table of the world `emoji`, from three unpacked npm packages; the manifest has the licences.
 
 npm pack @lobehub/fluent-emoji-3d@1.1.0 @lobehub/fluent-emoji-flat@1.1.0 emojibase-data@17.0.0
 Unpack each into a folder of its own and install cairosvg somewhere; only this tool needs it. Then

@@ -1,4 +1,4 @@
-"""English for `tools/build_emoji.py`: what stands in a caption for a Unicode name, and which parts the name has."""
+"""English for `tools/build_emoji.py`: what a caption says for a Unicode name, and the parts of the name."""
 
 import re
 
@@ -27,8 +27,8 @@ PAIRS = {  # names whose gender lies in the word itself: (role, gender)
     "Mx Claus": ("Claus", ""),
 }
 
-# phrases that no rule finds; {with} becomes " with dark skin", {and} " and dark skin"; where there is neither,
-# {with} comes last
+# phrases that no rule finds; {with} becomes " with dark skin", {and} " and dark skin"; where there is
+# neither, {with} comes last
 SAID = {
     "Santa Claus": "Santa Claus",
     "Mrs. Claus": "Mrs. Claus",

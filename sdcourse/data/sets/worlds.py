@@ -175,12 +175,12 @@ class EmojiWorld(World):
     def licence(self): return load_manifest("emoji")["licence"]["name"]
 
     def rows(self, numbers):
-        from sdcourse.data.sets.emoji import captions, held_out
+        from sdcourse.data.sets.emoji import emoji_captions, why_held_out
         found = []
         for c in (self.known[i] for i in numbers):
-            texts = list(captions(c, self.style))
+            texts = list(emoji_captions(c, self.style))
             named = {k: c[k] for k in ("name", "group", "subgroup")}
-            said = {"texts": texts, "complete": texts[1], "facts": c["parts"], "held_out": held_out(c)}
+            said = {"texts": texts, "complete": texts[1], "facts": c["parts"], "held_out": why_held_out(c)}
             found.append({**said, **named})
         return found
 
