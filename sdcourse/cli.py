@@ -43,6 +43,8 @@ VERBS = { # what is typed: its row
     "prepare faces": Verb("drawn faces in CelebA's original layouts", "OUT",
                           "sdcourse.data.sets.faces:prepare_faces", "FacesOptions", PREPARE),
     "prepare scenes": Verb("drawn scenes with captions", "OUT", "sdcourse.data.sets.scenes:prepare_scenes", "ScenesOptions", PREPARE),
+    "prepare emoji": Verb("emoji in a 3-D or a flat style, with captions", "OUT",
+                          "sdcourse.data.sets.emoji:prepare_emoji", "EmojiOptions", PREPARE),
     "prepare digits": Verb("handwritten digits in ImageNet's layouts", "OUT",
                            "sdcourse.data.sets.imagenet:prepare_digits", "DigitsOptions", PREPARE),
     "scan": Verb("find broken, odd and duplicate pictures", "FOLDER", "sdcourse.data.scan:scan_folder", "Scan"),

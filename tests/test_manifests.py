@@ -55,6 +55,7 @@ def test_every_data_set_has_a_valid_manifest():
         "photos",
         "faces",
         "scenes",
+        "emoji",
     } <= set(m.shipped())
     for name in m.shipped():
         one = m.load_manifest(name)
@@ -104,6 +105,8 @@ STEPS = [
     ("digits", "parquet", "digits OUT --layout parquet", "data/train-00000-of-00001.parquet"),
     ("photos", "tables", "photos OUT --crops 1", "images/temple-0-00.png"),
     ("photos", "prepared", "unsplash photos-tables OUT --size 32", "failures.jsonl"),
+    ("emoji", "captions", "emoji OUT --train 20", "failures.jsonl"),
+    ("emoji", "table", "emoji OUT --layout table --train 20", "photos.tsv000"),
 ]
 
 
