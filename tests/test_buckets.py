@@ -142,10 +142,10 @@ def test_too_small_is_said(data):
 def test_it_trains(tmp_path, data, built):
     from sdcourse.config import resolve
     from sdcourse.engine.loop import train
-    from sdcourse.models import tiny_sd
+    import tiny_models
     from sdcourse.train import sd15
 
-    model = built(tiny_sd.make_pipeline)
+    model = built(tiny_models.thin_sd15)
     over = dict(
         model=str(model),
         data=str(data),

@@ -1,6 +1,7 @@
 """Latents for a trainer: cached or encoded in each step, it is the same training."""
 
 import hashlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,9 +56,10 @@ def config(out, **over):
         log_every=5,
         validate_every=10,
         threads=1,
-        image_size=16,
         ema_decay=0.9,
     )
+    if not Path(over["data"], "index.json").is_file():
+        small["image_size"] = 16  # a cache has its own
     return resolve(Config, overrides=dict(out=str(out), **small | over))
 
 

@@ -58,7 +58,7 @@ def test_every_data_set_has_a_valid_manifest():
         "emoji",
     } <= set(m.shipped())
     for name in m.shipped():
-        one = m.load_manifest(name)
+        one = m.check_manifest(m.load_manifest(name), name)
         assert (
             one["name"] == name and one["people"]["note"] and one["licence"]["note"] and one["splits"]["how"]
         )

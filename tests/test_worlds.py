@@ -16,13 +16,12 @@ from sdcourse.data import sources
 from sdcourse.dataset import DataSet, Squares, Transform, pictures, splits
 from sdcourse.engine.checkpoint import latest_checkpoint, load_checkpoint
 from sdcourse.engine.loop import train
-from sdcourse.models import tiny_sd
 from sdcourse.train import flow_dit, sd15
 
 
 @pytest.fixture(scope="module")
 def model(built):
-    return built(tiny_sd.make_pipeline)
+    return built(tiny_models.thin_sd15)
 
 
 @pytest.fixture(scope="module")

@@ -194,7 +194,8 @@ class Run:
         names = [n for n, p in self.module.named_parameters() if p.requires_grad]
         sets = dict(model=self.module)
         if self.ema: sets["ema"] = self.ema.module
-        return {k: {n: dict(m.named_parameters())[n] for n in names} for k, m in sets.items()}
+        every = {k: dict(m.named_parameters()) for k, m in sets.items()}
+        return {k: {n: known[n] for n in names} for k, known in every.items()}
 
     def state(self):
         "What a checkpoint keeps as JSON. All ranks must call it together."

@@ -128,6 +128,8 @@ def make_scheduler(): # a diffusers PNDMScheduler, as SD 1.5 has it
 def make_pipeline(
     folder, # to write
     *, seed: int = 0, # of the weights
+    width: int = 128, # of a word vector
+    channels: tuple = (80, 112), # of the levels of the UNet, multiples of 16
 ) -> Path: # the folder
     "Write an untrained tiny Stable Diffusion; the same seed gives the same bytes."
     from sdcourse.models.files import as_before, load_shipped, quiet
@@ -138,8 +140,8 @@ def make_pipeline(
     tokenizer = make_tokenizer(sample_captions())
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        text = make_text(tokenizer)
-        unet = make_unet()
+        text = make_text(tokenizer, width=width)
+        unet = make_unet(width=width, channels=channels)
     parts = dict(vae=vae, text_encoder=text, tokenizer=tokenizer, unet=unet, scheduler=make_scheduler())
     absent = dict(safety_checker=None, feature_extractor=None, requires_safety_checker=False)
     with quiet(): StableDiffusionPipeline(**parts, **absent).save_pretrained(folder)
