@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..config import Positive, Range, TrainConfig
-from ..core import UserError
+from ..core import UserError, read_json
 from ..data.items import Items
 from ..data.sets.captioned import SHARES, captioned, pixels_of
 from ..data.sets.faces import IN_WORDS
 from ..data.sets.labelled import FACES
 from ..data.sets.worlds import world_named
 from ..engine.loop import Task as BaseTask
+from ..models.files import model_folder, quiet, weights_id
 from ..models.tiny_clip import HEAD_WIDTH, make_contrast, save_contrast
 from ..models.tiny_sd import LENGTH, make_tokenizer
 
@@ -165,7 +166,7 @@ def _retrieval(net, tokenizer, style, splits, side):
 def _faces(net, tokenizer, side):
     "Mean share of right answers over the attributes that 64 pixels can show."
     world = world_named("faces").open("test")
-    rows = range(min(500, len(world.ids)))
+    rows = range(min(300, len(world.ids)))
     images = encoded(net, tokenizer, pixels_of(world, rows, side))
     truth = [row["attributes"] for row in world.rows(rows)]
     shares = []
@@ -208,6 +209,7 @@ _COMMON = dict(
 @dataclass
 class Config(TrainConfig):
     "Options of the two encoders; see `TrainConfig` for those that all tasks share."
+    model: str = "" # folder of such encoders to go on from, with their tokenizer; empty: random weights
     kind: Literal["clip", "siglip"] = "clip" # causal text and softmax, or attention both ways and sigmoid
     width: Positive[int] = 160 # of all vectors, a multiple of 32 (CLIP ViT-L/14: 768)
     layers: tuple[int, ...] = (3, 4) # of the text, of the picture (CLIP ViT-L/14: 12, 24)
@@ -217,6 +219,7 @@ class Config(TrainConfig):
     share: Annotated[float, Range(above=0, most=1)] = 1.0 # of the training pictures, for a try
     effects: ClassVar[tuple] = (
         (("compile", "gradient_checkpointing"), lambda c: False, "for contrast, whose networks are small"),
+        (("width", "layers", "side", "patch", "words"), lambda c: not c.model, "with --model, which has its own"),
     )
     presets: ClassVar[dict] = dict(tiny=_COMMON, siglip=_COMMON | dict(kind="siglip"))
 
@@ -239,6 +242,8 @@ class Task(BaseTask):
 
     def check(self):
         cfg = self.config
+        if cfg.model and self.shipped["kind"] != cfg.kind:
+            raise UserError(f"--model {cfg.model}: is no {cfg.kind} but {self.shipped['kind']}; give --kind")
         if cfg.width % HEAD_WIDTH: raise UserError(f"--width {cfg.width}: give a multiple of {HEAD_WIDTH}")
         if len(cfg.layers) != 2 or min(cfg.layers) < 1:
             given = ",".join(map(str, cfg.layers))
@@ -253,12 +258,22 @@ class Task(BaseTask):
             raise UserError(f"{what}; give a multiple")
 
     @cached_property
+    def shipped(self): # of --model: its folder, kind and side
+        folder = model_folder(self.config.model)
+        said = read_json(folder/"config.json")
+        return dict(folder=folder, kind=said.get("model_type"), side=said["vision_config"]["image_size"])
+
+    @cached_property
     def worlds(self): # items and captions of each split
         cfg = self.config
-        return {split: captioned(split, cfg.side, cfg.share) for split in ("train", "val")}
+        side = self.shipped["side"] if cfg.model else cfg.side
+        return {split: captioned(split, side, cfg.share) for split in ("train", "val")}
 
     @cached_property
     def tokenizer(self):
+        if self.config.model:
+            from transformers import AutoTokenizer
+            return AutoTokenizer.from_pretrained(self.shipped["folder"])
         texts = [text for some in self.worlds["train"][1] for text in some]
         return make_tokenizer(texts, words=self.config.words)
 
@@ -274,6 +289,10 @@ class Task(BaseTask):
 
     def build(self):
         cfg = self.config
+        if cfg.model:
+            from transformers import AutoModel
+            with quiet(): net = AutoModel.from_pretrained(self.shipped["folder"], dtype=torch.float32)
+            return Contrast(net, cfg.kind)
         shape = dict(width=cfg.width, layers=cfg.layers, side=cfg.side, patch=cfg.patch)
         return Contrast(make_contrast(cfg.kind, self.tokenizer, **shape), cfg.kind)
 
@@ -293,6 +312,9 @@ class Task(BaseTask):
     def facts(self):
         train = self.sets["train"]
         return dict(data=", ".join(SHARES), data_sha256=train.fingerprint(), pictures=len(train))
+
+    def fixed(self): # what a run may not change when it goes on
+        return {"model_sha256": weights_id(self.shipped["folder"])} if self.config.model else {}
 
     def card(self):
         what = f"scenes, faces, emoji in two styles and crops of photographs: {len(self.sets['train']):,} pictures"
