@@ -1,7 +1,6 @@
-"""CLIP and SigLIP on the small worlds: what they learn, on one rank and on two, and what is left for others."""
+"""CLIP and SigLIP on the small worlds: what they learn, on one rank and on two, and what is left."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -58,10 +57,11 @@ from sdcourse.config import resolve
 from sdcourse.data.sets import captioned as worlds
 worlds.SHARES = {{"scenes": (8, 8)}}
 from sdcourse.train import contrast
-toy.run = lambda out: loop.train(contrast.Task(resolve(contrast.Config, overrides=dict(out=str(out), **{same!r}))))
+cfg = resolve(contrast.Config, overrides=dict(out=str(over.pop("out")), **{same!r}))
+toy.run = lambda out: loop.train(contrast.Task(cfg))
 """
     out = tmp_path / "two"
-    ranks = processes.start([str(Path(processes.SCRIPT)), str(out), f"hook={hook!r}"], 2)
+    ranks = processes.start([str(processes.SCRIPT), str(out), f"out={str(out)!r}", f"hook={hook!r}"], 2)
     for code, _, err in processes.finish(ranks):
         assert code == 0, err[-3000:]
     one, two = (

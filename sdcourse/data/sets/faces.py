@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RATES', 'ATTRIBUTES', 'LASTING', 'BEARDS', 'HAIR', 'MALE', 'TURN', 'SKINS', 'EYES', 'TINTS', 'CLOTHES', 'GROUNDS',
-           'LIPSTICKS', 'IN_WORDS', 'LANDMARKS', 'POINTS', 'BOX', 'people', 'Pen', 'mix', 'bent', 'mirror_points',
-           'pick', 'Look', 'draw_face', 'face_captions', 'FacesOptions', 'wild_view', 'geometry', 'draw_picture',
-           'hq_numbers', 'tables', 'prepare_faces']
+           'LIPSTICKS', 'IN_WORDS', 'DETAILS', 'LANDMARKS', 'POINTS', 'BOX', 'people', 'Pen', 'mix', 'bent',
+           'mirror_points', 'pick', 'Look', 'draw_face', 'face_captions', 'FacesOptions', 'wild_view', 'geometry',
+           'draw_picture', 'hq_numbers', 'tables', 'prepare_faces']
 
 # %% ../../../nbs/data/sets/03_faces.ipynb #dcbc3ed4
 from dataclasses import dataclass
@@ -607,6 +607,8 @@ IN_WORDS = {
     "No_Beard": ("a beard", "no beard"),
 } # attribute -> what is said when it is absent, and when it is there
 
+DETAILS = ("Mouth_Slightly_Open", "Eyeglasses", "Wearing_Hat", "Wearing_Lipstick", "No_Beard")
+
 def face_captions(
     attributes: dict, # attribute -> bool
     number: int = 0, # of the picture: which single facts are said
@@ -617,7 +619,7 @@ def face_captions(
     terse = f"a portrait of {age} {told('Male').split()[-1]}"
     hair = _hair(attributes)
     plain = f"{terse} with {hair}, {told('Smiling')}"
-    rest = [told(k) for k in ("Mouth_Slightly_Open", "Eyeglasses", "Wearing_Hat", "Wearing_Lipstick", "No_Beard")]
+    rest = [told(k) for k in DETAILS]
     names = list(IN_WORDS)
     single = [f"a portrait: {told(names[(number + k) % len(names)])}" for k in (0, 5)]
     complete = f"{plain.removeprefix('a portrait of ')}, {', '.join(rest)}"
