@@ -39,7 +39,7 @@ LEFT_OUT = {
     r"hand-single-finger/middle finger.*": "rude",
     r"face-negative/face with symbols on mouth|face-costume/pile of poo": "rude",
     r"place-building/love hotel|body-parts/biting lip|.*/.* with bunny ears": "sexual",
-    r"person-role/breast-feeding.*": "the same picture as a woman feeding a baby",
+    r"person-role/breast-feeding.*": "hardly another picture than a woman feeding a baby",
     r"animal-mammal/cat face": "the same file as grinning cat",
     r"person-role/(man|woman) astronaut.*|person-role/man guard.*": "the same picture as astronaut, guard",
     r"person-sport/(snowboarder|horse racing) .+|.*/person in suit levitating .+": "the tone is not seen",
