@@ -38,6 +38,21 @@ PLANTED = {
         ('share: a file is claimed once per test', 'if path not in self.mine:', 'if True:', 'test_each_test_runs_once_and_is_reported_once'),
         ('share: both begin at the beginning', 'if self.backwards:', 'if False:', 'test_backwards_begins_at_the_end_and_one_alone_does_all'),
     ],
+    ('sdcourse/train/contrast.py', 'tests/test_contrast.py'): [
+        ('contrast: a shared caption is a mistake', 'x.masked_fill(same, -torch.inf)', 'x', 'test_a_caption_that_two_pictures_share_is_no_mistake'),
+        ('contrast: ranks compare with their own pictures', 'every = gathered if self.training else own_rows', 'every = own_rows', 'test_two_ranks_compare_with_all_pictures_of_the_batch[clip]'),
+        ('contrast: ranks look for partners in the first rows', 'torch.distributed.get_rank() * len(x)', '0', 'test_two_ranks_compare_with_all_pictures_of_the_batch[siglip]'),
+        ('contrast: always the first caption', 'which = (draws.uniform("caption") * batch["captions"]).long()', 'which = torch.zeros(len(x), dtype=torch.long)', 'test_each_visit_draws_one_of_the_captions'),
+        ('contrast: the caption of another picture counts', '(nearest == torch.arange(len(texts)))', '(nearest >= 0)', 'test_a_caption_is_nearest_to_its_own_picture'),
+        ('contrast: rare attributes count little', 'right[truth == side].mean()', 'right.mean()', 'test_faces_with_and_without_count_half_each'),
+        ('contrast: pictures move by half', 'move[:, :, 2] = 2 * pixels', 'move[:, :, 2] = pixels', 'test_a_picture_is_moved_by_whole_pixels_and_its_edge_repeated'),
+        ('contrast: small batches are compared with themselves', 'if cfg.micro_batch and cfg.micro_batch < cfg.batch_size:', 'if False:', 'test_refused_before_work_begins[over3---micro-batch 4: each picture is compared with all]'),
+        ('contrast: ranks of uneven rows', 'if cfg.batch_size % launched().world:', 'if False:', 'test_ranks_that_cannot_share_a_batch_evenly'),
+    ],
+    ('sdcourse/models/tiny_clip.py', 'tests/test_contrast.py'): [
+        ('tiny_clip: no words for transformers 4', '    as_before(folder)\n', '', 'test_what_is_left_is_read_by_transformers'),
+        ('tiny_clip: other means than in training', 'image_mean=[0.5] * 3', 'image_mean=[0.48, 0.46, 0.41]', 'test_what_is_left_is_read_by_transformers'),
+    ],
     ('README.md', 'tests/test_floors.py'): [
         ('readme: a module has no line', '  - [meter](', '  [meter](', 'test_readme_shows_a_line_for_each_module'),
     ],
@@ -485,6 +500,8 @@ PLANTED = {
         ('scenes: validation scenes are trained on', '"val": 10 * k + 1,', '"val": 10 * k + 2,', 'test_held_out_pairs_are_only_in_test'),
     ],
     ('sdcourse/data/sets/faces.py', 'tests/test_faces.py'): [
+        ('faces: a word for what is not there', 'IN_WORDS[name][bool(attributes[name])]', 'IN_WORDS[name][1]', 'test_captions_say_what_is_there_and_what_is_not'),
+        ('faces: some facts are never said', 'names[(number + k) % len(names)]', 'names[(number + k) % 9]', 'test_captions_say_what_is_there_and_what_is_not'),
         ('faces: lipstick is not drawn', '        if a["Wearing_Lipstick"]: self.lips = pick(LIPSTICKS, self.p[0])\n', '', 'test_every_attribute_is_visible_where_it_belongs'),
         ('faces: earrings shift the background', '        if k.a["Wearing_Earrings"]:\n', '        if k.a["Wearing_Earrings"]:\n            pen.oval(0.9, -0.9, 0.1, 0.1, (0, 0, 0))\n', 'test_every_attribute_is_visible_where_it_belongs'),
         ('faces: smiling only with open mouths', 'half = 0.125 + 0.045 * smiling', 'half = 0.125 + 0 * smiling', 'test_a_smile_is_wider_and_higher'),

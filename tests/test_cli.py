@@ -221,6 +221,7 @@ FEW = {  # pictures of the validation, and drawn ones to train on
     "flow_dit": ["--num-samples", "20", "--num-inference-steps", "4"],
     "sd15": ["--num-samples", "0", "--num-inference-steps", "4"],
     "vae": ["--share", "0.01"],
+    "contrast": ["--share", "0.001", "--width", "32", "--layers", "1,1"],
 }
 
 

@@ -98,6 +98,15 @@ def test_a_caption_that_two_pictures_share_is_no_mistake():
     assert torch.allclose(loss, log[[0, 0, 1]], atol=1e-9)
 
 
+def test_each_visit_draws_one_of_the_captions(tmp_path):
+    t = task(tmp_path / "run", batch_size=8)
+    module, batch = t.build(), t.dataset("train").__getitems__(range(8))
+    seen = [module.pairs(batch, Draws(0, step, range(8)))[1] for step in range(40)]
+    for i in range(8):
+        drawn = {tuple(ids[i].tolist()) for ids in seen}
+        assert drawn == {tuple(ids) for ids in batch["tokens"][i].tolist()}
+
+
 def test_what_is_left_is_read_by_transformers(tmp_path):
     from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
