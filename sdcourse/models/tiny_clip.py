@@ -8,8 +8,6 @@ __all__ = ['HEAD_WIDTH', 'STARTS', 'make_contrast', 'save_contrast']
 # %% ../../nbs/models/06_tiny_clip.ipynb #bd7b3100
 from pathlib import Path
 
-import torch
-
 from .tiny_sd import LENGTH
 
 # %% ../../nbs/models/06_tiny_clip.ipynb #b979b05b
