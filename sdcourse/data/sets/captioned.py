@@ -9,6 +9,7 @@ __all__ = ['SHARES', 'squares_of', 'captioned']
 import numpy as np
 import torch
 
+from ...core import progress
 from ..images import centre_crop
 from ..items import Items
 from .worlds import world_named
@@ -28,9 +29,13 @@ def squares_of(
     side: int, # pixels
 ): # uint8 [n,3,s,s]
     "Pictures of a world in one size: drawn in it, or cut from the middle and resized."
-    if source.drawn: drawn = source.draw(rows, side)
-    else: drawn = np.stack([np.asarray(centre_crop(source.image(i), side)) for i in rows])
-    return torch.from_numpy(drawn).permute(0, 3, 1, 2).contiguous()
+    def drawn(some):
+        if source.drawn: return source.draw(some, side)
+        return np.stack([np.asarray(centre_crop(source.image(i), side)) for i in some])
+    rows = list(rows)
+    starts = progress(range(0, len(rows), 100), desc=source.name, unit="hundred")
+    pixels = np.concatenate([drawn(rows[i:i + 100]) for i in starts])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 def captioned(
     split: str, # train, val or test
