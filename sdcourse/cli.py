@@ -47,7 +47,7 @@ VERBS = { # what is typed: its row
                           "sdcourse.data.sets.emoji:prepare_emoji", "EmojiOptions", PREPARE),
     "prepare digits": Verb("handwritten digits in ImageNet's layouts", "OUT",
                            "sdcourse.data.sets.imagenet:prepare_digits", "DigitsOptions", PREPARE),
-    "scan": Verb("find broken, odd and duplicate pictures", "FOLDER", "sdcourse.data.scan:scan_folder", "Scan"),
+    "scan": Verb("find broken, odd and duplicate pictures", "FOLDER", "sdcourse.data.galleries:scan_folder", "Scan"),
     "shards": Verb("pack a data folder into tars with an index, or index tars", "IN OUT", "sdcourse.data.shards:make_shards", "Shards"),
     "cache": Verb("compute latents, prompts or features once", "KIND"),
     "cache latents": Verb("moments of the latents of pictures and of their mirrors", "DATA OUT",

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'HALF', 'PACKAGES', 'M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'UserError', 'nearest', 'named', 'differences',
-           'disk_error', 'fsync_path', 'atomic_path', 'write_text', 'write_json', 'parse_json', 'text_lines',
-           'read_json', 'sha256', 'versions', 'git_commit', 'use_cpu', 'code_id', 'lesson_folder', 'watched',
-           'progress', 'human']
+           'disk_error', 'check_free', 'fsync_path', 'atomic_path', 'write_text', 'write_json', 'parse_json',
+           'text_lines', 'read_json', 'sha256', 'versions', 'git_commit', 'use_cpu', 'code_id', 'lesson_folder',
+           'watched', 'progress', 'human']
 
 # %% ../nbs/90_core.ipynb #4578abf7
 import ctypes, difflib, errno, hashlib, importlib, json, logging, math, os, re, shutil, subprocess, sys
@@ -55,11 +55,20 @@ _REMEDIES = {errno.ENOSPC: "free some space",
 def disk_error(
     e: OSError, # what the system said
     folder, # where
+    then: str = "what is done is kept", # what comes of the next start
 ) -> UserError: # the same in one line, with the remedy
-    "No space, no permission, a broken disk: what is done is kept."
+    "No space, no permission, a broken disk."
     remedy = _REMEDIES.get(e.errno, "see to it")
-    return UserError(f"{e.filename or folder}: {e.strerror or e}; {remedy} and run the command again, "
-                     "what is done is kept")
+    return UserError(f"{e.filename or folder}: {e.strerror or e}; {remedy} and run the command again, {then}")
+
+def check_free(
+    out, # a folder that is to be made
+):
+    "`UserError` where something is in its way."
+    out = Path(os.path.abspath(out))
+    if os.path.lexists(out): raise UserError(f"{out}: is there already; choose another OUT")
+    above = next(p for p in out.parents if os.path.lexists(p))
+    if not above.is_dir(): raise UserError(f"{out}: {above} is a file; choose another OUT")
 
 # %% ../nbs/90_core.ipynb #634484fa
 def fsync_path(

@@ -2,7 +2,7 @@
 cannot be trusted is refused by name.
 """
 
-import csv, hashlib, io, json, os, shutil
+import csv, hashlib, io, json, os, re, shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import nn
 import toy
 from hostile import picture
 from nobody import OpenFolder, as_nobody
+from sdcourse import cli
 from sdcourse.core import UserError
 from sdcourse.data import scan as scans, shards as sh
 from sdcourse.data.imagefolder import read_lines, write_lines
@@ -849,7 +850,136 @@ def test_a_set_with_a_script_runs_nothing(tmp_path, cache):
 def test_broken_parquet(tmp_path, cache):
     (tmp_path / "set").mkdir()
     (tmp_path / "set/train.parquet").write_bytes(b"PAR1rubbish")
-    refused(tmp_path / "set", "cannot be read")
+    refused(tmp_path / "set", "set/train.parquet: is cut off, empty or no parquet file")
+
+
+def test_bad_rows_of_a_hub_set_are_listed_left_out_and_counted(tmp_path, cache, capsys, caplog):
+    "Case 6: a null row, an empty and a cut picture, a copy; the rows that stay keep their numbers."
+    home = hub_folder(tmp_path / "set", n=20)
+    table = [dict(image=None, kind=0, text="a"), dict(image={"bytes": b"", "path": ""}, kind=1, text="b")]
+    table += [dict(image={"bytes": picture(30, 20)[:-200], "path": "x.jpg"}, kind=1, text="c")]
+    more_rows(home, table)
+    with pytest.raises(BadImage) as e:
+        pictures(home).image(20)
+    command = re.search(r"sdcourse (scan \S+) lists such pictures", str(e.value))[1].split()
+    with pytest.raises(UserError, match="row 20 of .*sdcourse scan"):
+        pictures(home).digest(20)
+    assert cli.main(command) == 1 and cli.main([*command, "--limit", "0.6"]) == 0
+    found = json.loads((home / "scan.json").read_text())
+    listed = {b["file"]: b["kind"] for b in found["bad"]}
+    wrong = {
+        "train/0000020/image": "empty",
+        "train/0000021/image": "empty",
+        "train/0000022/image": "truncated",
+    }
+    assert {k: v for k, v in listed.items() if v != "duplicate"} == wrong and found["pictures"] == 43
+    copies = [k for k, v in listed.items() if v == "duplicate"]
+    assert copies == [f"train/{i:07}/image" for i in range(20)]  # validation has them, and held-out ones stay
+    (home / "scan.json").write_text(
+        json.dumps(found | {"bad": [b for b in found["bad"] if b["kind"] != "duplicate"]})
+    )
+    data = pictures(home)
+    assert "3 of 23 pictures are bad, as scan.json says" in caplog.text
+    assert data.ids == [f"train-{i:07}" for i in range(20)] and data.row(19)["text"] == "train 19"
+    assert data.image(19).size == (39, 30) and len(pictures(home, "val")) == 20
+    more_rows(home, [dict(image=None, kind=0, text="a")])
+    refused(home, "changed since it was scanned")
+
+
+def more_rows(home, rows):
+    "Put rows behind those of train."
+    import pyarrow as pa, pyarrow.parquet as pq
+
+    path = home / "data/train-00000-of-00001.parquet"
+    old = pq.read_table(path)
+    pq.write_table(pa.concat_tables([old, pa.Table.from_pylist(rows, old.schema)]), path)
+
+
+def test_left_out_rows_do_not_shift_the_others(tmp_path, cache):
+    home = hub_folder(tmp_path / "set", n=6)
+    assert cli.main(["scan", str(home), "--limit", "1"]) == 0
+    found = json.loads((home / "scan.json").read_text())
+    bad = [{"file": f"train/{i:07}/image", "kind": "truncated", "detail": ""} for i in (0, 2, 3)]
+    (home / "scan.json").write_text(json.dumps(found | {"bad": bad}))
+    data = pictures(home)
+    assert data.ids == [f"train-{i:07}" for i in (1, 4, 5)]
+    assert [data.row(i)["text"] for i in range(3)] == ["train 1", "train 4", "train 5"]
+    assert [data.image(i).size[0] for i in range(3)] == [21, 24, 25]
+    with pytest.raises(UserError, match="row 4 of"):
+        pictures(home, label_column="text").row(1)
+
+
+def test_each_column_of_pictures_is_scanned_by_itself(tmp_path, cache):
+    import pyarrow as pa, pyarrow.parquet as pq
+
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    features = {c: {"_type": "Image"} for c in ("image", "edited")}
+    schema = pa.schema(
+        [("image", kind), ("edited", kind)], {"huggingface": json.dumps({"info": {"features": features}})}
+    )
+    cells = [{"bytes": picture(20 + i, 30, seed=i, format="PNG"), "path": None} for i in range(5)]
+    rows = [{"image": c, "edited": c} for c in cells[:4]] + [{"image": cells[4], "edited": None}]
+    (tmp_path / "set").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows, schema), tmp_path / "set/train.parquet")
+    assert cli.main(["scan", str(tmp_path / "set"), "--limit", "0.5"]) == 0
+    found = json.loads((tmp_path / "set/scan.json").read_text())
+    assert [b["file"] for b in found["bad"]] == ["train/0000004/edited"]
+    assert len(pictures(tmp_path / "set")) == 5
+    assert len(pictures(tmp_path / "set", image_column="edited")) == 4
+
+
+def test_a_hub_name_says_to_scan_a_copy(tmp_path, cache, monkeypatch):
+    "No remedy is named that does not work: scan.json needs a folder."
+    home = hub_folder(tmp_path / "set", n=2)
+    more_rows(home, [dict(image=None, kind=0, text="a")])
+    monkeypatch.setattr(
+        "sdcourse.data.sources._load_hub", lambda _: dict(train=cache.load_dataset(str(home), split="train"))
+    )
+    with pytest.raises(BadImage, match="take a local copy, .* sdcourse scan lists there is left out"):
+        pictures("owner/name").image(2)
+    assert cli.main(["scan", "owner/name"]) == 2
+
+
+def test_test_labels_of_the_hub_are_none(tmp_path, cache):
+    "Case 32: -1 is the hub's word for no label."
+    home = hub_folder(tmp_path / "set", n=3)
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(home / "data/train-00000-of-00001.parquet")
+    table = table.set_column(1, table.schema.field(1), [[-1, -1, -1]])
+    pq.write_table(table, home / "data/test-00000-of-00001.parquet")
+    assert splits(home) == ("train", "val", "test")
+    assert [pictures(home, "test").row(i).get("label") for i in range(3)] == [None] * 3
+    assert [pictures(home).row(i)["label"] for i in range(3)] == [0, 1, 0]
+
+
+@pytest.mark.parametrize("kind", ["struct", "binary"])
+def test_pictures_in_parquet_without_the_hubs_notes(tmp_path, cache, kind):
+    "Case 33: as pandas and pyarrow write them; what shows no picture is none."
+    import pyarrow as pa, pyarrow.parquet as pq
+
+    data = [picture(20 + i, 30, seed=i, format="PNG") for i in range(3)]
+    cells = [{"bytes": d, "path": None} for d in data] if kind == "struct" else data
+    table = {"image": [None, *cells], "text": ["w", "x", "y", "z"], "hash": [b"abc"] * 4}
+    (tmp_path / "set").mkdir()
+    pq.write_table(pa.table(table), tmp_path / "set/train.parquet")
+    found = pictures(tmp_path / "set")
+    assert found.image(3).size == (22, 30) and found.row(3)["texts"] == ["z"] and "hash" in found.row(0)
+    pq.write_table(pa.table({"hash": [b"abc"]}), tmp_path / "set/train.parquet")
+    refused(tmp_path / "set", "has no column of pictures; its columns are hash")
+
+
+@pytest.mark.parametrize("how", ["pointer", "cut", "empty"])
+def test_a_parquet_file_that_is_none_is_named(tmp_path, cache, how):
+    "Case 34: pointers of Git LFS, downloads that were cut, and empty files."
+    path = hub_folder(tmp_path / "set") / "data/validation-00000-of-00001.parquet"
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    path.write_bytes({"pointer": pointer, "cut": path.read_bytes()[:2000], "empty": b""}[how])
+    remedy = "a pointer of Git LFS; fetch it" if how == "pointer" else "download it again"
+    refused(tmp_path / "set", f"{path}: is ", remedy)
+    (lay(tmp_path / "folder", "a.png") / "a.png").write_bytes(pointer)
+    with pytest.raises(BadImage, match="a pointer of Git LFS; fetch it"):
+        pictures(tmp_path / "folder").image(0)
 
 
 # ---- nothing disappears without a count
@@ -916,6 +1046,75 @@ def test_captions_beside_pictures_and_in_the_folders_of_classes(tmp_path):
     assert [(r["texts"], r["label"]) for r in rows] == [(["my cat"], 0), (["my dog"], 1)]
     (nested / "train/dog/metadata.jsonl").unlink()
     refused(nested, "train/dog/2.png", "has no row")
+
+
+def test_what_img2dataset_writes_is_a_folder_of_pictures(tmp_path, caplog):
+    "Case 58: layout `files`: parts with a table beside each; captions in .txt, numbers that are no classes."
+    for part in ("00000", "00001"):
+        lay(tmp_path, *(f"{part}/{part}000{i}.png" for i in range(2)))
+        for p in (tmp_path / part).glob("*.png"):
+            p.with_suffix(".txt").write_text(f"about {p.stem}")
+            p.with_suffix(".json").write_text(json.dumps({"caption": "x", "status": "success"}))
+        (tmp_path / f"{part}.parquet").write_bytes(b"PAR1")
+        (tmp_path / f"{part}_stats.json").write_text("{}")
+    data = pictures(tmp_path)
+    assert len(data) == 4 and data.ids[0] == "00000/000000000"
+    assert data.classes == () and all(data.row(i)["texts"] == [f"about {data.ids[i][6:]}"] for i in range(4))
+    for p in tmp_path.rglob("*.txt"):
+        p.unlink()
+    assert pictures(tmp_path).classes == () and "label" not in pictures(tmp_path).row(0)
+    assert not caplog.text
+
+
+@pytest.mark.parametrize(
+    "names, words",
+    [
+        (("metadata.jsonl", "metadata.csv"), "has metadata.csv and metadata.jsonl; remove one of them"),
+        (("Metadata.jsonl",), "Metadata.jsonl: call it metadata.jsonl, or it is not read"),
+        (("METADATA.CSV",), "METADATA.CSV: call it metadata.csv"),
+        (("metadata.json",), "metadata.json is not read; captions are read from"),
+        (
+            ("metadata.parquet", "captions.json"),
+            "captions.json and 1 more is not read; captions are read from",
+        ),
+        (
+            ("metadata.jsonl", "train/metadata.jsonl"),
+            "metadata.jsonl is not read; train/metadata.jsonl speaks for",
+        ),
+    ],
+)
+def test_tables_that_are_not_read_are_said(tmp_path, caplog, names, words):
+    "Case 59."
+    lay(tmp_path, "train/a.png", "train/b.png")
+    for name in names:
+        home = "" if "/" in name else "train/"
+        rows = [{"file_name": f"{home}{n}.png", "text": "x"} for n in "ab"]
+        text = "".join(json.dumps(r) + "\n" for r in rows)
+        if name.lower().endswith("csv"):
+            text = "file_name,text\ntrain/a.png,x\ntrain/b.png,y\n"
+        (tmp_path / name).write_text(text)
+    try:
+        pictures(tmp_path)
+        said = caplog.text
+    except UserError as e:
+        said = str(e)
+    assert words in said
+
+
+def test_a_split_without_a_table_beside_others_is_said(tmp_path, caplog):
+    write_rows(lay(tmp_path, "train/a.png", "val/b.png") / "train", [{"file_name": "a.png", "text": "x"}])
+    assert pictures(tmp_path, "val").row(0)["texts"] == []
+    assert "its split val has no metadata.jsonl, and train has one" in caplog.text
+
+
+def test_rows_that_name_no_picture_by_suffix_are_refused(tmp_path):
+    "Case 24: a scan would not see them."
+    for name in ("a.jxl", "b", "c.txt"):
+        (tmp_path / "in").mkdir()
+        (tmp_path / "in" / name).write_bytes(picture(format="PNG"))
+        write_rows(lay(tmp_path / "in", "p.png"), [{"file_name": "p.png"}, {"file_name": name}])
+        refused(tmp_path / "in", "has a format that is not read" if name != "a.jxl" else "a.jxl")
+        shutil.rmtree(tmp_path / "in")
 
 
 def test_labels_of_a_csv_are_numbers_and_long_fields_are_read(tmp_path):

@@ -556,6 +556,32 @@ def test_a_row_without_label_is_refused_before_anything_is_encoded(world, tmp_pa
     assert {s["split"] for s in shards} == {"val"}
 
 
+def test_a_hub_set_whose_test_has_no_labels_is_cached_without_it(world, tmp_path, monkeypatch):
+    "Case 32: the test labels of ImageNet on the hub are -1; the refusal names the option that helps."
+    datasets = pytest.importorskip("datasets")
+    pq = pytest.importorskip("pyarrow.parquet")
+    import pyarrow as pa
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    features = {"image": {"_type": "Image"}, "label": {"names": ["a", "b"], "_type": "ClassLabel"}}
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    about = {"huggingface": json.dumps({"info": {"features": features}})}
+    schema = pa.schema([("image", kind), ("label", pa.int64())], about)
+    files = sorted((world[0] / "train").glob("*.png"))
+    (tmp_path / "set").mkdir()
+    for k, split in enumerate(("train", "validation", "test")):
+        cells = [{"bytes": p.read_bytes(), "path": None} for p in files[4 * k : 4 * k + 4]]
+        rows = [{"image": c, "label": -1 if split == "test" else i % 2} for i, c in enumerate(cells)]
+        pq.write_table(pa.Table.from_pylist(rows, schema), tmp_path / "set" / f"{split}-0.parquet")
+    with pytest.raises(UserError, match=r"leave its split out \(--splits train,val\)"):
+        cache("latents", tmp_path / "set", tmp_path / "out", options(world[1]))
+    words = ["--model", str(world[1]), "--size", "16", "--device", "cpu", "--splits", "train,validation"]
+    assert cli.main(["cache", "latents", str(tmp_path / "set"), str(tmp_path / "out"), *words]) == 0
+    for split in ("train", "val"):
+        found = Cache(tmp_path / "out", split)
+        assert len(found) == 4 and [found[i]["label"] for i in range(4)] == [0, 1, 0, 1]
+
+
 def test_prompts_of_a_file_are_its_lines(tmp_path):
     (tmp_path / "p.txt").write_text("\ufeffa cat\r\ntwo \u2028 parts\x0c of one\n\n", encoding="utf-8")
     assert module._lines(tmp_path / "p.txt") == ["a cat", "two \u2028 parts\x0c of one"]

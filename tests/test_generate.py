@@ -35,6 +35,7 @@ from sdcourse.commands.generate import (
 )
 from sdcourse.config import load_config, resolve
 from sdcourse.core import UserError
+from sdcourse.engine.work import Owner
 from sdcourse.dataset import pictures
 from sdcourse.engine.checkpoint import load_checkpoint
 from sdcourse.engine.loop import train
@@ -674,4 +675,50 @@ def test_the_work_of_another_command_is_left_alone(data, tmp_path):
     assert (tmp_path / "x.partial/hours.png").is_file()
     (tmp_path / "y.partial").mkdir()
     (tmp_path / "y.partial/.copy-images").touch()  # a start that was killed
+    (tmp_path / "y.partial/test").mkdir()
+    (tmp_path / "y.partial/test/old.png").touch()
     assert copy_images(data, tmp_path / "y", CopyOptions()) == 0
+    assert sorted(p.name for p in (tmp_path / "y/test").iterdir()) == [
+        "metadata.jsonl",
+        "p_0.png",
+        "p_1.png",
+        "p_2.png",
+    ]
+    (tmp_path / "z.partial").mkdir()
+    (tmp_path / "z.partial/.copy-images").touch()
+    with Owner(tmp_path / "z.partial"):  # one that is at work
+        with pytest.raises(UserError, match="another process is working in it"):
+            copy_images(data, tmp_path / "z", CopyOptions())
+
+
+def test_what_is_in_the_way_of_a_copy_is_one_line(data, tmp_path):
+    "Case 45: OUT is a file, a broken link, or below a file."
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for name, words in (
+        ("file", "is there already"),
+        ("link", "is there already"),
+        ("file/x", "file is a file"),
+    ):
+        with pytest.raises(UserError, match=f"{words}; choose another OUT") as e:
+            copy_images(data, tmp_path / name, CopyOptions())
+        assert "\n" not in str(e.value)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link"]
+
+
+def test_a_full_disk_ends_a_copy_with_one_line(data, tmp_path):
+    "Case 48: the limit on file sizes stands for a disk; a second start begins anew, as the line says."
+    import resource
+
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1500, old[1]))
+    try:
+        with pytest.raises(UserError, match="ulimit -f.* it begins anew") as e:
+            copy_images(data, tmp_path / "x", CopyOptions())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+    assert "\n" not in str(e.value) and not (tmp_path / "x").exists()
+    assert (
+        copy_images(data, tmp_path / "x", CopyOptions()) == 0 and len(pictures(tmp_path / "x", "test")) == 3
+    )
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]

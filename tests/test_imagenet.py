@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hostile import picture
 from sdcourse import cli
 from sdcourse.core import UserError
 from sdcourse.data.imagefolder import read_lines
@@ -255,16 +256,91 @@ def test_parquet_without_labels_or_names_is_refused(tmp_path):
         read_parquet(tmp_path)
 
 
-def test_unlabelled_rows_are_left_out(tmp_path):
+def test_unlabelled_rows_are_left_out_and_counted(tmp_path, caplog):
     pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
     meta = {
         "huggingface": json.dumps(
             {"info": {"features": {"label": {"names": ["a", "b"], "_type": "ClassLabel"}}}}
         )
     }
-    rows = [{"image": {"bytes": b"", "path": None}, "label": k} for k in (1, -1, 0)]
+    labels = [1, -1, 0, *[0] * 20, None]
+    rows = [{"image": {"bytes": b"", "path": None}, "label": k} for k in labels]
     pq.write_table(pa.Table.from_pylist(rows).replace_schema_metadata(meta), tmp_path / "train-0.parquet")
-    assert [(r[1], r[2]) for r in read_parquet(tmp_path)[2]] == [(1, "train-0-0-0"), (0, "train-0-0-2")]
+    read = read_parquet(tmp_path)[2]
+    assert [(r[1], r[2]) for r in read[:2]] == [(1, "train-0-0-0"), (0, "train-0-0-2")] and len(read) == 22
+    assert "2 of 24 rows have no label, the first is train-0-0-1" in caplog.text
+
+
+def hub_part(path, *rows, names=("x", "y")):
+    "A parquet file of (bytes or None, label, name) as the hub keeps it."
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    about = json.dumps({"info": {"features": {"label": {"names": list(names), "_type": "ClassLabel"}}}})
+    schema = pa.schema([("image", kind), ("label", pa.int64())], {"huggingface": about})
+    cells = [None if data is None else {"bytes": data, "path": name} for data, _, name in rows]
+    dicts = [{"image": cell, "label": label} for cell, (_, label, _) in zip(cells, rows)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(dicts, schema), path)
+
+
+def prepared(tmp_path, *words):
+    "The classes, ids and counts of `sdcourse prepare imagenet`; or its one line."
+    out = tmp_path / "out"
+    try:
+        cli.run(
+            ["prepare", "imagenet", str(tmp_path / "in"), str(out), "--size", "8", "--workers", "1", *words]
+        )
+    except UserError as e:
+        assert "\n" not in str(e) and not out.exists()
+        return str(e)
+    lines = (out / "train/metadata.jsonl").read_text().splitlines()
+    return [(r["id"], r["label"]) for r in map(json.loads, lines)]
+
+
+def test_pictures_of_one_name_in_many_folders_are_prepared(tmp_path):
+    "Case 35: own folders, whose pictures are all called 1, and parquet rows that are all called image.png."
+    for n, c in enumerate(("cat", "dog")):
+        (tmp_path / "in/train" / c).mkdir(parents=True)
+        (tmp_path / "in/train" / c / "1.png").write_bytes(picture(20, 16, seed=n, format="PNG"))
+    assert prepared(tmp_path) == [("train-cat-1", 0), ("train-dog-1", 1)]
+    (tmp_path / "in/train").rename(tmp_path / "in/elsewhere")
+    shutil.rmtree(tmp_path / "out")
+    assert "put folders of classes into train/" in prepared(tmp_path)
+
+
+def test_a_table_of_the_validation_set_with_other_columns_is_one_line(tmp_path):
+    "Case 35."
+    (tmp_path / "in/train/n01").mkdir(parents=True)
+    (tmp_path / "in/train/n01/a.png").write_bytes(picture(20, 16, format="PNG"))
+    (tmp_path / "in/val").mkdir()
+    (tmp_path / "in/val/b.png").write_bytes(picture(20, 16, format="PNG"))
+    for text in ("id,label\nb,n01\n", "ImageId,PredictionString\nb,\n", "", '"'):
+        (tmp_path / "in/LOC_val_solution.csv").write_text(text)
+        said = prepared(tmp_path)
+        assert "needs the columns ImageId" in said or "has no folder in train" in said
+
+
+def test_parquet_rows_that_lack_something(tmp_path):
+    "Case 35: a row without picture, one without label, one of a class that is not there, names of all kinds."
+    home = tmp_path / "in/data"
+    good = [(picture(20, 16, seed=i, format="PNG"), i % 2, "image.png") for i in range(20)]
+    hub_part(home / "train-00000-of-00001.parquet", *good, (None, 0, ""), (good[0][0], None, "x.png"))
+    assert "1 of 21 pictures cannot be read" in prepared(tmp_path)
+    shutil.rmtree(tmp_path / "out.partial")
+    rows = prepared(tmp_path, "--max-bad", "0.1")
+    assert len(rows) == 20 and rows[3] == ("train-00000-of-00001-0-3", 1)
+    shutil.rmtree(tmp_path / "out")
+    hub_part(home / "train-00000-of-00001.parquet", *good, (good[0][0], 7, "x.png"))
+    assert "row 0-20 has label 7, and there are 2 classes" in prepared(tmp_path)
+    (home / "train-00000-of-00001.parquet").rename(home / "0000.parquet")
+    assert "0000.parquet is called neither train-… nor validation-…" in prepared(tmp_path)
+
+
+def test_pictures_in_a_column_of_bytes_are_refused_with_a_remedy(tmp_path):
+    pa, pq = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    (tmp_path / "in").mkdir()
+    pq.write_table(pa.table({"image": [b"x"], "label": [0]}), tmp_path / "in/train-0.parquet")
+    assert "its image column has no bytes and path; save it with datasets" in prepared(tmp_path)
 
 
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):

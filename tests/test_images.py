@@ -2,7 +2,7 @@
 is refused with its reason.
 """
 
-import io, struct, zlib
+import contextlib, io, struct, zlib
 
 import numpy as np
 import pytest
@@ -277,7 +277,54 @@ def test_good_jpegs_with_more_behind_them_or_even_areas_pass():
     for colour in ("white", "black", (128, 128, 128)):
         for optimize in (False, True):
             open_image(as_file(Image.new("RGB", (2000, 2000), colour), "JPEG", optimize=optimize))
-    open_image(as_file(SMOOTH, "JPEG", progressive=True))
+
+
+GRAINY = Image.blend(SMOOTH, Image.fromarray(noise(320, 240)), 0.2)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_progressive_jpeg_whose_data_end_early_is_found(mode):
+    "Case 15: cut with an end mark behind the cut, zeros to the end, a hole; in each of its parts."
+    data = as_file(GRAINY.convert(mode), "JPEG", progressive=True)
+    parts = [k for k in range(len(data) - 1) if data[k : k + 2] == b"\xff\xda"]
+    assert len(parts) > 5
+    whole = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+    for k in [*np.linspace(parts[0] + 20, len(data) - 3, 25).astype(int), *(len(data) - n for n in (6, 30))]:
+        cut = data[:k].rstrip(b"\xff") + b"\xff\xd9"
+        with contextlib.suppress(BadImage):
+            lost = np.abs(np.asarray(open_image(cut)).astype(int) - whole).mean()
+            assert lost < 0.01, (k, lost)  # what is missing is not to be seen
+        for end in (b"", b"\xff\xd9"):
+            if len(data) - k > 1100:
+                assert refused(data[:k] + bytes(len(data) - k) + end) == "truncated"
+    last = parts[-1] + 100
+    assert refused(data[:last] + bytes(1100) + data[last + 1100 :]) == "truncated"
+    for k in (parts[1], parts[-1], parts[-1] + 50):
+        assert refused(data[:k] + b"\xff\xd9") == "truncated"
+
+
+def test_good_progressive_jpegs_pass():
+    wave = 128 + 60 * np.cos(np.arange(640) * 2 * np.pi / 8)
+    for im in (
+        SMOOTH,
+        GRAINY,
+        GRAINY.convert("L"),
+        GRAINY.convert("CMYK"),
+        Image.new("RGB", (2000, 2000), "white"),
+        Image.fromarray(np.tile(wave, (640, 1)).astype(np.uint8)),
+    ):
+        for quality in (30, 90):
+            data = as_file(im, "JPEG", progressive=True, quality=quality)
+            assert open_image(data + b"appended").size == im.size
+
+
+def test_parts_that_make_no_sense_are_one_line():
+    "Marks of further parts behind a picture that is whole, and headers that end too early."
+    data = as_file(SMOOTH, "JPEG")
+    for more in (b"\xff\xda\0\2", b"\xff\xda\0\0", b"\xff\xc4\0\2", b"\xff\xc4\xff\xff\x10", b"\xff\xc2\0\0"):
+        for end in (b"\xff\xd9", b""):
+            with contextlib.suppress(BadImage):
+                open_image(data[:-2] + more + end)
 
 
 def test_a_png_with_megabytes_of_text_is_a_picture():

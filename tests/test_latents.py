@@ -194,3 +194,9 @@ def test_what_does_not_fit_is_refused(world, tmp_path):
     refused("is a cache of features, and latents are needed", data=str(tmp_path / "features"))
     with pytest.raises(UserError, match="no such folder"):
         latent_source("nowhere")
+    for name in ("empty", "pets"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "pets/a.png").touch()
+    for name in ("empty", "pets", "nowhere"):
+        with pytest.raises(UserError, match=f"{name}: no cache is there; make it with sdcourse cache"):
+            CachedLatents(tmp_path / name)

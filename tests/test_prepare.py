@@ -9,6 +9,7 @@ from nobody import OpenFolder, as_nobody
 from sdcourse import cli
 from sdcourse.core import UserError, differences
 from sdcourse.data.manifests import described, load_manifest, manifest_folder, origin, verify
+from sdcourse.engine.work import OWNER
 from sdcourse.data.prepare import Failed, Prepare, Stopped, Work, command, save_bytes
 
 ORIGIN = load_manifest("digits")
@@ -125,21 +126,43 @@ def test_two_processes_do_not_work_in_one_folder(tmp_path):
     make(tmp_path / "set")
 
 
-def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, caplog):
+def test_nothing_is_swept_where_locks_are_unknown(tmp_path, monkeypatch):
+    "Case 49: the owner is a file, so that it holds without `flock`, and what it writes now is not swept."
     import errno, fcntl
 
-    def refuse(code):
-        def flock(*_):
-            raise OSError(code, os.strerror(code))
+    def flock(*_):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-        monkeypatch.setattr(fcntl, "flock", flock)
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with Work(tmp_path / "set", {"size": 1}) as work:
+        (work.folder / ".half.png.7.tmp").touch()
+        with pytest.raises(UserError, match="another process"):
+            make(tmp_path / "set")
+        assert (work.folder / ".half.png.7.tmp").exists()
 
-    refuse(errno.EBADF)
+
+def test_an_owner_leaves_no_trace_in_what_is_published(tmp_path):
     make(tmp_path / "set")
-    assert "start only one process" in caplog.text
-    refuse(errno.EIO)
-    with pytest.raises(UserError, match="Input/output error"):
-        make(tmp_path / "other")
+    names = sorted(p.name for p in (tmp_path / "set").iterdir())
+    assert OWNER not in names and OWNER not in (tmp_path / "set/manifest.json").read_text()
+    (tmp_path / "set" / OWNER).touch()  # killed between the rename and the end
+    make(tmp_path / "set")
+    assert sorted(p.name for p in (tmp_path / "set").iterdir()) == names
+
+
+def test_a_folder_that_another_has_taken_is_written_no_more(tmp_path):
+    "As after a silence of minutes."
+    with pytest.raises(UserError, match="another process has taken this folder"):
+        with Work(tmp_path / "set", {"size": 1}) as work:
+            (work.folder / OWNER).write_text("{}")
+            work._lose()
+            work.record({"id": "a"})
+    assert "a" not in (tmp_path / "set.partial/done.jsonl").read_text()
+    with pytest.raises(UserError, match="another process has taken this folder"):
+        with Work(tmp_path / "other", {"size": 1}) as work:
+            (work.folder / OWNER).write_text("{}")
+            work.publish({})
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_place_that_may_not_be_written():

@@ -2,7 +2,7 @@
 everything.
 """
 
-import contextlib, io, json, resource, shutil, signal, subprocess, sys, time
+import contextlib, errno, io, json, re, resource, shutil, signal, subprocess, sys, tarfile, time
 
 import numpy as np
 import pytest
@@ -14,8 +14,10 @@ from test_images import png_claiming
 from sdcourse import cli
 from sdcourse.core import UserError
 from sdcourse.data import scan as sc, shards as sh
-from sdcourse.data.images import image_bytes, open_image
+from sdcourse.data.galleries import TarGallery
+from sdcourse.data.images import BadImage, image_bytes, open_image
 from sdcourse.data.manifests import load_manifest, verify
+from sdcourse.dataset import pictures
 
 
 class Never:
@@ -280,17 +282,144 @@ def test_a_list_for_other_files_is_refused(small):
 
 # ---- the command
 def test_one_line_for_each_bad_picture(museum, tmp_path, capsys):
+    "Case 39: a list that lies elsewhere is not seen by readers, and that is said, with what helps."
     assert cli.main(["scan", str(museum), "--out", str(tmp_path / "list.json"), "--near-bits", "-1"]) == 1
     out = capsys.readouterr().out.splitlines()
     assert (
         len(out) == len(CORRUPT) + 2
-        and "has no effect there" in out[0]
         and "empty: train/zero.png (the file has no bytes)" in out
+        and "do not see this list; copy it there, or make a folder of your own with links" in out[-2]
         and out[-1].endswith("raise --limit)")
     )
     assert not (museum / "scan.json").exists() and len(
         json.loads((tmp_path / "list.json").read_text())["bad"]
     ) == len(CORRUPT)
+
+
+def test_a_folder_of_links_is_scanned_and_read(small, tmp_path_factory):
+    "Case 39: what a scan of a read-only folder advises works."
+    cli.main(["scan", str(small), "--out", str(tmp_path_factory.mktemp("list") / "scan.json")])
+    assert not list(small.glob("scan.json*")) and len(pictures(small)) == 100
+    mine = tmp_path_factory.mktemp("mine")
+    for p in small.iterdir():
+        (mine / p.name).symlink_to(p)
+    assert cli.main(["scan", str(mine)]) == 0 and len(pictures(mine)) == 99
+
+
+def test_a_folder_that_nobody_may_write_has_a_remedy(small, monkeypatch, capsys):
+    "Case 39: at the first write, which is that of the journal."
+
+    def refuse(journal):
+        raise PermissionError(errno.EACCES, "Permission denied", str(journal.path))
+
+    monkeypatch.setattr(sc.Journal, "_open", refuse)
+    assert cli.main(["scan", str(small)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "Permission denied; make a folder of your own with links" in said
+
+
+def test_what_looks_alike_is_a_few_lines_and_a_count(tmp_path, capsys):
+    "Case 53: twenty lines of each kind; all of them are in the list."
+    for i in range(30):
+        (tmp_path / f"{i:02}.png").write_bytes(as_file(Image.new("RGB", (16, 16), (200, i // 8, 0))))
+        (tmp_path / f"bad{i:02}.png").write_bytes(b"")
+    assert cli.main(["scan", str(tmp_path), "--limit", "1"]) == 0
+    out = capsys.readouterr().out.splitlines()
+    found = json.loads((tmp_path / "scan.json").read_text())
+    for word, kind in (("looks alike", "near"), ("empty", "bad"), ("duplicate", "bad")):
+        assert sum(line.startswith(word) for line in out) <= 20
+    assert f"… and 10 more (empty; all are in {tmp_path}/scan.json)" in out
+    near = sum(line.startswith("looks alike") for line in out)
+    assert near == min(20, len(found["near"])) and len(found["bad"]) > 50
+    assert [b["kind"] for b in found["bad"]].count("empty") == 30
+
+
+# ---- pictures that are no files of their own
+def sample_tar(path, datas):
+    "A tar of samples 0, 1, 2 … with captions."
+    with tarfile.open(path, "w") as tar:
+        for i, data in enumerate(datas):
+            for name, content in ((f"{i}.png", data), (f"{i}.txt", b"a cat")):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.fixture
+def tars(tmp_path):
+    "Ten good samples of train and two of val, one cut, one empty, one that val has too; with an index."
+    home = tmp_path / "tars"
+    home.mkdir()
+    good = [as_file(scene(i, 24)) for i in range(12)]
+    sample_tar(home / "train-0.tar", [*good[:10], good[0][:-40], b"", good[10]])
+    sample_tar(home / "val-0.tar", good[10:])
+    assert sh.index_folder(home, home) == 0
+    return home
+
+
+def test_a_scan_of_tars_is_used_by_readers(tars, capsys, caplog):
+    "Case 6: cut and empty members are listed, left out and counted; too many of them stop."
+    with pytest.raises(BadImage) as e:
+        pictures(tars).image(10)
+    command = re.search(r"sdcourse (scan \S+) lists such pictures", str(e.value))[1].split()
+    assert cli.main(command) == 1 and "20.00%, more than 1.00%" in capsys.readouterr().out
+    with pytest.raises(UserError, match="20.00% of its pictures are bad, more than 1.00%.*higher --limit"):
+        pictures(tars)
+    assert cli.main([*command, "--limit", "0.2"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert said[:3] == [
+        "empty: train-0/11 (the file has no bytes)",
+        "truncated: train-0/10 (the pixels cannot be read (image file is truncated))",
+        "duplicate: train-0/12 (of val-0/0)",
+    ]
+    data = pictures(tars)
+    assert "3 of 13 pictures are bad, as scan.json says; they are left out" in caplog.text
+    assert data.ids == [f"train-0/{i}" for i in range(10)] and len(pictures(tars, "val")) == 2
+    assert [data.image(i).size for i in (0, 9)] == [(24, 24)] * 2 and data.row(9)["texts"] == ["a cat"]
+
+
+def test_a_list_for_other_tars_is_refused(tars):
+    assert cli.main(["scan", str(tars), "--limit", "0.2"]) == 0
+    sample_tar(tars / "train-0.tar", [as_file(scene(99))] * 2)
+    sh.index_folder(tars, tars)
+    with pytest.raises(UserError, match="changed since it was scanned"):
+        pictures(tars)
+
+
+def test_our_own_tars_are_scanned_by_tar_and_id(tmp_path):
+    home = tmp_path / "in"
+    for split in ("train", "val"):
+        (home / split).mkdir(parents=True)
+        for i in range(4):
+            data = as_file(scene(i + 10 * (split == "val"), 24))
+            (home / split / f"{i}.png").write_bytes(data[:-30] if i == 2 else data)
+    sh.pack(home, tmp_path / "out", sh.Shards(), flag=Never())
+    assert cli.main(["scan", str(tmp_path / "out"), "--limit", "0.5"]) == 0
+    found = json.loads((tmp_path / "out/scan.json").read_text())
+    assert [b["file"] for b in found["bad"]] == ["train-00000.tar/2", "val-00000.tar/2"]
+    data = pictures(tmp_path / "out", "val")
+    assert data.ids == ["0", "1", "3"] and data.bytes(2) == (home / "val/3.png").read_bytes()
+
+
+def test_a_stopped_scan_of_tars_goes_on(tars, monkeypatch):
+    seen, real = [], sc.examine
+    monkeypatch.setattr(sc, "examine", lambda picture, cfg: seen.append(1) or real(picture, cfg))
+    whole = sc.scan(TarGallery(sh.TarsSet(tars)), sc.Scan(workers=1), flag=Never())
+    seen.clear()
+    for flag in (After(5), Never()):
+        with sc.Journal(tars / "scan.json.partial", sc.Scan(workers=1)) as journal:
+            found = sc.scan(TarGallery(sh.TarsSet(tars)), sc.Scan(workers=1), flag=flag, journal=journal)
+    assert found == whole and len(seen) == 15
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{", '{"bad": 3}', '{"bad": [{"file": 1}], "share": 0, "limit": 1}', "7"]
+)
+def test_a_list_of_something_else_is_one_line(small, text):
+    (small / "scan.json").write_text(text)
+    with pytest.raises(UserError, match="scan.json") as e:
+        sc.excluded(small)
+    assert "\n" not in str(e.value)
 
 
 def test_a_stop_writes_no_list_and_an_unfinished_one_is_not_used(small, capsys):

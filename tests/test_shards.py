@@ -2,7 +2,7 @@
 refused.
 """
 
-import io, json, os, pickle, resource, subprocess, sys, tarfile, time
+import gzip, io, json, os, pickle, re, resource, subprocess, sys, tarfile, time
 from collections import Counter
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from sdcourse.core import UserError
 from sdcourse.data import shards as sh
 from sdcourse.data.images import open_image
 from sdcourse.data.manifests import load_manifest, verify
+from sdcourse.dataset import pictures, splits
 
 
 class Never:
@@ -165,7 +166,6 @@ def test_a_sample_larger_than_a_tar_is_refused_before_anything_is_written(tmp_pa
             "outside its folder",
         ),
         (lambda f: (f / "train/metadata.jsonl").write_text("{"), "is broken"),
-        (lambda f: (f / "train/metadata.jsonl").unlink(), "holds neither tars nor"),
         (
             lambda f: (
                 (f / "train/x0.jpg").rename(f / "train/x0.gif")
@@ -387,6 +387,7 @@ def test_pax_and_gnu_long_names(tmp_path):
         (("x.jpg", PIC, {"size": 2**60}), "says it has"),
         (("x.jpg", PIC, {"size": -512}), ""),
         (("x.jpg", PIC, {"type": tarfile.GNUTYPE_SPARSE}), ""),
+        ((f"{'x' * 5000}.jpg", PIC, {}), "more than 1000 characters"),
     ],
 )
 def test_hostile_members(tmp_path, member, words):
@@ -506,7 +507,7 @@ def test_the_command_packs_and_indexes(packed, tmp_path, capsys):
     [
         (["nowhere", "out"], "nowhere: no such folder"),
         (["."], "expected IN OUT"),
-        ([".", "out"], "holds neither tars nor"),
+        ([".", "out"], "holds no pictures"),
         ([".", "out", "--max-byte", "3"], "did you mean '--max-bytes'"),
     ],
 )
@@ -604,9 +605,135 @@ def test_dots_in_names_are_counted_and_many_refused(tmp_path, caplog):
         sh.index_folder(tmp_path, tmp_path)
 
 
-def test_pictures_without_a_row_are_not_left_behind(tmp_path):
-    data_folder(tmp_path, 3)
-    (tmp_path / "val").mkdir()
-    (tmp_path / "val/1.png").write_bytes(picture(20, 16, format="PNG"))
-    with pytest.raises(UserError, match="1 of 4 pictures have no row .* val/1.png"):
-        sh.read_samples(tmp_path)
+def plain(home, *names):
+    "Pictures of these names, all different."
+    for i, name in enumerate(names):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_bytes(picture(20, 16, seed=i, format="PNG"))
+    return home
+
+
+def packed_rows(folder, out):
+    "{split: rows} of the tars of a folder, without what tars add, and its classes."
+    assert sh.pack(folder, out, sh.Shards(), flag=Never()) == 0
+    classes = pictures(out, splits(out)[0]).classes
+    return {s: [pictures(out, s).row(i) for i in range(len(pictures(out, s)))] for s in splits(out)}, classes
+
+
+@pytest.mark.parametrize("layout", ["root", "csv", "classes", "kohya", "nested", "val"])
+def test_tars_hold_what_a_training_on_the_folder_would_see(tmp_path, layout):
+    "Case 38: every layout that is read is packed, and no split is left behind."
+    home = plain(tmp_path / "in", "train/cat/1.png", "train/dog/2.png", "val/cat/3.png")
+    if layout == "root":
+        rows = [{"file_name": f"{n}.png", "text": n} for n in ("train/cat/1", "train/dog/2", "val/cat/3")]
+        (home / "metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    elif layout == "csv":
+        (home / "train/metadata.csv").write_text("file_name,text,label\ncat/1.png,one,0\ndog/2.png,two,1\n")
+        (home / "val/metadata.csv").write_text("file_name,text,label\ncat/3.png,three,0\n")
+    elif layout == "kohya":
+        for p in home.rglob("*.png"):
+            p.with_suffix(".txt").write_text(f"a {p.stem}")
+    elif layout == "nested":
+        for p in home.rglob("*.png"):
+            (p.parent / "metadata.jsonl").write_text(json.dumps({"file_name": p.name, "text": p.stem}) + "\n")
+    elif layout == "val":
+        rows = [{"file_name": n, "text": n} for n in ("cat/1.png", "dog/2.png")]
+        (home / "train/metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    rows, classes = packed_rows(home, tmp_path / "out")
+    for split in splits(home):
+        data = pictures(home, split)
+        assert rows[split] == [data.row(i) for i in range(len(data))] and classes == pictures(home).classes
+    assert {s: len(r) for s, r in rows.items()} == {"train": 2, "val": 1}
+
+
+def test_two_pictures_with_one_id_are_not_packed(tmp_path):
+    home = plain(tmp_path / "in", "a.png")
+    (home / "a.jpg").write_bytes(picture(20, 16))
+    with pytest.raises(UserError, match="another picture has its id"):
+        sh.pack(home, tmp_path / "out", sh.Shards(), flag=Never())
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_what_is_packed_already_is_not_packed_again(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train.parquet").write_bytes(b"PAR1")
+    assert cli.main(["shards", str(tmp_path), str(tmp_path / "out")]) == 2
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda d, p: p.write_bytes(d[: len(d) // 2]), "the tar ends before that; it is cut off|is cut off"),
+        (lambda d, p: p.write_bytes(d[:3000]), "is cut off"),
+        (lambda d, p: p.write_bytes(d[:200]), "is cut off or damaged"),
+        (lambda d, p: p.write_bytes(d.rstrip(b"\0")), "is cut off"),
+        (lambda d, p: p.write_bytes(b""), "is cut off or damaged"),
+        (lambda d, p: p.write_bytes(bytes(600)), "is cut off"),
+        (lambda d, p: p.write_bytes(gzip.compress(d)), "is compressed; unpack it first"),
+        (lambda d, p: p.write_bytes(b"<html>" * 300), "is no tar .*; remove or rename it"),
+        (lambda d, p: (p.unlink(), os.mkfifo(p)), "is no plain file"),
+    ],
+)
+def test_what_is_wrong_with_a_tar_is_said_as_it_is(tmp_path, change, words):
+    "Case 21: a remedy for the fault that it has; and a pipe does not hang."
+    tar_with(tmp_path / "a.tar", "1.png", "2.png", "3.png")
+    change((tmp_path / "a.tar").read_bytes(), tmp_path / "a.tar")
+    with pytest.raises(UserError) as e:
+        sh.index_folder(tmp_path, tmp_path)
+    assert re.search(words, str(e.value)) and "\n" not in str(e.value), str(e.value)
+    assert ("unpack" in str(e.value)) == ("compressed" in words)
+
+
+HOSTILE_INDEX = [
+    "[]",
+    "{}",
+    '{"quoted": true, "tars": {}}',
+    '{"quoted": true, "tars": [7]}',
+    '{"quoted": 1, "tars": []}',
+    '{"quoted": true, "tars": [{"tar": "a.tar"}]}',
+    '{"format": 1, "kind": "latents", "shards": []}',
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE_INDEX)
+def test_an_index_of_something_else_is_one_line(tmp_path, text):
+    (tmp_path / "index.json").write_text(text)
+    for read in (sh.TarSet, pictures, splits):
+        with pytest.raises(UserError, match="index") as e:
+            read(tmp_path)
+        assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "[]",
+        "7",
+        "{",
+        '{"key": "a"',
+        '{"jpg": [0, 1]}',
+        '{"key": "a", "exe": [0, 1]}',
+        '{"key": "a", "png": 3}',
+    ]
+    + [
+        f'{{"key": "a", "png": [{a}, {b}]}}'
+        for a, b in ((0, 10**9), (-5, 3), (10**30, 1), ('"x"', 1), (0, -9))
+    ],
+)
+def test_rows_of_a_hostile_index_are_one_line(tmp_path, line):
+    tar_with(tmp_path / "a.tar", "1.png")
+    sh.index_folder(tmp_path, tmp_path)
+    (tmp_path / "a.index.jsonl").write_text(line + "\n")
+    with pytest.raises(UserError, match="a.index.jsonl: is damaged .*make the index again"):
+        pictures(tmp_path)
+
+
+def test_a_column_that_the_first_sample_lacks_is_known(tmp_path):
+    tar_of(
+        tmp_path / "a.tar",
+        ("1.png", PIC, {}),
+        ("2.png", PIC, {}),
+        ("2.json", b'{"words": "two"}', {}),
+    )
+    sh.index_folder(tmp_path, tmp_path)
+    assert pictures(tmp_path, caption_column="words").row(1)["texts"] == ["two"]

@@ -69,6 +69,18 @@ def test_each_row_comes_back_under_its_id_in_any_order(tmp_path):
     assert data.numbers(["i3", "nobody", "i22"]).tolist() == [3, -1, 22]
 
 
+def test_one_long_caption_takes_its_own_room_only(tmp_path):
+    "Case 36: 25,000 prompts, one of them of 20,000 characters, took 2 GB; here each place took 80 kB."
+    long = "x" * 20_000
+    texts = ["", *(f"a cat {i}" for i in range(300)), long]
+    data = Cache(made(tmp_path / "c", texts, per_shard=1000))
+    assert data.ids.nbytes < 10_000 and data.ids.tolist() == texts
+    assert data.numbers([long, "a cat 7", "nobody"]).tolist() == [301, 8, -1]
+    for again in (data, pickle.loads(pickle.dumps(data))):
+        assert again.__getitems__([301, 0])["id"].tolist() == [long, ""] and again[301]["id"] == long
+    assert Cache(made(tmp_path / "d", texts[1:-1], per_shard=1000)).ids.dtype.kind == "U"
+
+
 def test_growth_plans_only_what_is_new(tmp_path):
     index = blank()
     rows = [["a", 1], ["b", 1], ["c", 1]]

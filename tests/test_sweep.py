@@ -12,6 +12,7 @@ import pytest
 from sdcourse.cli import main
 from sdcourse.commands.sweep import combinations, plan_sweep, rows, run_name, sweep, write_table
 from sdcourse.core import UserError
+from sdcourse.engine.work import Owner
 
 WORDS = (
     "flow_dit --preset tiny --max-steps 3 --warmup-steps 1 --num-samples 0 --size tiny/8 --device cpu".split()
@@ -89,6 +90,20 @@ def test_runs_that_end_together_leave_one_whole_table(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(end, found))
     assert [r["state"] for r in json.loads((tmp_path / "table.json").read_text())] == ["finished"] * 8
+
+
+def test_a_table_waits_for_its_turn_and_not_for_ever(tmp_path, monkeypatch):
+    "Case 49: the turn is a file in the folder, which also holds without `flock`."
+    import sdcourse.commands.sweep as module
+
+    found = combinations(["lr=1,2"])
+    monkeypatch.setattr(module, "PATIENCE", 0.3)
+    with Owner(tmp_path):
+        with pytest.raises(UserError, match="another process"):
+            write_table(found, tmp_path, "…")
+    assert not (tmp_path / "table.md").exists()
+    write_table(found, tmp_path, "…")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["table.json", "table.md"]
 
 
 def test_the_plan_names_a_folder_for_each(tmp_path):

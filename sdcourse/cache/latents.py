@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from .encoders import open_encoder
-from .store import Cache, read_index
+from .store import Cache, finished_index
 from ..core import UserError, read_json
 from ..data.items import Items
 from ..data.sets.worlds import world_named
@@ -82,9 +82,7 @@ class CachedLatents(LatentSource):
         vae: str = "", # folder of the VAE that decodes samples; it must be the one that encoded
     ):
         self.folder = folder
-        index = read_index(folder)
-        if index["kind"] != "latents":
-            raise UserError(f"{folder}: is a cache of {index['kind']}, and latents are needed")
+        index = finished_index(folder, "latents")
         if not {"mean", "std"} <= index["columns"].keys():
             raise UserError(f"{folder}/index.json: has no columns mean and std; make the cache again")
         sides, self.channels, self.side, _ = index["columns"]["mean"]["shape"]

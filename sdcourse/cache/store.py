@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'check_key', 'read_index', 'shard_plan', 'planned', 'row_bytes', 'extend_plan', 'write_shard', 'read_shard',
-           'missing', 'Cache', 'Joined']
+           'missing', 'finished_index', 'Cache', 'Joined']
 
 # %% ../../nbs/cache/05_store.ipynb #28245194
 import hashlib, json, os
@@ -152,10 +152,19 @@ def missing(
     return [s for s in index["shards"] if f"{s['name']}.safetensors" not in there]
 
 # %% ../../nbs/cache/05_store.ipynb #4d583f5c
-def _finished_index(folder, kind):
+def _texts(texts):
+    "An array of texts; where one is far longer than the others, each has its own length in memory."
+    room = len(texts) * max(map(len, texts), default=0)
+    return np.array(texts, dtype=object if room > 8 * sum(map(len, texts)) else str)
+
+def finished_index(
+    folder, # of a cache
+    kind: str = "", # latents, prompts or features; empty: any
+) -> dict:
     "The index of a cache that is whole and of this kind; `UserError` for another."
+    if not (Path(folder)/"index.json").is_file():
+        raise UserError(f"{folder}: no cache is there; make it with sdcourse cache")
     index = read_index(folder)
-    if index is None: raise UserError(f"{folder}: no cache is there; make it with sdcourse cache")
     if kind and index["kind"] != kind:
         raise UserError(f"{folder}: is a cache of {index['kind']}, and {kind} are needed")
     if todo := missing(folder, index):
@@ -172,7 +181,7 @@ class Cache:
         *, kind: str = "", # latents, prompts or features; empty: any
     ):
         self.folder = Path(folder)
-        index = _finished_index(folder, kind)
+        index = finished_index(folder, kind)
         known = tuple(dict.fromkeys(s["split"] for s in index["shards"]))
         if split not in known: raise UserError(f"{folder}: has no split {split!r}: {nearest(split, known)}")
         self.split = split
@@ -182,7 +191,7 @@ class Cache:
         self.columns = index["columns"]
         self._shards = index["shards"]
         rows = planned(folder, index, split)
-        self.ids = np.array(list(rows), dtype=str)
+        self.ids = _texts(list(rows))
         self._where = np.array([w[1:] for w in rows.values()], dtype=np.int64).reshape(-1, 2)
         self._open = {} # number of a shard -> its tensors
         self._numbers = None # id -> number of the row, once somebody has asked

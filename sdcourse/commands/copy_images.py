@@ -7,14 +7,16 @@ __all__ = ['COPYING', 'CopyOptions', 'copy_images']
 
 # %% ../../nbs/commands/01_copy_images.ipynb #287af582
 import os, shutil
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from ..config import NonNegative, Options
-from ..core import UserError, progress
+from ..core import UserError, check_free, disk_error, progress
 from ..data.imagefolder import file_names, write_lines
 from ..dataset import Transform, pictures
+from ..engine.work import OWNER, Owner
 
 # %% ../../nbs/commands/01_copy_images.ipynb #26d0ec73
 @dataclass
@@ -33,27 +35,36 @@ def copy_images(
 ) -> int: # 0
     "Lay the pictures of a data set out as generated ones lie."
     if cfg.link and cfg.size: raise UserError("--link and --size: a link cannot be resized; give one of them")
-    if Path(out).exists(): raise UserError(f"{out}: is there already; choose another OUT")
+    check_free(out)
     found = pictures(data, cfg.split, max_samples=cfg.max_samples)
     if cfg.link and not found.path(0): raise UserError(f"--link: {data} is no folder of picture files")
-    new = _begin(Path(f"{out}.partial"))
-    rows = _copied(found, new/cfg.split, Path(out).resolve()/cfg.split, cfg)
-    write_lines(new/cfg.split/"metadata.jsonl", rows)
-    (new/COPYING).unlink()
-    new.rename(out)
-    print(f"{out}: {len(rows):,} pictures")
+    new = Path(f"{str(out).rstrip('/')}.partial")
+    try:
+        with _begun(new): _make(new, Path(out), found, cfg)
+    except OSError as e: raise disk_error(e, new, "it begins anew") from None
+    print(f"{out}: {len(found):,} pictures")
     return 0
 
 COPYING = ".copy-images" # says that a folder in the making is of this command
 
-def _begin(new):
-    "A new folder in the place of what an earlier start has left; `UserError` when another command left it."
+@contextmanager
+def _begun(new):
+    "Own a new folder in the place of what an earlier start has left; `UserError` when it is not ours."
     if new.exists() and not (new/COPYING).is_file():
         raise UserError(f"{new}: is the work of another command; finish that one, or choose another OUT")
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
+    new.mkdir(parents=True, exist_ok=True)
     (new/COPYING).touch()
-    return new
+    with Owner(new):
+        for p in new.iterdir():
+            if p.is_dir(): shutil.rmtree(p)
+        yield
+
+def _make(new, out, found, cfg):
+    "Copy into `new`, which becomes `out` when it is whole."
+    rows = _copied(found, new/cfg.split, out.resolve()/cfg.split, cfg)
+    write_lines(new/cfg.split/"metadata.jsonl", rows)
+    new.rename(out)
+    for name in (COPYING, OWNER): (out/name).unlink()
 
 def _copied(found, home, final, cfg):
     "Lay every picture into `home`, which will be called `final`; the rows about them."

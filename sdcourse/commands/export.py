@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..config import Options, from_dict, load_config
-from ..core import UserError
+from ..core import UserError, check_free
 from ..engine.checkpoint import latest_checkpoint, load_checkpoint
 from ..models.files import as_before
 
@@ -64,11 +64,6 @@ def _part(task, model, name): # a component of the pipeline that can be saved by
         raise UserError(f"--part {name}: this model has {have}")
     return parts[name]
 
-def _check_free(out): # `UserError` unless a folder can be made there
-    if os.path.lexists(out): raise UserError(f"{out}: is there already; choose another OUT")
-    above = next(p for p in out.absolute().parents if p.exists())
-    if not above.is_dir(): raise UserError(f"{out}: {above} is a file; choose another OUT")
-
 def export(
     source, # a run or one of its checkpoints
     out, # folder to make
@@ -76,7 +71,7 @@ def export(
 ) -> int: # 0
     "Write a checkpoint as others load it."
     source, out = Path(source), Path(out)
-    _check_free(out)
+    check_free(out)
     if not source.is_dir(): raise UserError(f"{source}: no such folder; give a run or one of its checkpoints")
     path = newest(source) if (source/"config.yaml").is_file() else source
     task, model = restored(path, cfg.weights)

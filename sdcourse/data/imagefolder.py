@@ -46,7 +46,7 @@ def check_jobs(
         if name in files:
             raise UserError(f"{name}: two pictures would get this name; rename one of the source files")
         if job.row and (id is None or id in ids):
-            raise UserError(f"{name}: its id {id!r} is missing or used twice")
+            raise UserError(f"{name}: its id {id!r} is missing or used twice; rename the source file")
         files.add(name)
         ids.add(id)
     if not jobs: raise UserError("no pictures to prepare: the source is empty")

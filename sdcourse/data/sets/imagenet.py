@@ -7,7 +7,7 @@ __all__ = ['DIGIT_NAMES', 'PARQUET', 'IMAGENET_SUFFIXES', 'DigitsOptions', 'draw
            'read_parquet', 'ImageNetOptions', 'crop_source', 'prepare_imagenet']
 
 # %% ../../../nbs/data/sets/06_imagenet.ipynb #2b645e4c
-import csv, json
+import json
 from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from ...config import NonNegative, Positive, Range, fixed
-from ...core import UserError, atomic_path, disk_error, write_json, write_text
+from ...core import UserError, atomic_path, disk_error, log, write_json, write_text
 from ..imagefolder import PictureJob, build_folder
-from ..images import SUFFIXES, centre_crop, image_bytes, open_image
-from ..manifests import is_hidden, load_manifest, origin
+from ..images import SUFFIXES, BadImage, centre_crop, image_bytes, open_image
+from ..manifests import is_hidden, leave_out, load_manifest, origin, split_of, table_rows
 from ..prepare import Prepare, Work
 
 # %% ../../../nbs/data/sets/06_imagenet.ipynb #7b4e5274
@@ -120,8 +120,11 @@ def _val_classes(source, flat):
     if not table.is_file():
         raise UserError(f"{flat}: pictures without class folders; put LOC_val_solution.csv into {source}, "
                         "or sort them into folders by synset")
-    with open(table, encoding="utf-8", newline="") as f:
-        return {r["ImageId"]: r["PredictionString"].split()[0] for r in csv.DictReader(f)}
+    try:
+        return {r["ImageId"]: r["PredictionString"].split()[0] for _, r in table_rows(table)}
+    except (KeyError, TypeError, AttributeError, IndexError, UnicodeDecodeError):
+        what = "needs the columns ImageId and PredictionString, and a synset first in the latter"
+        raise UserError(f"{table}: {what}; take the one of the competition") from None
 
 def _split_rows(source, folder):
     "(split, synset, stem, path) of a split's pictures: those that lie flat, then those in class folders."
@@ -139,6 +142,15 @@ def _readable_names(source):
     return dict(line.split(" ", 1) for line in lines if " " in line)
 
 # %% ../../../nbs/data/sets/06_imagenet.ipynb #2c867ceb
+def _distinct(rows):
+    "The same rows; where names of files repeat, their places become part of them."
+    if len({stem for _, _, stem, _ in rows}) == len(rows): return rows
+    def name(split, stem, where):
+        if not isinstance(where, tuple): return f"{split}-{where.parent.name}-{stem}"
+        path, group, row = where
+        return f"{path.stem}-{group}-{row}"
+    return [(split, label, name(split, stem, where), where) for split, label, stem, where in rows]
+
 def read_folders(
     source: Path, # with train/ and val/, or ILSVRC/Data/CLS-LOC with them
 ): # (class names, synsets, rows (split, label, stem, path))
@@ -147,7 +159,7 @@ def read_folders(
     data = next((d for d in homes if (d / "train").is_dir()), None)
     if not data:
         raise UserError(f"{source}: has no train folder and no parquet files; "
-                        "give the folder of the original download")
+                        "give the folder of the original download, or put folders of classes into train/")
     synsets = [p.name for p in _folders(data / "train")]
     label = {s: k for k, s in enumerate(synsets)}
     rows = []
@@ -157,7 +169,7 @@ def read_folders(
         raise UserError(f"{lost[3]}: class {lost[1]!r} has no folder in train; "
                         "remove the picture or mend the table")
     names = _readable_names(source)
-    rows = [(split, label[synset], stem, path) for split, synset, stem, path in rows]
+    rows = _distinct([(split, label[synset], stem, path) for split, synset, stem, path in rows])
     return [names.get(s, s).strip() for s in synsets], synsets, rows
 
 # %% ../../../nbs/data/sets/06_imagenet.ipynb #0ee86966
@@ -188,16 +200,26 @@ def _open_part(path):
     columns = file.schema_arrow.names
     if not {"image", "label"} <= set(columns):
         raise UserError(f"{path}: has columns {', '.join(columns)}; image and label are needed")
+    if not {"bytes", "path"} <= set(_fields(file.schema_arrow.field("image").type)):
+        raise UserError(f"{path}: its image column has no bytes and path; save it with datasets (Image())")
     return file, _class_names(file, path)
 
-def _labelled_rows(file, path, split):
+def _fields(kind): return [kind[k].name for k in range(getattr(kind, "num_fields", 0))]
+
+def _labelled_rows(file, path, split, classes):
     "(split, label, stem, (path, group, row)) of what has a label."
-    rows = []
+    rows, bare = [], []
     for g in range(file.num_row_groups):
         table = file.read_row_group(g, columns=["label", "image.path"]).to_pylist()
         for i, row in enumerate(table):
-            stem = Path(row["image"]["path"] or f"{path.stem}-{g}-{i}").stem
-            if row["label"] >= 0: rows.append((split, row["label"], stem, (path, g, i)))
+            name = f"{path.stem}-{g}-{i}"
+            stem = Path((row.get("image") or {}).get("path") or name).stem
+            if row["label"] in (None, -1): bare.append(name)
+            elif not 0 <= row["label"] < classes:
+                known = f"and there are {classes} classes; mend it"
+                raise UserError(f"{path}: row {g}-{i} has label {row['label']}, {known}")
+            else: rows.append((split, row["label"], stem, (path, g, i)))
+    leave_out(path, bare, len(bare) + len(rows), "rows have no label")
     return rows
 
 # %% ../../../nbs/data/sets/06_imagenet.ipynb #71f28b28
@@ -205,18 +227,24 @@ def read_parquet(
     source: Path, # with train-*.parquet and validation-*.parquet, or data/ with them
 ): # (class names, class names, rows (split, label, stem, (path, group, row)))
     "What the hub's copy holds."
-    rows, names = [], None
+    rows, names, others = [], None, []
     for path in sorted([*source.glob("*.parquet"), *source.glob("data/*.parquet")]):
-        part = path.name.split("-")[0]
-        split = {"train": "train", "validation": "val", "val": "val"}.get(part)
-        if not split: continue
+        split = split_of(path.stem.split("-")[0])
+        if split not in ("train", "val"):
+            others.append(path.name)
+            continue
         file, mine = _open_part(path)
         if names not in (None, mine):
             raise UserError(f"{path}: its class names differ from those of the files before; "
                             "do not mix data sets")
         names = mine
-        rows += _labelled_rows(file, path, split)
-    return names, names, rows
+        rows += _labelled_rows(file, path, split, len(names))
+    if names is None:
+        raise UserError(f"{source}: {others[0]} is called neither train-… nor validation-…; rename it")
+    if others:
+        what = "is of neither train nor val (%d such files); left out"
+        log.warning(f"%s: %s {what}", source, others[0], len(others))
+    return names, names, _distinct(rows)
 
 # %% ../../../nbs/data/sets/06_imagenet.ipynb #c3f5ea55
 @dataclass
@@ -232,7 +260,11 @@ def crop_source(
     *where: int, # row group and row, in a parquet file
 ): # a PIL image
     "Load and crop one picture."
-    source = _group(path, where[0])[where[1]]["bytes"].as_py() if where else path
+    source = path
+    if where:
+        cell = _group(path, where[0])[where[1]].as_py() or {}
+        if cell.get("bytes") is None: raise BadImage("empty", "the row has no picture")
+        source = cell["bytes"]
     return centre_crop(open_image(source, upright=False), size)
 
 # %% ../../../nbs/data/sets/06_imagenet.ipynb #4f76f642
