@@ -310,7 +310,7 @@ class Task(BaseTask):
         items, texts = self.worlds["val"]
         some = torch.linspace(0, len(items) - 1, 16).round().long().unique()
         images = encoded(module.net, self.tokenizer, items.tensors["pixels"])
-        words = encoded(module.net, self.tokenizer, texts=[texts[i][-1] for i in some.tolist()])
+        words = encoded(module.net, self.tokenizer, texts=[max(texts[i], key=len) for i in some.tolist()])
         found = (words @ images.T).argmax(1)
         image_grid(items.tensors["pixels"][torch.cat([some, found])], ncols=len(some)).save(path)
 
