@@ -599,6 +599,8 @@ PLANTED = {
         ('pictures: JPEG with a quarter of the colour', 'subsampling=0', 'subsampling=2', 'test_png_is_lossless_and_jpeg_keeps_full_colour_resolution'),
     ],
     ('sdcourse/data/manifests.py', 'tests/test_manifests.py'): [
+        ('tables: what is not UTF-8 is lost silently', '    if lost := text.count("\\ufffd")', '    if lost := 0 * text.count("\\ufffd")', 'test_characters_that_are_not_utf8_are_said'),
+        ('tables: a column twice, and one is lost', '    if twice := next((c for c in head if', '    if twice := next((c for c in () if', 'test_characters_that_are_not_utf8_are_said'),
         ('verify: checksums are not compared', '(now := digest(path, kind, bar)) != entry[kind]', '(now := digest(path, kind, bar)) is None', 'test_every_changed_byte_is_seen'),
         ('verify: md5 is not compared', 'for kind in ("sha256", "md5"):', 'for kind in ("sha256",):', 'test_md5_is_compared_where_it_is_all_there_is'),
         ('verify: extra files pass', '    if not plan.get("others"):', '    if False:', 'test_missing_and_extra_files'),
@@ -615,7 +617,7 @@ PLANTED = {
         ('tables: an open quote makes a row disappear', 'first.count("\\t") == width - 1', 'False', 'test_an_open_quote_swallows_no_other_row'),
         ('tables: quoted fields end at the line', 'JOIN = 50', 'JOIN = 1', 'test_quoted_fields_may_hold_lines_and_quotes'),
         ('tables: broken lines disappear', '        if lines[i]: yield', '        if lines[i] and fields: yield', 'test_broken_lines_are_given_as_none'),
-        ('walk: circles of links are followed', '        if (here.st_dev, here.st_ino) in seen:\n', '        if False:\n', 'test_links_to_folders_are_followed_and_circles_are_not'),
+        ('walk: circles of links are followed', '        if (here := _place(root)) in seen:\n', '        if (here := _place(root)) in ():\n', 'test_links_to_folders_are_followed_and_circles_are_not'),
         ('verify: what may not be read is a crash', 'except (OSError, UnicodeDecodeError) as e:', 'except UnicodeDecodeError as e:', 'test_what_may_not_be_read_is_a_finding'),
         ('verify: a folder that may not be read is passed over', 'onerror=unreadable', 'onerror=None', 'test_what_may_not_be_read_is_a_finding'),
         ('manifests are not checked by the schema', '    if e is None: return manifest', '    return manifest', 'test_a_wrong_manifest_names_the_place'),
@@ -886,6 +888,7 @@ PLANTED = {
         ('unsplash: terms of another set', 'origin("unsplash-lite", folder)', 'origin("unsplash-lite")', 'test_every_set_carries_a_manifest_and_every_change_is_found'),
     ],
     ('sdcourse/data/manifests.py', 'tests/test_dataset.py'): [
+        ('walk: links to folders above are followed', '    seen = set(map(_place, Path(folder).resolve().parents))', '    seen = set()', 'test_links_to_folders_above_are_circles'),
         ('splits: only in small letters', 'SPLIT_WORDS.get(name.lower(), "")', 'SPLIT_WORDS.get(name, "")', 'test_splits_in_any_case_and_word'),
         ('left out: any share passes', 'if len(names) > LEFT_OUT * total:', 'if False:', 'test_what_lies_beside_the_splits_is_counted_and_much_of_it_refused'),
         ('left out: nothing is said', 'log.warning("%s; they are left out", said)', 'pass', 'test_what_lies_beside_the_splits_is_counted_and_much_of_it_refused'),
@@ -1222,6 +1225,8 @@ PLANTED = {
         ('conditions are kept at rate p', 'return torch.where(drop, empty, values)', 'return torch.where(drop, values, empty)', 'test_class_dropping'),
     ],
     ('sdcourse/data/sources.py', 'tests/test_dataset.py'): [
+        ('view: ids of any type', '    if isinstance(id, (list, dict, bool)):', '    if False:', 'test_ids_are_texts_or_numbers'),
+        ('view: a table of names is a list of classes', '        if not isinstance(listed, list): raise ValueError', '        pass', 'test_class_names_of_another_form'),
         ('hub: rows that are left out shift the others', '        self.pictures = self.pictures.select(self.numbers)\n', '', 'test_left_out_rows_do_not_shift_the_others'),
         ('hub: a pointer has no name', 'return _broken_file(name) or bad', 'return bad', 'test_a_parquet_file_that_is_none_is_named'),
         ('view: what the scan found bad is used', 'if n not in bad]\n', 'if n]\n', 'test_what_a_scan_found_bad_is_left_out'),

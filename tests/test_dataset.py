@@ -260,7 +260,7 @@ def test_manifests_of_another_form(tmp_path):
     refused(folder, "manifest.json", "unknown form")
 
 
-@pytest.mark.parametrize("classes", ["[1, 2, {}]", '[{"label": 1, "name": "x"}]', "7"])
+@pytest.mark.parametrize("classes", ["[1, 2, {}]", '{"b": 1, "a": 0}', '[{"label": 1, "name": "x"}]', "7"])
 def test_class_names_of_another_form(tmp_path, classes):
     folder = folder_of(tmp_path / "in", 2)
     (folder / "classes.json").write_text(classes)
@@ -1156,6 +1156,29 @@ def test_beginnings_marks_and_halves_are_understood(tmp_path):
     assert (
         data.row(0)["texts"] == ["cut \ufffd"] and data.ids == ["a", "b"] and "|" in data.row(1)["texts"][0]
     )
+
+
+def test_links_to_folders_above_are_circles(tmp_path):
+    "As a link to the root of the machine would be; one to a folder elsewhere is followed."
+    lay(tmp_path / "mine", "cat/a.png")
+    lay(tmp_path / "other", "b.png")
+    lay(tmp_path, "above.png")
+    for name, to in (("up", ".."), ("self", "."), ("dog", "../other")):
+        (tmp_path / "mine" / name).symlink_to(to)
+    assert pictures(tmp_path / "mine").ids == ["cat/a", "dog/b"]
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path):
+    (lay(tmp_path, "a.png") / "metadata.csv").write_text("file_name,text,text\na.png,x,y\n")
+    refused(tmp_path, "metadata.csv: has the column text twice")
+
+
+@pytest.mark.parametrize("id", ["[1, 2]", "{}", "true"])
+def test_ids_are_texts_or_numbers(tmp_path, id):
+    (lay(tmp_path, "a.png") / "metadata.jsonl").write_text(f'{{"file_name": "a.png", "id": {id}}}\n')
+    refused(tmp_path, "a.png: its id is ", "mend its row")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "id": ""}\n')
+    assert pictures(tmp_path).ids == ["a"]
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device", "name"])

@@ -277,6 +277,19 @@ def test_quoted_fields_may_hold_lines_and_quotes(tmp_path):
     assert [n for n, _ in found] == [2, 4, 7]
 
 
+def test_characters_that_are_not_utf8_are_said(tmp_path, caplog):
+    "Case 18: a table in latin-1; one that holds U+FFFD itself is as it is."
+    (tmp_path / "x.tsv").write_bytes("id\ttext\n1\tcafé é\n".encode("latin-1"))
+    assert list(m.tsv_rows(tmp_path / "x.tsv")) == [(2, {"id": "1", "text": "caf\ufffd \ufffd"})]
+    assert "2 characters are not UTF-8 and become" in caplog.text
+    caplog.clear()
+    (tmp_path / "x.tsv").write_text("id\ttext\n1\t\ufffd\n", encoding="utf-8")
+    assert list(m.tsv_rows(tmp_path / "x.tsv"))[0][1]["text"] == "\ufffd" and not caplog.text
+    (tmp_path / "x.tsv").write_text("id\ttext\tid\n1\ta\tb\n")
+    with pytest.raises(UserError, match="has the column id twice"):
+        list(m.tsv_rows(tmp_path / "x.tsv"))
+
+
 def test_broken_lines_are_given_as_none(tmp_path):
     found = rows(tmp_path, 'id\ttext\na\tb\tc\nd\ne\t"f\n"g\th\ti\nj\tk\n')
     assert [(n, r and r["id"]) for n, r in found] == [(2, None), (3, None), (4, "e"), (5, None), (6, "j")]

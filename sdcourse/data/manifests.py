@@ -113,13 +113,22 @@ def _record(lines, i, width):
     alone = first.count("\t") == width - 1
     return ([_unquoted(f) for f in first.split("\t")] if alone else None), 1
 
+def _check_head(path, head):
+    "`UserError` for a column that is there twice: one of the two would be lost."
+    if twice := next((c for c in head if head.count(c) > 1), None):
+        raise UserError(f"{path}: has the column {shown(twice)} twice; rename one")
+
 def tsv_rows(
     path, # a table with a header line and tabs between fields, UTF-8
 ): # pairs (line number, {column: text}, or None for a broken line)
     "The rows of a tab-separated table; a broken line is given as None and takes no other line with it."
-    text = Path(path).read_text(encoding="utf-8-sig", errors="replace")
+    data = Path(path).read_bytes()
+    text = data.decode("utf-8-sig", errors="replace")
+    if lost := text.count("\ufffd") - data.count("\ufffd".encode()):
+        log.warning("%s: %d characters are not UTF-8 and become \ufffd; save it as UTF-8", path, lost)
     lines = text.replace("\r\n", "\n").split("\n")
     head = [_unquoted(c.strip()) for c in lines[0].split("\t")]
+    _check_head(path, head)
     i = 1
     while i < len(lines):
         fields, used = _record(lines, i, len(head)) if lines[i] else (None, 1)
@@ -134,7 +143,9 @@ def _csv_rows(path):
     csv.field_size_limit(FIELD)
     with open(path, newline="", encoding="utf-8-sig") as f:
         try:
-            for row in csv.DictReader(f):
+            rows = csv.DictReader(f)
+            _check_head(path, rows.fieldnames or [])
+            for row in rows:
                 yield None if None in row else {k: v for k, v in row.items() if v is not None}
         except csv.Error as e:
             raise UserError(f"{path}: is no CSV ({e}); mend it, or write metadata.jsonl") from None
@@ -181,21 +192,26 @@ def _plain_size(path):
     if HALF.search(path): raise OSError(errno.EILSEQ, "its name is not UTF-8, rename it", path)
     return s.st_size
 
+def _place(path):
+    "The same for a folder and a link to it."
+    s = os.stat(path)
+    return s.st_dev, s.st_ino
+
 def walk(
     folder, # to look through; links to folders are followed, circles are not
     *, hidden: bool = True, # False: without what `is_hidden`
 ): # ({relative name: bytes}, findings)
     "All files below a folder, in order, and what could not be read."
-    found, problems, seen = {}, [], set()
+    found, problems = {}, []
+    seen = set(map(_place, Path(folder).resolve().parents)) # a link to one of them would be a circle
     def unreadable(e):
         name = shown(os.path.relpath(e.filename, folder))
         problems.append(f"unreadable: {name} ({e.strerror})")
     for root, dirs, files in os.walk(folder, onerror=unreadable, followlinks=True):
-        here = os.stat(root)
-        if (here.st_dev, here.st_ino) in seen:
+        if (here := _place(root)) in seen:
             dirs.clear()
             continue
-        seen.add((here.st_dev, here.st_ino))
+        seen.add(here)
         dirs[:] = sorted(d for d in dirs if hidden or not is_hidden(d))
         for name in sorted(n for n in files if hidden or not is_hidden(n)):
             path = os.path.join(root, name)

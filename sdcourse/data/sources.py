@@ -211,7 +211,9 @@ def class_names(
     path = folder/"classes.json"
     if not path.is_file(): return ()
     try:
-        listed = enumerate(read_json(path))
+        listed = read_json(path)
+        if not isinstance(listed, list): raise ValueError # names and their labels would be in another order
+        listed = enumerate(listed)
         rows = [c if isinstance(c, dict) else {"label": k, "name": c} for k, c in listed]
         rows.sort(key=lambda c: c["label"])
         if [c["label"] for c in rows] != list(range(len(rows))): raise ValueError
@@ -390,7 +392,10 @@ def sum_of(
     except BadImage as e: raise UserError(f"{source.where(i)}: {e.detail}; {source.remedy}") from None
 
 def _id_of(name, row, home):
-    if row.get("id") is not None: return str(row["id"])
+    id = row.get("id")
+    if isinstance(id, (list, dict, bool)):
+        raise UserError(f"{name}: its id is {type(id).__name__} instead of a text or a number; mend its row")
+    if id not in (None, ""): return str(id)
     return str(PurePosixPath(name[len(home):]).with_suffix(""))
 
 # %% ../../nbs/data/10_sources.ipynb #2ce286ff
