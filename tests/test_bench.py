@@ -83,7 +83,7 @@ loop.step = one
 SHORT = "--batch 2 --steps 1 --warmup 0 --device cpu --threads 1".split()
 
 
-@pytest.mark.parametrize("task", ["nets", "sd15"])
+@pytest.mark.parametrize("task", ["nets", "sd15", "vae"])
 def test_every_task_can_be_measured(task, tmp_path, capsys):
     "faults.md F: it knew flow_dit only."
     assert main(["bench", task, *SHORT, "--json", str(tmp_path / "b.json")]) == 0, capsys.readouterr().err

@@ -189,6 +189,7 @@ def _task_of(task, cfg):
     chosen = parse_args(module.Config, words, f"sdcourse bench {task} --options")[0]
     steps = 1 + cfg.warmup + 2 * cfg.steps
     over = dict(batch_size=cfg.batch, max_steps=steps, warmup_steps=0, device=cfg.device)
+    if "share" in kinds(module.Config): over["share"] = 0.01 # of pictures that would first have to be drawn
     return module.Task(replace(chosen, **over, **_shared(task, module.Config, cfg, words)))
 
 def bench(
