@@ -30,6 +30,7 @@ PLANTED = {
         ('bench: an option without effect is ignored', 'if name not in kinds(config) and not usual:', 'if False:', 'test_what_cannot_be_measured_is_one_line'),
         ('bench: measures and cannot write', 'if cfg.json and (there', 'if False and (there', 'test_what_cannot_be_measured_is_one_line'),
         ('bench: knows no share', '    if "share" in kinds(module.Config): over["share"] = 0.01', '    over["share"] = 0.01', 'test_every_task_can_be_measured'),
+        ('bench: an open quote is a traceback', '    except ValueError as e: raise UserError(f"--options', '    except KeyError as e: raise UserError(f"--options', 'test_what_cannot_be_measured_is_one_line'),
     ],
     ('tools/test.py', 'tests/test_share.py'): [
         ('share: the folder of claims is taken for one of tests', '[f"--share={claims}", *', '["--share", str(claims), *', 'test_each_test_runs_once_and_is_reported_once'),
@@ -187,6 +188,8 @@ PLANTED = {
         ('runs that end together lose a row', '        fcntl.flock(lock, fcntl.LOCK_EX)\n        all_ = rows(found, out)\n', '        all_ = rows(found, out); import time; time.sleep(0.2)\n', 'test_runs_that_end_together_leave_one_whole_table'),
         ('a run that was never started is finished', 'return f"at step {last[\'step\']}" if last else "not started"', 'return "finished"', 'test_a_run_that_is_missing_has_a_row_that_says_so'),
         ('a wrong value is found when its turn comes', '    for w in words: parse_args(', '    for w in words[:1]: parse_args(', 'test_what_is_wrong_is_refused_before_anything_trains'),
+        ('sweep: a file in the way is found by the first run', '    check_place("--out", args.out)\n', '', 'test_a_file_in_the_way_of_a_sweep_is_said_before_it_begins'),
+        ('sweep: varies the folder that it gives itself', '    if "out" in found[0]: raise', '    if False: raise', 'test_what_is_wrong_is_refused_before_anything_trains'),
     ],
     ('slurm/job.sh', 'tests/test_slurm.py'): [
         ('a job is requeued twice', '  elif scontrol requeue "$job"; then\n', '  elif scontrol requeue "$job" & scontrol requeue "$job"; then\n', 'test_a_stop_in_the_middle_is_requeued_once_and_the_tracker_goes_on'),
@@ -1044,6 +1047,7 @@ PLANTED = {
         ('generate: ranks share pictures and not batches', '_do_mine(j, work, j.ranks.mine(todo))', '_do_mine(j, work, todo)', 'test_two_ranks_draw_the_same_bytes_and_share_the_work'),
         ('generate: a stop of one rank stays its own', 'if j.raised(): return', 'if j.flag.raised(): return', 'test_asked_to_stop_it_leaves_between_batches_and_goes_on_later[SIGUSR1 to one rank]'),
         ('generate: a file STOP asks for a requeue', 'if left and stopped != "file STOP" else 0', 'if left else 0', 'test_asked_to_stop_it_leaves_between_batches_and_goes_on_later[STOP]'),
+        ('work: a file in the way is found after the model', '    check_place("OUT", out)\n', '', 'test_a_file_in_the_way_is_said_before_the_model_is_read'),
     ],
     ('sdcourse/commands/copy_images.py', 'tests/test_generate.py'): [
         ('copy-images: two ids share a file', 'names = file_names(found.ids, "")', 'names = ["a" for _ in found.ids]', 'test_two_ids_of_a_set_never_share_a_file'),
@@ -1082,7 +1086,6 @@ PLANTED = {
         ('evaluate: a report is written over', 'if Path(self.out).is_dir() and any(', 'if False and any(', 'test_wrong_input_is_one_line_and_leaves_nothing'),
         ('evaluate: a curve over the wrong option', 'if option in known["made_by"]: return known["made_by"][option]', 'if option in known["made_by"]: return len(known["made_by"])', 'test_a_curve_over_an_option'),
         ('evaluate: --save-stats is checked at the end', 'if self.save_stats: _check_file(', 'if False: _check_file(', 'test_everything_is_checked_before_work_begins'),
-        ('evaluate: --out below a file', 'if not at.is_dir(): raise', 'if False: raise', 'test_everything_is_checked_before_work_begins'),
         ('evaluate: statistics of another width', 'if width != extractor.width:', 'if False:', 'test_everything_is_checked_before_work_begins'),
         ('evaluate: what is needed is looked at last', 'for case in cases.values(): unmet(case, cfg.metrics)', 'pass', 'test_everything_is_checked_before_work_begins'),
         ('evaluate: a figure that fails loses the rest', '        except Exception as e:\n            why =', '        except KeyError as e:\n            why =', 'test_a_figure_that_fails_costs_no_number'),
@@ -1327,5 +1330,8 @@ PLANTED = {
     ],
     ('sdcourse/train/flow_dit.py', 'tests/test_home.py'): [
         ('flow dit: the card says Apache', 'license=weights_licence(licence)', 'license="apache-2.0"', 'test_every_card_says_under_which_terms_its_model_is'),
+    ],
+    ('sdcourse/core.py', 'tests/test_evaluate.py'): [
+        ('evaluate: --out below a file', 'if not at.is_dir(): raise', 'if False: raise', 'test_everything_is_checked_before_work_begins'),
     ],
 }

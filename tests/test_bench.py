@@ -99,6 +99,7 @@ def test_every_task_can_be_measured(task, tmp_path, capsys):
         (["flow_dit", "--steps", "0"], "--steps"),
         (["flow_dit", "--json", "/nope/x.json"], "--json /nope/x.json"),
         (["vae", "--options=--lrr 3"], "--lrr: unknown option"),
+        (["vae", "--options=--lr '3"], "--options --lr '3: No closing quotation"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(words, text, capsys):

@@ -189,8 +189,8 @@ def test_exports_refuse_in_one_line_and_leave_nothing(run, tmp_path, capsys):
         ([str(tmp_path / "nowhere"), str(tmp_path / "o")], "no such folder"),
         ([str(tmp_path / "empty"), str(tmp_path / "o")], "without checkpoints"),
         ([str(run / "export"), str(tmp_path / "o")], "export: is a pipeline already"),
-        ([str(run / "checkpoints"), str(tmp_path / "o")], "is no checkpoint; give a run, or"),
-        ([str(run / "samples"), str(tmp_path / "o")], "is no checkpoint; give a run, or"),
+        ([str(run / "checkpoints"), str(tmp_path / "o")], "is no pipeline, run or checkpoint; give RUN"),
+        ([str(run / "samples"), str(tmp_path / "o")], "is no pipeline, run or checkpoint; give RUN"),
         ([str(run), str(tmp_path / "o"), "--weights", "average"], "ema, raw"),
     ):
         assert main(["export", *asked]) == 2
@@ -501,6 +501,13 @@ def test_a_model_that_is_not_finite_draws_nothing(sd15, tmp_path):
         generate(odd, tmp_path / "o", options(classes=(), prompts=str(tmp_path / "p.txt")))
 
 
+@pytest.mark.parametrize("out", ["file", "file/x"])
+def test_a_file_in_the_way_is_said_before_the_model_is_read(tmp_path, out):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="^OUT .*file is a file; choose another folder$"):
+        generate(tmp_path / "no-model", tmp_path / out, options())
+
+
 # ---- a run draws as it says
 
 
@@ -640,7 +647,7 @@ def test_an_export_leaves_what_another_command_left(run, tmp_path):
     assert (tmp_path / "x.partial/hours").read_text() == "of work"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "x.partial"]
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file is a file; choose another OUT"):
+    with pytest.raises(UserError, match="file is a file; choose another folder"):
         export(run, tmp_path / "file/x", ExportOptions())
 
 

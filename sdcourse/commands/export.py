@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..config import Options, from_dict, load_config
-from ..core import UserError, read_json
+from ..core import UserError, check_place, read_json
 from ..engine.checkpoint import latest_checkpoint, load_checkpoint
 from ..engine.run_folder import write_model
 from ..models.files import as_before
@@ -31,7 +31,7 @@ def _config_of(path): # of the run that a checkpoint belongs to
     if (path/"model_index.json").is_file():
         raise UserError(f"{path}: is a pipeline already, which others load as it is; copy the folder")
     if not (path/"state.json").is_file():
-        raise UserError(f"{path}: is no checkpoint; give a run, or a folder RUN/checkpoints/step-…")
+        raise UserError(f"{path}: is no pipeline, run or checkpoint; give RUN, or RUN/checkpoints/step-…")
     path = path.absolute()
     file = path.parent.parent/"config.yaml"
     if path.parent.name == "checkpoints" and file.is_file(): return file
@@ -89,8 +89,7 @@ def _part(task, model, name): # a component of the pipeline that can be saved by
 
 def _check_free(out): # `UserError` unless a folder can be made there
     if os.path.lexists(out): raise UserError(f"{out}: is there already; choose another OUT")
-    above = next(p for p in out.absolute().parents if p.exists())
-    if not above.is_dir(): raise UserError(f"{out}: {above} is a file; choose another OUT")
+    check_place("OUT", out)
 
 def export(
     source, # a run or one of its checkpoints
