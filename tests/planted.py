@@ -29,6 +29,8 @@ PLANTED = {
         ('bench: knows one task only', 'own = option in typed or name == "data" and usual and task != "flow_dit"', 'own = option in typed', 'test_every_task_can_be_measured'),
         ('bench: an option without effect is ignored', 'if name not in kinds(config) and not usual:', 'if False:', 'test_what_cannot_be_measured_is_one_line'),
         ('bench: measures and cannot write', 'if cfg.json and (there', 'if False and (there', 'test_what_cannot_be_measured_is_one_line'),
+        ('bench: knows no share', '    if "share" in kinds(module.Config): over["share"] = 0.01', '    over["share"] = 0.01', 'test_every_task_can_be_measured'),
+        ('bench: an open quote is a traceback', '    except ValueError as e: raise UserError(f"--options', '    except KeyError as e: raise UserError(f"--options', 'test_what_cannot_be_measured_is_one_line'),
     ],
     ('tools/test.py', 'tests/test_share.py'): [
         ('share: the folder of claims is taken for one of tests', '[f"--share={claims}", *', '["--share", str(claims), *', 'test_each_test_runs_once_and_is_reported_once'),
@@ -142,6 +144,7 @@ PLANTED = {
         ('two histories in one folder', '    newer = [name for name in later if name not in str(skipped)]', '    newer = []', 'test_a_branch_needs_its_own_folder'),
         ('a missing average is made up', '        if saved.keys() != tensors.keys():', '        if saved and saved.keys() != tensors.keys():', 'test_keys_must_fit_the_model'),
         ('a host sync in the step', '    guarded_step(run.optimizer, bad)', '    guarded_step(run.optimizer, bad); loss.mean().item()', 'test_no_host_read_inside_the_step'),
+        ('loop: a compiler is missed in the first step', '        if cfg.compile: check_compile(self.device)\n', '', 'test_compiling_that_cannot_work_is_refused_before_a_model_is_built'),
     ],
     ('sdcourse/engine/loop.py', 'tests/test_ranks.py'): [
         ('gradients of ranks are averaged twice', '(run.ranks.world / cfg.batch_size)', '(1 / cfg.batch_size)', 'test_two_ranks_equal_one'),
@@ -201,6 +204,8 @@ PLANTED = {
         ('sweep: a failure is forgotten in the table', '        _note_failure(out, name, str(e))\n', '', 'test_one_diverging_combination_does_not_end_a_sweep'),
         ('a run that was never started is finished', 'return f"at step {last[\'step\']}" if last else "not started"', 'return "finished"', 'test_a_run_that_is_missing_has_a_row_that_says_so'),
         ('a wrong value is found when its turn comes', '    for w in words: parse_args(', '    for w in words[:1]: parse_args(', 'test_what_is_wrong_is_refused_before_anything_trains'),
+        ('sweep: a file in the way is found by the first run', '    check_place("--out", args.out)\n', '', 'test_a_file_in_the_way_of_a_sweep_is_said_before_it_begins'),
+        ('sweep: varies the folder that it gives itself', '    if "out" in found[0]: raise', '    if False: raise', 'test_what_is_wrong_is_refused_before_anything_trains'),
     ],
     ('slurm/job.sh', 'tests/test_slurm.py'): [
         ('a job is requeued twice', '  elif scontrol requeue "$job"; then\n', '  elif scontrol requeue "$job" & scontrol requeue "$job"; then\n', 'test_a_stop_in_the_middle_is_requeued_once_and_the_tracker_goes_on'),
@@ -218,7 +223,7 @@ PLANTED = {
         ('a model of NaN is exported', '    if name := odd_tensor(run.best):', '    if name := "":', 'test_weights_that_are_not_finite_at_the_end_are_not_exported'),
         ('a run that ends among bad steps is finished', '    if streak < 2 or run.scaler.is_enabled(): return', '    return', 'test_a_run_that_ends_among_bad_steps_is_not_finished'),
         ('one bad step at the end spoils a run', '    if streak < 2 or', '    if streak < 1 or', 'test_one_bad_step_at_the_end_does_no_harm'),
-        ('the export is the raw model', 'task.export(run.best, tmp)', 'task.export(run.module, tmp)', 'test_export_is_the_average'),
+        ('the export is the raw model', 'write_model(task, run.best, tmp)', 'write_model(task, run.module, tmp)', 'test_export_is_the_average'),
         ('bad steps are never noticed', '        if bad < run.cfg.max_bad_steps: return', '        return', 'test_too_many_bad_steps_end_the_run_with_the_ids'),
         ('bad steps in a row are forgotten between log lines', 'run.meter.bad[2] = run.meter.bad[1]', 'run.meter.bad[1:3] = 0', 'test_a_row_of_bad_steps_is_counted_across_log_lines'),
     ],
@@ -300,6 +305,7 @@ PLANTED = {
         ('an object that was built in Python is not checked', '        _typed(type(self), {f.name: getattr(self, f.name) for f in fields(self)}, "--")', '        pass', 'test_ranges_are_refused_everywhere_and_shown'),
         ('what is free is a fact', 'for k, kind in kinds(type(cfg)).items() if not kind.free}', 'for k in kinds(type(cfg))}', 'test_what_a_type_says'),
         ('bool is accepted as a number', '    if type(value) not in (int, str): raise ValueError(value)\n', '', 'test_yaml_mistakes_name_file_and_key'),
+        ('config: any folder is a checkpoint', 'not re.fullmatch(r"step-\\d+", Path(c.resume).resolve().name)', 'False', 'test_resume_with_no_checkpoint_says_what_to_give'),
     ],
     ('sdcourse/engine/trackers.py', 'tests/test_trackers.py'): [
         ('resume keeps rows after the checkpoint', 'if row["step"] <= step]', 'if True]', 'test_resume_drops_newer_rows_and_steps_stay_monotone'),
@@ -312,6 +318,9 @@ PLANTED = {
         ('resumed wandb run gets a new id', 'id=run_id, resume="allow"', 'id=None, resume="allow"', 'test_wandb_offline_and_resumed_under_the_same_id'),
         ('a failed push loses the run', '    except Exception as e:\n        why = " ".join(str(e).split())[:200]\n        log.warning("not pushed', '    except ValueError as e:\n        why = " ".join(str(e).split())[:200]\n        log.warning("not pushed', 'test_a_failed_push_is_a_warning_that_says_how_to_repeat'),
         ('card shows a local path', 'Path(v).name if isinstance(v, str) and os.path.isabs(v) else v', 'v', 'test_card_has_valid_front_matter_and_all_parts'),
+        ('hub: the login is not looked at', 'api = HfApi(token=get_token())', 'api = HfApi(token=os.environ.get("HF_TOKEN"))', 'test_push_uploads_export_and_card_with_the_token_of_the_environment'),
+        ('hub: no token is no matter', '    if not get_token():\n', '    if False:\n', 'test_a_push_that_cannot_work_is_refused_before_the_training'),
+        ('hub: offline is no matter', '    if constants.HF_HUB_OFFLINE:\n', '    if False:\n', 'test_a_push_that_cannot_work_is_refused_before_the_training'),
     ],
     ('sdcourse/train/__main__.py', 'tests/test_cli.py'): [
         ("the result's exit code is lost", '    return result.exit_code', '    return 0', 'test_the_exit_code_is_the_results'),
@@ -414,6 +423,8 @@ PLANTED = {
     ],
     ('sdcourse/cli.py', 'tests/test_cli.py'): [
         ('wrong input exits 0', '        return e.code\n', '        return 0\n', 'test_a_mistake_is_one_line_on_stderr_and_exit_code_2'),
+        ('cli: too little memory is a traceback', '        if not _is_memory(e): raise\n', '        raise\n', 'test_too_little_memory_is_one_line'),
+        ('cli: every fault is one of memory', '        if not _is_memory(e): raise\n', '', 'test_other_faults_of_torch_are_not_hidden'),
     ],
     ('sdcourse/commands/doctor.py', 'tests/test_repo.py'): [
         ('what only an extra needs counts as missing everywhere', 'for name, of in asked if of == extra]', 'for name, of in asked]', 'test_doctor_finds_other_versions_and_missing_packages'),
@@ -1063,6 +1074,10 @@ PLANTED = {
         ('export: averaged weights for raw ones', 'found["ema" if weights == "ema" and "ema" in found else "model"]', 'found["ema"]', 'test_an_exported_checkpoint_is_that_checkpoint'),
         ('export: half a model stays after a refusal', 'finally: shutil.rmtree(new, ignore_errors=True)', 'finally: new.mkdir(exist_ok=True) if not out.exists() else None', 'test_exports_refuse_in_one_line_and_leave_nothing'),
         ("export: another command's work is swept away", 'new = out.with_name(f".{out.name}.{os.getpid()}.partial")', 'new = Path(f"{out}.partial")', 'test_an_export_leaves_what_another_command_left'),
+        ('export: forgets how the run draws', '        else: write_model(task, model, new)\n', '        else: task.export(model, new)\n', 'test_an_exported_checkpoint_is_that_checkpoint'),
+        ('export: takes any config.yaml two floors up', 'if path.parent.name == "checkpoints" and file.is_file(): return file', 'if file.is_file(): return file', 'test_a_checkpoint_away_from_its_run_says_where_it_belongs'),
+        ('export: a pipeline is no checkpoint', '    if (path/"model_index.json").is_file():\n        raise', '    if False:\n        raise', 'test_exports_refuse_in_one_line_and_leave_nothing'),
+        ('export: what lies elsewhere is said without the place', '    except UserError as e:\n        where =', '    except KeyError as e:\n        where =', 'test_a_run_whose_paths_are_elsewhere_says_where_to_go'),
     ],
     ('sdcourse/commands/export.py', 'tests/test_sd15.py'): [
         ('export: a part is everything', '        if cfg.part:\n', '        if False:\n', 'test_export_draws_in_plain_diffusers_what_the_task_draws'),
@@ -1091,11 +1106,17 @@ PLANTED = {
         ('generate: all prompts of a file', '_few(rows_of_file(cfg.prompts), cfg.max_samples)', 'rows_of_file(cfg.prompts)', 'test_only_some_of_the_prompts'),
         ('generate: options without effect', 'for option, wants in NEEDED.items():', 'for option, wants in ():', 'test_an_option_without_effect_is_refused'),
         ('generate: what is half is swept away only at the end', 'for p in self.home.glob(".*.tmp"): p.unlink()', 'pass', 'test_a_missing_picture_is_drawn_again_with_its_batch'),
+        ('generate: an export draws as its pipeline likes', '    if (path/DRAWING).is_file(): return load_config(path/DRAWING)\n', '', 'test_what_is_not_given_is_as_the_run_says'),
+        ('generate: black pictures of a broken model', '    _check_weights(pipe, path, cfg)\n', '', 'test_a_model_that_is_not_finite_draws_nothing'),
+        ('generate: more steps than there are', '    if 0 < most < cfg.num_inference_steps:\n', '    if False:\n', 'test_what_a_pipeline_cannot_do_is_one_line'),
+        ('generate: any sampler', '    if not fits:\n', '    if False:\n', 'test_a_sampler_fits_noise_or_flows'),
+        ('generate: what a pipeline refuses is a traceback', '    except ValueError as e: # what a pipeline', '    except KeyError as e: # what a pipeline', 'test_what_a_pipeline_cannot_do_is_one_line'),
     ],
     ('sdcourse/engine/work.py', 'tests/test_generate.py'): [
         ('generate: ranks share pictures and not batches', '_do_mine(j, work, j.ranks.mine(todo))', '_do_mine(j, work, todo)', 'test_two_ranks_draw_the_same_bytes_and_share_the_work'),
         ('generate: a stop of one rank stays its own', 'if j.raised(): return', 'if j.flag.raised(): return', 'test_asked_to_stop_it_leaves_between_batches_and_goes_on_later[SIGUSR1 to one rank]'),
         ('generate: a file STOP asks for a requeue', 'if left and stopped != "file STOP" else 0', 'if left else 0', 'test_asked_to_stop_it_leaves_between_batches_and_goes_on_later[STOP]'),
+        ('work: a file in the way is found after the model', '    check_place("OUT", out)\n', '', 'test_a_file_in_the_way_is_said_before_the_model_is_read'),
     ],
     ('sdcourse/commands/copy_images.py', 'tests/test_generate.py'): [
         ('copy-images: removes what another start writes', '    with Owner(new):\n', '    if True:\n', 'test_the_work_of_another_command_is_left_alone'),
@@ -1139,7 +1160,6 @@ PLANTED = {
         ('evaluate: a report is written over', 'if Path(self.out).is_dir() and any(', 'if False and any(', 'test_wrong_input_is_one_line_and_leaves_nothing'),
         ('evaluate: a curve over the wrong option', 'if option in known["made_by"]: return known["made_by"][option]', 'if option in known["made_by"]: return len(known["made_by"])', 'test_a_curve_over_an_option'),
         ('evaluate: --save-stats is checked at the end', 'if self.save_stats: _check_file(', 'if False: _check_file(', 'test_everything_is_checked_before_work_begins'),
-        ('evaluate: --out below a file', 'if not at.is_dir(): raise', 'if False: raise', 'test_everything_is_checked_before_work_begins'),
         ('evaluate: statistics of another width', 'if width != extractor.width:', 'if False:', 'test_everything_is_checked_before_work_begins'),
         ('evaluate: what is needed is looked at last', 'for case in cases.values(): unmet(case, cfg.metrics)', 'pass', 'test_everything_is_checked_before_work_begins'),
         ('evaluate: a figure that fails loses the rest', '        except Exception as e:\n            why =', '        except KeyError as e:\n            why =', 'test_a_figure_that_fails_costs_no_number'),
@@ -1350,14 +1370,20 @@ PLANTED = {
         ('home: halves go to diffusers', '    _check_halves(path)\n', '', 'test_a_file_without_one_of_its_parts'),
         ('home: a file of NaN is written', '    if odd: raise UserError(f"--model {path}: {odd[0]}', '    if False: raise UserError(f"--model {path}: {odd[0]}', 'test_a_file_with_a_weight_that_is_no_number'),
         ('home: nobody asks for the licence', 'if said: return said[1]', 'pass', 'test_the_card_carries_the_licence_of_the_weights_and_of_the_data'),
+        ('home: every licence is Apache', '    if not bound: return "apache-2.0"\n', '    return "apache-2.0"\n', 'test_weights_of_ours_carry_the_licence_of_the_data'),
+        ('home: no licence is a free one', '    if not all(data): return "unknown"\n', '', 'test_weights_of_ours_carry_the_licence_of_the_data'),
+        ('home: a schedule is whatever comes out', '        if not 0 <= abar.min() < abar.max() < 1: raise', '        if False: raise', 'test_noise_that_is_not_known'),
     ],
     ('sdcourse/models/files.py', 'tests/test_home.py'): [
         ('files: exports have the new names', 'return name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}"', 'return name', 'test_exports_are_in_the_layout_that_both_versions_of_transformers_read'),
         ('files: words are in one file only', 'for file in sorted(Path(folder).rglob("tokenizer.json")): _write_words(file)', 'pass', 'test_exports_are_in_the_layout_that_both_versions_of_transformers_read'),
         ('files: NaN in float32 passes', '    if bad:\n', '    if False:\n', 'test_weights_that_are_not_finite_are_refused_before_the_training'),
+        ('files: a config may be any JSON', '    if not isinstance(found, dict): raise', '    if False: raise', 'test_a_config_without_names_is_one_line'),
     ],
     ('sdcourse/commands/generate.py', 'tests/test_home.py'): [
         ('generate: adapters are drawn with the schedule of the base', 'if (place/"scheduler").is_dir():', 'if False:', 'test_adapters_bring_the_scheduler_that_they_were_trained_with'),
+        ('generate: adapters forget their run', '    if cfg.lora: told |= _told(_place_of(cfg.lora))\n', '', 'test_adapters_are_drawn_as_their_run_says'),
+        ('generate: a checkpoint forgets its run', 'return task_of(path).drawing() if', 'return {} if', 'test_adapters_are_drawn_as_their_run_says'),
     ],
     ('sdcourse/models/lora.py', 'tests/test_home.py'): [
         ('lora: every base is SD 1', 'version = "sd_v2" if second else "sd_v1"', 'version = "sd_v1"', 'test_kohyas_header_names_the_base'),
@@ -1367,6 +1393,8 @@ PLANTED = {
         ('sd15: adapters forget their scheduler', 'if self.other_noise(): self.scheduler().save_pretrained(Path(folder)/"scheduler")', 'pass', 'test_adapters_bring_the_scheduler_that_they_were_trained_with'),
         ('sd15: a sampler that ignores the ending', 'if abar[-1] == 0 and not (own and known):', 'if self.config.zero_terminal_snr:', 'test_a_sampler_that_does_not_know_the_ending_is_exchanged'),
         ('sd15: a guess of the noise at pure noise', 'if abar[-1] == 0 and prediction != "v":', 'if False:', 'test_pure_noise_and_a_guess_of_the_noise'),
+        ('sd15: configs are tried in the first step', '    check_parts(self.home)\n', '', 'test_any_config_is_one_line_or_trains_a_step'),
+        ('sd15: weights of ours are Apache', 'license=weights_licence(of_data) if ours', 'license="apache-2.0" if ours', 'test_every_card_says_under_which_terms_its_model_is'),
     ],
     ('sdcourse/config.py', 'tests/test_options.py'): [
         ('options: nobody asks whether they count', '        refuse_idle(self)\n', '', 'test_an_option_without_effect_is_refused'),
@@ -1376,6 +1404,8 @@ PLANTED = {
     ('sdcourse/train/latent.py', 'tests/test_options.py'): [
         ('latents: a cache of any size', 'if cfg.latents and side != cfg.image_size:', 'if False:', 'test_an_option_without_effect_is_refused'),
         ('latents: options of pictures without pictures', '        refuse_idle(self.config, rows)\n', '', 'test_an_option_without_effect_is_refused'),
+        ('latent: guidance below 0', '(lambda c: c.guidance_scale < 0,', '(lambda c: False,', 'test_a_bad_shape_is_one_line'),
+        ('latent: no data is the folder where one stands', '(lambda c: not c.data,', '(lambda c: False,', 'test_a_bad_shape_is_one_line'),
     ],
     ('sdcourse/train/flow_dit.py', 'tests/test_options.py'): [
         ('flow_dit: latents of any size', '        self._check_synthetic()\n', '', 'test_a_bad_shape_is_one_line'),
@@ -1390,5 +1420,32 @@ PLANTED = {
     ('sdcourse/models/dit.py', 'tests/test_dit_452m.py'): [
         ('dit: parts must be imported by hand', '        if local: _import_parts(Path(name))\n', '', 'test_it_loads_in_a_fresh_process_without_an_import_first_and_without_a_warning'),
         ('dit: only its own class is expected', '        transformer: ModelMixin, #', '        transformer: DiT, #', 'test_it_loads_in_a_fresh_process_without_an_import_first_and_without_a_warning'),
+    ],
+    ('sdcourse/engine/run_folder.py', 'tests/test_generate.py'): [
+        ('run folder: an export does not know how its run draws', '    if said: write_text(Path(folder) / DRAWING', '    if not said: write_text(Path(folder) / DRAWING', 'test_what_is_not_given_is_as_the_run_says'),
+    ],
+    ('sdcourse/train/latent.py', 'tests/test_home.py'): [
+        ('latent: a run does not say its size', 'return super().drawing() | dict(size=self.config.image_size)', 'return super().drawing()', 'test_adapters_are_drawn_as_their_run_says'),
+    ],
+    ('sdcourse/cache/latents.py', 'tests/test_options.py'): [
+        ('latents: what does not exist holds pictures', 'hub = not path.is_absolute() and "/" in str(data)', 'hub = "/" in str(data)', 'test_a_bad_shape_is_one_line'),
+    ],
+    ('sdcourse/models/files.py', 'tests/test_options.py'): [
+        ('files: no name is the folder where one stands', '    if not str(where): raise', '    if False: raise', 'test_a_bad_shape_is_one_line'),
+    ],
+    ('sdcourse/engine/loop.py', 'tests/test_trackers.py'): [
+        ('loop: the hub is asked after the training', '        check_hub(cfg.push_to_hub)\n', '', 'test_a_push_that_cannot_work_is_refused_before_the_training'),
+    ],
+    ('sdcourse/train/judge.py', 'tests/test_home.py'): [
+        ('nets: the card says Apache', 'license=weights_licence(*licences)', 'license="apache-2.0"', 'test_every_card_says_under_which_terms_its_model_is'),
+    ],
+    ('sdcourse/train/vae.py', 'tests/test_home.py'): [
+        ('vae: the card says Apache', 'license=weights_licence(*licences)', 'license="apache-2.0"', 'test_every_card_says_under_which_terms_its_model_is'),
+    ],
+    ('sdcourse/train/flow_dit.py', 'tests/test_home.py'): [
+        ('flow dit: the card says Apache', 'license=weights_licence(licence)', 'license="apache-2.0"', 'test_every_card_says_under_which_terms_its_model_is'),
+    ],
+    ('sdcourse/core.py', 'tests/test_evaluate.py'): [
+        ('evaluate: --out below a file', 'if not at.is_dir(): raise', 'if False: raise', 'test_everything_is_checked_before_work_begins'),
     ],
 }

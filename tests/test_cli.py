@@ -295,3 +295,32 @@ def test_a_refused_run_touches_nothing(tmp_path):
         and "thesis.tex" in done.stderr
         and [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
     )
+
+
+@pytest.mark.parametrize(
+    "e",
+    [
+        MemoryError(),
+        type("OutOfMemoryError", (RuntimeError,), {})("CUDA out of memory.\nTried to allocate 2 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 3 bytes"),
+    ],
+)
+def test_too_little_memory_is_one_line(monkeypatch, capsys, e):
+    "What torch says of it is no fault of the program."
+
+    def full(argv):
+        raise e
+
+    monkeypatch.setattr(cli, "run", full)
+    assert cli.main(["train", "flow_dit"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: not enough memory (") and "--micro-batch" in said and said.count("\n") == 1
+
+
+def test_other_faults_of_torch_are_not_hidden(monkeypatch):
+    def broken(argv):
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    monkeypatch.setattr(cli, "run", broken)
+    with pytest.raises(RuntimeError, match="mat1"):
+        cli.main(["train", "flow_dit"])

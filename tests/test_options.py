@@ -180,6 +180,8 @@ def test_the_command_line_refuses_in_one_line(tmp_path, capsys):
 
 # ---- shapes
 
+LEAST = dict(num_inference_steps=0, num_samples=-5, image_size=0, seed=-1, batch_size=0, max_samples=-1)
+
 
 @pytest.mark.parametrize(
     "task, over, words",
@@ -215,6 +217,19 @@ def test_the_command_line_refuses_in_one_line(tmp_path, capsys):
             dict(data="synthetic", latent=(8, 8), vae="tiny-vae"),
             "decodes 4 channels, and .* has 8",
         ),
+        ("flow_dit", dict(guidance_scale=-1.0), "--guidance-scale -1.0: must be at least 0"),
+        ("sd15", dict(guidance_scale=-1.0), "--guidance-scale -1.0: must be at least 0"),
+        ("flow_dit", dict(data=""), "--data : no such folder"),
+        ("flow_dit", dict(data="/no/such"), "--data /no/such: no such folder"),
+        ("sd15", dict(data=""), "--data: is empty; give a data folder"),
+        ("sd15", dict(model=""), "--model '': no name; give a folder"),
+        *(
+            (t, dict(encode_batch=n), f"encode.batch {n}: must be")
+            for t in ("sd15", "flow_dit")
+            for n in (0, -1)
+        ),
+        *((t, {o: v}, f"{v}: must be") for t in ("sd15", "flow_dit") for o, v in LEAST.items()),
+        *(("sd15", dict(buckets=True, bucket_step=n), f"bucket.step {n}: must be") for n in (0, -16)),
         ("sd15", dict(num_inference_steps=1001), "--num-inference-steps 1001: more than the 1000 steps"),
     ],
 )

@@ -199,10 +199,12 @@ def latent_source(
     if index.is_file() and "kind" in read_json(index): return CachedLatents(data, vae)
     world = world_named(data)
     if world and not vae and (table := _table_of(world)): return table
-    if not world and not path.is_dir() and "/" not in str(data):
+    hub = not path.is_absolute() and "/" in str(data)
+    if not world and not (path.is_dir() and data) and not hub:
         remedy = "give a cache (sdcourse cache latents), or pictures and --vae"
         raise UserError(f"--data {data}: no such folder; {remedy}")
     if not vae:
+        DataSet(data, **(columns or {})).pictures("train") # what is not there holds no pictures
         cache = f"sdcourse cache latents {data} OUT --model FOLDER"
         what = f"make a cache ({cache}), or give --vae to encode them in each step"
         raise UserError(f"--data {data}: holds pictures, which a VAE has to encode: {what}")

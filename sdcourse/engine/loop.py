@@ -26,10 +26,10 @@ from .meter import Meter
 from .optim import (EMA, build_optimizer, check_master_weights, clip_gradients, guarded_step,
     lr_at, odd_tensor, resolve_precision)
 from .order import Draws, Plan, key, micro_rows, order_of, rank_rows
-from .preflight import peak_memory, preflight
+from .preflight import check_compile, peak_memory, preflight
 from .run_folder import Recorder, Result, finish, last_row, picture_path, prepare_folder
 from .stop import STOP_FILE
-from .trackers import check_tracker
+from .trackers import check_hub, check_tracker
 from .work import Owner
 
 # %% ../../nbs/engine/09_loop.ipynb #8f0d1b53
@@ -67,6 +67,9 @@ class Task:
         "What the model card says of this task: data, usage, and if need be license, tags, sections."
         return dict(data="", usage="")
     def sample(self, module, path): "Write a picture of samples from `module` to `path` (a .png)."
+    def drawing(self) -> dict:
+        "How pictures are drawn from the model: what `sdcourse generate` does where nothing else is asked."
+        return {}
     def measure(self, module) -> dict:
         "Numbers that say how good `module` is; called when the run validates."
         return {}
@@ -104,6 +107,7 @@ class Run:
         use_cpu(cfg.threads or before.get("threads", 0), self.device.type)
         self.autocast_dtype, self.dtype = resolve_precision(cfg.precision, self.device)
         if self.device.type == "cuda" and self.autocast_dtype: torch.set_float32_matmul_precision("high")
+        if cfg.compile: check_compile(self.device)
 
     def _build(self):
         "The module, its average, and what updates and measures it."
@@ -424,6 +428,7 @@ def _start(task, job, held):
         cfg.check(world=ranks.world)
         task.check()
         check_tracker(cfg.tracker)
+        check_hub(cfg.push_to_hub)
         if ranks.main: check_owner = _own(job, cfg, held)
         checkpoint = find_start(cfg)
         if checkpoint and not cfg.force: _same_files(checkpoint, task)

@@ -16,9 +16,11 @@ from torch import nn
 
 from ..config import Positive, Range, TrainConfig
 from ..core import UserError
+from ..data.manifests import load_manifest
 from ..data.sets.labelled import SIDES, labelled, questions
 from ..engine.loop import Task as BaseTask
 from ..evaluation.judges import read, right
+from ..models.home import weights_licence
 
 # %% ../../nbs/train/05_judge.ipynb #f0250ae5
 def _turned(x, u): # digits: turned and shifted a little
@@ -173,5 +175,8 @@ class Task(BaseTask):
     def card(self):
         world = self.config.world
         made = "made by `sdcourse.data.sets.labelled`; the numbers are from pictures that were held out"
-        data = f"{world}: {len(self.sets['train']):,} pictures, {made}"
-        return dict(data=data, usage=_USAGE.format(world=world), tags=("convnext", "image-classification"))
+        drawn = ("scenes", "faces") if world == "scenes" else (world,)
+        licences = [load_manifest(name)["licence"]["name"] for name in drawn]
+        data = f"{world}: {len(self.sets['train']):,} pictures, {made}; licence: {', '.join(licences)}"
+        return dict(data=data, usage=_USAGE.format(world=world), tags=("convnext", "image-classification"),
+                    license=weights_licence(*licences))

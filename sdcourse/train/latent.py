@@ -39,6 +39,9 @@ class PictureOptions:
     crop: Literal["center", "random", "none", "adm"] = "center" # of pictures that are encoded in each step (finetune-sd, MindONE: center)
     flip: bool = True # mirror half of the pictures (finetune-sd, MindONE)
     encode_batch: Positive[int] = 8 # pictures that go through the VAE together
+    refusals: ClassVar[tuple] = (
+        (lambda c: not c.data, "--data: is empty; give a data folder, tars, a hub name or a built-in world"),
+    )
 
 # %% ../../nbs/train/02_latent.ipynb #51893a12
 @dataclass
@@ -90,6 +93,9 @@ class SampleOptions:
         (("num_samples",), # recipes give it whatever the data are
          lambda c: not c.num_samples or world_named(c.data) or "num_samples" not in getattr(c, "given", ()),
          "where --data {c.data} is no built-in world"),
+    )
+    refusals: ClassVar[tuple] = (
+        (lambda c: c.guidance_scale < 0, "--guidance-scale {c.guidance_scale}: must be at least 0; 1: none"),
     )
 
 # %% ../../nbs/train/02_latent.ipynb #de14b724
@@ -171,6 +177,13 @@ class LatentTask(Task):
         return self.opened[split]
 
     def encode(self, batch, draws): return self.latents.encode(batch, draws, self.config.flip)
+
+    # options of its samples, where it has them
+    drawn_with = ("guidance_scale", "guidance_interval", "num_inference_steps", "sampler")
+
+    def drawing(self): # YAML knows no tuples
+        found = {k: getattr(self.config, k) for k in self.drawn_with if hasattr(self.config, k)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
 
     def facts(self):
         known = dict(
@@ -291,6 +304,8 @@ class CaptionedTask(LatentTask):
         train = self.data.pictures("train")
         texts = [] if train.drawn else [t for found in self.texts("train").values() for t in found]
         return super().facts() | dict(model=self.config.model, captions_cut=self.captions.count_cut(texts))
+
+    def drawing(self): return super().drawing() | dict(size=self.config.image_size)
 
     def sample(self, module, path):
         from sdcourse.plot import image_grid

@@ -17,8 +17,10 @@ from torch import nn
 from ..config import NonNegative, Positive, Range, TrainConfig
 from ..core import UserError
 from ..data.items import Items
+from ..data.manifests import load_manifest
 from ..data.sets.labelled import labelled
 from ..engine.loop import Task as BaseTask
+from ..models.home import weights_licence
 
 # %% ../../nbs/train/04_vae.ipynb #962562c9
 def worlds(
@@ -194,4 +196,6 @@ class Task(BaseTask):
     def card(self):
         what = f"scenes, faces and crops of photographs: {len(self.sets['train']):,} pictures"
         made = "made by `sdcourse.data.sets.labelled`; the numbers are from pictures that were held out"
-        return dict(data=f"{what}, {made}", usage=_USAGE, tags=("autoencoder",))
+        licences = [load_manifest(world)["licence"]["name"] for world in ("scenes", "faces", "photos")]
+        data = f"{what}, {made}; licences: {', '.join(licences)}"
+        return dict(data=data, usage=_USAGE, tags=("autoencoder",), license=weights_licence(*licences))
