@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from ..core import UserError, read_json
+from ..core import UserError, read_json, sha256
 from .images import SUFFIXES, UNREAD, BadImage, open_image, plain_bytes
 from sdcourse.data.manifests import (
     check_rows, leave_out, named_file, shown, split_of, table_rows, unread, walk,
@@ -384,10 +384,20 @@ class TarSource(Source):
 
     def where(self, i): return f"{self.set.id(i)} of {self.set.folder/self._tar(i)}"
 
+    @cached_property
+    def read_whole(self): return {} # tar -> its SHA-256 now, of those that are younger than their sums
+
+    def _known(self, tar):
+        "Whether a tar still is what the manifest says, as it also is after a copy."
+        if tar not in self.sums: return False
+        path = self.set.folder/tar
+        if _is_older(path, self.set.folder): return True
+        if tar not in self.read_whole: self.read_whole[tar] = sha256(path)
+        return self.read_whole[tar] == self.sums[tar]["sha256"]
+
     def digest(self, i):
         tar = self._tar(i)
-        known = tar in self.sums and _is_older(self.set.folder/tar, self.set.folder)
-        if not known: return f"sha256:{_sum(self, i)}"
+        if not self._known(tar): return f"sha256:{_sum(self, i)}"
         offset, size = self.set.spans["image"][i].tolist()
         return f"tar:{self.sums[tar]['sha256']}:{offset}:{size}"
 
