@@ -1346,4 +1346,51 @@ PLANTED = {
     ('sdcourse/train/vae.py', 'tests/test_overfit.py'): [
         ('O13: an autoencoder sees its own errors only', '(self.vae.decode(z).sample.to(x.dtype) - x)', '(self.vae.decode(z.detach()).sample.to(x.dtype) - x.roll(1, 0))', 'test_eight_pictures_are_learned_by_heart'),
     ],
+    ('sdcourse/data/scan.py', 'tests/test_memory.py'): [
+        ('X3: scan keeps each picture', '            facts[n] = result\n', '            facts[n] = result\n            globals().setdefault("kept", []).append((folder/n).read_bytes())\n', 'test_memory_does_not_grow_with_the_pictures'),
+    ],
+    ('sdcourse/data/shards.py', 'tests/test_memory.py'): [
+        ('X3: shards keeps each picture', '            picture = _add(tar, f"{s.key}.{suffix}", data)\n', '            picture = _add(tar, f"{s.key}.{suffix}", data)\n            globals().setdefault("kept", []).append(data)\n', 'test_memory_does_not_grow_with_the_pictures'),
+    ],
+    ('sdcourse/cache/fill.py', 'tests/test_memory.py'): [
+        ('X3: a cache keeps each picture', '        if not go_on(len(some)): return False\n', '        if not go_on(len(some)): return False\n        globals().setdefault("kept", []).extend(inputs)\n', 'test_memory_does_not_grow_with_the_pictures'),
+    ],
+    ('sdcourse/evaluation/metrics.py', 'tests/test_memory.py'): [
+        ('X3: pairs are compared all at once', 'few = max(1, min(100, 2**20 // (size[0] * size[1])))', 'few = len(rows)', 'test_memory_does_not_grow_with_the_pictures'),
+    ],
+    ('sdcourse/evaluation/features.py', 'tests/test_memory.py'): [
+        ('X3: pictures outlive their features', '        yield part, extractor(images)\n', '        globals().setdefault("kept", []).append(images)\n        yield part, extractor(images)\n', 'test_memory_does_not_grow_with_the_pictures'),
+    ],
+    ('sdcourse/commands/copy_images.py', 'tests/test_written_read.py'): [
+        ('X1: a copy has the last caption', '{"text": row["texts"][0]}', '{"text": row["texts"][-1]}', 'test_every_reader_reads_what_every_writer_wrote'),
+    ],
+    ('sdcourse/data/imagefolder.py', 'tests/test_written_read.py'): [
+        ('X1: half of a character ends the writing', 'return HALF.sub("\\ufffd", value) if isinstance(value, str) else value', 'return value', 'test_every_reader_reads_what_every_writer_wrote'),
+        ('X1: NaN stands in lines of JSON', 'return value if math.isfinite(value) else None', 'return str(value)', 'test_strict_json_lines_for_any_other_program'),
+    ],
+    ('sdcourse/data/shards.py', 'tests/test_written_read.py'): [
+        ('X1: an id with a dot is cut in tars', 'quote(name, safe="").replace(".", "%2E")', 'quote(name, safe="")', 'test_every_reader_reads_what_every_writer_wrote'),
+        ('X1: tars forget the row', 'meta = json.dumps({"id": id, **others}, ensure_ascii=False)', 'meta = json.dumps({"id": id}, ensure_ascii=False)', 'test_every_reader_reads_what_every_writer_wrote'),
+    ],
+    ('sdcourse/cache/store.py', 'tests/test_written_read.py'): [
+        ('X1: a plan is read by its ASCII', '    return json.loads(text)\n\ndef planned', '    return json.loads(text.decode("latin-1"))\n\ndef planned', 'test_every_reader_reads_what_every_writer_wrote'),
+    ],
+    ('sdcourse/commands/generate.py', 'tests/test_written_read.py'): [
+        ('X1: prompts lose what Windows editors mark', 'if item["texts"]: row["text"] = item["texts"][0]', 'if item["texts"]: row["text"] = item["texts"][0].replace("\\ufeff", "")', 'test_every_reader_reads_what_every_writer_wrote'),
+    ],
+    ('sdcourse/core.py', 'tests/test_written_read.py'): [
+        ('X1: separators of Unicode end a line', 'read_text(encoding="utf-8-sig").split("\\n")', 'read_text(encoding="utf-8-sig").splitlines()', 'test_every_reader_reads_what_every_writer_wrote'),
+    ],
+    ('sdcourse/data/manifests.py', 'tests/test_counted.py'): [
+        ('X2: what is left out is not said', '    log.warning("%s; they are left out", said)', '    pass', 'test_nothing_is_left_out_without_a_count_and_remedies_work'),
+    ],
+    ('sdcourse/dataset.py', 'tests/test_counted.py'): [
+        ('X2: a remedy names the wrong command', 'run sdcourse shards {folder} {folder}', 'run sdcourse shards {folder}', 'test_nothing_is_left_out_without_a_count_and_remedies_work'),
+    ],
+    ('sdcourse/train/latent.py', 'tests/test_counted.py'): [
+        ('X2: a remedy makes a cache of another size', 'f" --size {cfg.image_size}" if kind', 'f" --size 8" if kind', 'test_nothing_is_left_out_without_a_count_and_remedies_work'),
+    ],
+    ('sdcourse/data/scan.py', 'tests/test_counted.py'): [
+        ('X2: an old list of bad pictures is used', '    if found["files"] != fingerprint(walk(folder, hidden=False)[0]):', '    if False:', 'test_nothing_is_left_out_without_a_count_and_remedies_work'),
+    ],
 }
