@@ -36,7 +36,11 @@ def without(files, *names):
     return {k: v for k, v in files.items() if k not in names}
 
 
+JUDGE = (
+    "evaluate SET --reference SET --split train --out {out} --extractor tiny-scenes --metrics fd --draws 2"
+)
 LATENTS = "cache latents {in} {out} --model {vae} --size 16 --device cpu"
+TRAIN = "train sd15 --model {sd} --data {in} --latents {made} --image-size 16 --no-flip --out {out}"
 BOTH = many("train/", 120)
 LABELLED = many("train/", label=1)
 CASES = {  # folder: bytes of a file or rows of a table; command; words; whether it ends well; then works
@@ -127,19 +131,17 @@ CASES = {  # folder: bytes of a file or rows of a table; command; words; whether
     ),
     "pictures of two sizes": (
         many("train/") | {"train/3.png": png(3, 24)},
-        "evaluate {in} --reference {in} --split train --out {out} --extractor tiny-scenes --metrics fd --device cpu",
+        JUDGE.replace("SET", "{in}"),
         "sdcourse copy-images DATA OUT --size",
         False,
-        "evaluate {made} --reference {made} --split train --out {out} --extractor tiny-scenes --metrics fd "
-        "--device cpu --draws 2",
+        JUDGE.replace("SET", "{made}"),
     ),
     "no cache of latents": (
         many("train/") | many("val/"),
-        "train sd15 --model {sd} --data {in} --latents {made} --image-size 16 --no-flip --out {out}",
+        TRAIN,
         "make it with: sdcourse cache latents {in} {made} --model {sd} --size 16",
         False,
-        "train sd15 --model {sd} --data {in} --latents {made} --image-size 16 --no-flip --out {out} --dry-run "
-        "--device cpu --batch-size 2 --num-samples 0",
+        TRAIN + " --dry-run --device cpu --batch-size 2",
     ),
 }
 

@@ -1,7 +1,7 @@
 """X1: what a command writes every reader reads alike, whichever names, captions and ids it holds.
 
-`prepare` writes a folder; `copy-images`, `shards` and `generate` read it and write another; all of them, `cache`,
-`verify` and the trainers' view read those.
+`prepare` writes a folder; `copy-images`, `shards` and `generate` read it and write another; all of them,
+`cache`, `verify` and the trainers' view read those.
 """
 
 import json
