@@ -102,8 +102,8 @@ PLANTED = {
         ('weights: what is not used is not said', '        if other: log.info(', '        if False: log.info(', 'test_pictures_and_tars'),
     ],
     ('sdcourse/engine/loop.py', 'tests/test_sampling_weights.py'): [
-        ('resume: other files pass', 'if checkpoint and not cfg.force: _same_files', 'if False: _same_files', 'test_a_resume_with_other_weights_is_refused'),
-        ('resume: --force does not help', 'if checkpoint and not cfg.force: _same_files', 'if checkpoint: _same_files', 'test_a_resume_with_other_weights_is_refused'),
+        ('resume: other files pass', 'if ranks.main and checkpoint and not cfg.force: _same_files', 'if False: _same_files', 'test_a_resume_with_other_weights_is_refused'),
+        ('resume: --force does not help', 'if ranks.main and checkpoint and not cfg.force: _same_files', 'if ranks.main and checkpoint: _same_files', 'test_a_resume_with_other_weights_is_refused'),
     ],
     ('sdcourse/engine/optim.py', 'tests/test_optim.py'): [
         ('anything is an optimizer', '    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):', '    if False:', 'test_what_is_no_usable_optimizer_is_one_line'),
@@ -221,8 +221,8 @@ PLANTED = {
     ('sdcourse/engine/run_folder.py', 'tests/test_loop.py'): [
         ('a run goes on from a checkpoint among bad steps', '        forget_streak(run, self.folder)\n        items', '        items', 'test_bad_steps_never_push_out_the_last_good_checkpoint'),
         ('a model of NaN is exported', '    if name := odd_tensor(run.best):', '    if name := "":', 'test_weights_that_are_not_finite_at_the_end_are_not_exported'),
-        ('a run that ends among bad steps is finished', '    if streak < 2 or run.scaler.is_enabled(): return', '    return', 'test_a_run_that_ends_among_bad_steps_is_not_finished'),
-        ('one bad step at the end spoils a run', '    if streak < 2 or', '    if streak < 1 or', 'test_one_bad_step_at_the_end_does_no_harm'),
+        ('a run that ends among bad steps is finished', '    if streak < 2: return', '    return', 'test_a_run_that_ends_among_bad_steps_is_not_finished'),
+        ('one bad step at the end spoils a run', '    if streak < 2: return', '    if streak < 1: return', 'test_one_bad_step_at_the_end_does_no_harm'),
         ('the export is the raw model', 'write_model(task, run.best, tmp)', 'write_model(task, run.module, tmp)', 'test_export_is_the_average'),
         ('bad steps are never noticed', '        if bad < run.cfg.max_bad_steps: return', '        return', 'test_too_many_bad_steps_end_the_run_with_the_ids'),
         ('bad steps in a row are forgotten between log lines', 'run.meter.bad[2] = run.meter.bad[1]', 'run.meter.bad[1:3] = 0', 'test_a_row_of_bad_steps_is_counted_across_log_lines'),
@@ -813,6 +813,8 @@ PLANTED = {
         ('loop: an error of a worker is a page of traceback', 'said = str(e).strip().splitlines()[-1]', 'said = str(e)', 'test_training_goes_on_without_the_bad_ones_or_says_which'),
     ],
     ('sdcourse/data/shards.py', 'tests/test_dataset.py'): [
+        ('view: a copied tar has other digests', '        return self.read_whole[tar] == self.sums[tar]["sha256"]', '        return False', 'test_a_tar_that_is_younger_than_its_manifest_keeps_its_digests'),
+        ('view: an altered tar is believed', '        return self.read_whole[tar] == self.sums[tar]["sha256"]', '        return True', 'test_a_replaced_picture_of_the_same_size_has_another_digest'),
         ('view: tables of img2dataset are a hub set', '    return not (path.with_suffix("").is_dir() or', '    return not (False or', 'test_what_img2dataset_writes_is_a_folder_of_pictures'),
         ('view: all pictures of a tar have one digest', "['sha256']}:{offset}:{size}", "['sha256']}", 'test_digests_tell_pictures_apart_and_follow_the_manifest'),
         ('view: broken captions in tars are a crash', '        except ValueError as e:\n            why = " ".join(str(e).split())\n            raise UserError(f"{self.where(i)}', '        except ImportError as e:\n            why = " ".join(str(e).split())\n            raise UserError(f"{self.where(i)}', 'test_captions_of_foreign_tars'),
@@ -1056,8 +1058,8 @@ PLANTED = {
         ('tiny: a file too many is no matter', 'sorted(there ^ files.keys())', 'sorted(listed.keys() - there)', 'test_a_file_that_is_not_as_listed_is_refused'),
     ],
     ('sdcourse/evaluation/judges.py', 'tests/test_tiny.py'): [
-        ('a network sees pixels from 0 to 1', 'return x / 127.5 - 1', 'return x / 255', 'test_digits_that_it_never_saw'),
-        ('tiny: resized without antialiasing', 'mode="bicubic", antialias=True', 'mode="nearest"', 'test_pictures_of_other_sizes_are_resized_with_antialiasing'),
+        ('a network sees pixels from 0 to 1', 'return images.to(self.device).float() / 127.5 - 1', 'return images.to(self.device).float() / 255', 'test_digits_that_it_never_saw'),
+        ('tiny: resized without antialiasing', 'square = Transform(side, "none")\n', 'square = lambda im: torch.from_numpy(__import__("numpy").array(im.resize((side, side), 0))).permute(2, 0, 1)\n', 'test_pictures_of_other_sizes_are_resized_with_antialiasing'),
         ('answers are shifted by one', 'dict(zip(self.attributes, (p.argmax(1) for p in parts)))', 'dict(zip(self.attributes, ((p.argmax(1) + 1) % p.shape[1] for p in parts)))', 'test_scenes_of_held_out_pairs_and_people_never_seen'),
         ('what was not asked counts', 'there = want >= 0', 'there = want >= -1', 'test_scenes_of_held_out_pairs_and_people_never_seen'),
         ('LPIPS[tiny]: features are not scaled', '/ (x.double().square().sum(1, keepdim=True).sqrt() + 1e-10)', '/ 1.0', 'test_lpips_of_equal_pairs_is_zero_and_it_grows_with_noise'),
@@ -1193,7 +1195,7 @@ PLANTED = {
         ('tiny sd: weights do not depend on the seed', 'torch.manual_seed(seed)', 'torch.manual_seed(0)', 'test_the_same_seed_gives_the_same_bytes'),
     ],
     ('sdcourse/train/sd15.py', 'tests/test_sd15.py'): [
-        ('sd15: heavy imports come before the first check', 'import torch\nfrom fastcore.basics import patch', 'import torch, diffusers\nfrom fastcore.basics import patch', 'test_absent_weights_are_said_before_anything_is_imported'),
+        ('sd15: gradient checkpointing is not switched on', '    if cfg.gradient_checkpointing: unet.enable_gradient_checkpointing()\n', '', 'test_gradient_checkpointing_changes_no_bit'),
         ('sd15: every model predicts the noise', 'return abar, prediction if cfg.prediction == "auto" else', 'return abar, "eps" if cfg.prediction == "auto" else', 'test_export_draws_in_plain_diffusers_what_the_task_draws'),
         ('sd15: DREAM with a model of v', 'if cfg.dream and prediction == "v":', 'if False:', 'test_dream_is_refused_for_a_model_of_v'),
         ('sd15: the layout of the VAE chooses the kernels', 'self.unet(x.contiguous(memory_format=self.layout), t,', 'self.unet(x, t,', 'test_caches_give_the_weights_of_online_training'),
@@ -1230,7 +1232,7 @@ PLANTED = {
     ('sdcourse/train/latent.py', 'tests/test_sampling_weights.py'): [
         ('weights: ignored', 'if split == "train" and self.weights: data.weights', 'if False: data.weights', 'test_caches'),
         ('weights: refused after the start', 'if self.weights: self.weights.check(', 'if False: self.weights.check(', 'test_refused_before_anything_begins'),
-        ('weights: the content may change', 'return {"weights_sha256": self.weights.sha256} if self.weights else {}', 'return {}', 'test_the_file_is_remembered'),
+        ('weights: the content may change', '        if self.weights: found["sampling weights"] = self.weights.sha256\n', '', 'test_the_file_is_remembered'),
         ('weights: with buckets they are ignored', '(lambda c: c.weights and c.buckets,', '(lambda c: False,', 'test_what_weights_do_not_go_with'),
         ('weights: ignored by sd15', 'if split == "train" and self.weights: data.weights', 'if False: data.weights', 'test_captioned_pictures'),
     ],
@@ -1291,6 +1293,7 @@ PLANTED = {
         ('hub: class names of another column', 'self.classes = names.get(self.label, ())', 'self.classes = ()', 'test_a_local_copy_of_a_hub_set'),
     ],
     ('sdcourse/train/objective.py', 'tests/test_sd15.py'): [
+        ('O9: the debiased weight of no signal is infinite', '    s = snr.clamp(1e-3, 1e3)\n    if prediction == "eps": return s**-0.5\n    if prediction == "v": return s**0.5 / (s + 1)', '    s = snr\n    if prediction == "eps": return s**-0.5\n    if prediction == "v": return s**-0.5 * s / (s + 1)', 'test_loss_and_weight_are_finite_at_every_step'),
         ('sd15: what is to be guessed was never in the picture', 'target = eps if self.prediction == "eps" else', 'target = eps.roll(1, 0) if self.prediction == "eps" else', 'test_eight_scenes_are_learned_by_heart'),
         ('sd15: v is the noise', 'eps if self.prediction == "eps" else alpha * eps - sigma * x0', 'eps', 'test_loss_is_that_of_diffusers'),
         ('sd15: signal and noise are exchanged', 'x = alpha * x0 + sigma * seen', 'x = sigma * x0 + alpha * seen', 'test_loss_is_that_of_diffusers'),
@@ -1447,5 +1450,118 @@ PLANTED = {
     ],
     ('sdcourse/core.py', 'tests/test_evaluate.py'): [
         ('evaluate: --out below a file', 'if not at.is_dir(): raise', 'if False: raise', 'test_everything_is_checked_before_work_begins'),
+    ],
+    ('sdcourse/train/latent.py', 'tests/test_stale.py'): [
+        ('stale: other captions pass', 'return super().fixed() | {"captions": self.captions_sha256}', 'return super().fixed()', 'test_a_resume_on_something_else_is_refused'),
+        ('stale: other pictures pass', '        found = {"pictures": self.data_sha256}\n', '        found = {}\n', 'test_a_resume_on_something_else_is_refused'),
+        ('stale: other base weights pass', '        parts = (*self.text_parts, self.network_part, "vae")', '        parts = (*self.text_parts, "vae")', 'test_a_resume_on_something_else_is_refused'),
+        ('stale: embeddings of another kind pass', '        prompts = self.config.prompts and Cache(', '        prompts = None and Cache(', 'test_caches_made_again_from_other_pictures_or_captions_are_refused'),
+        ('stale: another VAE that encodes passes', 'return {"vae": weights_id(self.latents.vae)} if self.latents.vae else {}', 'return {}', 'test_a_vae_that_encodes_in_each_step_is_remembered'),
+    ],
+    ('sdcourse/cache/latents.py', 'tests/test_stale.py'): [
+        ('stale: pictures are known by their names', 'h.update(data.digest(i).encode())', 'pass', 'test_a_resume_on_something_else_is_refused'),
+        ('stale: labels may change', '        h.update(json.dumps(labels).encode())\n', '', 'test_other_labels_are_other_pictures'),
+        ('stale: each picture of a million is read', '-(-n // LOOKED_AT)', '1', 'test_of_a_large_set_a_part_is_looked_at'),
+    ],
+    ('sdcourse/engine/loop.py', 'tests/test_stale.py'): [
+        ('stale: what differs is not compared', 'changed = [k for k in then if then[k] != now.get(k)]', 'changed = [k for k in then if k not in now]', 'test_a_resume_on_something_else_is_refused'),
+        ('stale: a forced run forgets what it took', 'fixed=self.task.fixed() if self.ranks.main else {},', 'fixed=dict.fromkeys(self.task.fixed(), ""),', 'test_what_is_the_same_elsewhere_goes_on_and_force_takes_the_new'),
+    ],
+    ('sdcourse/train/judge.py', 'tests/test_stale.py'): [
+        ('stale: the pictures of judges may change', 'return {"pictures": self.data_sha256}', 'return {}', 'test_drawn_pictures_are_remembered'),
+    ],
+    ('sdcourse/train/vae.py', 'tests/test_stale.py'): [
+        ('stale: the pictures of the autoencoder may change', 'return {"pictures": self.data_sha256}', 'return {}', 'test_drawn_pictures_are_remembered'),
+    ],
+    ('sdcourse/engine/loop.py', 'tests/test_scaler.py'): [
+        ('fp16: gradients are clipped before they are unscaled', '    run.scaler.unscale_(run.optimizer)\n    norm = clip_gradients(run.params, cfg.clip)\n', '    norm = clip_gradients(run.params, cfg.clip)\n    run.scaler.unscale_(run.optimizer)\n', 'test_gradients_are_unscaled_before_they_are_clipped'),
+        ('fp16: the scale stays', '    run.scaler.update()\n', '    run.scaler.update(run.scaler.scale(torch.ones(())))\n', 'test_an_inf_gradient_is_skipped_and_the_scale_halves'),
+        ('fp16: looking for the scale ends a run', 'bad & torch.isfinite(total) & scale_can_fall(run)', 'bad & ~bad', 'test_steps_that_look_for_the_scale_end_no_run_and_spoil_no_checkpoint'),
+        ('fp16: no gradient ever ends a run', 'torch.ones((), device=run.device)) > 1', 'torch.ones((), device=run.device)) > 0', 'test_a_gradient_that_no_scale_mends_ends_the_run'),
+        ('fp16: a loss of NaN is taken for a large scale', 'bad & torch.isfinite(total) & scale_can_fall(run)', 'bad & scale_can_fall(run)', 'test_a_loss_that_is_not_finite_counts_whatever_the_scale'),
+        ('fp16: a resume begins with another scale', '        if state["scaler"]: self.scaler.load_state_dict(state["scaler"])\n', '', 'test_a_resume_keeps_the_scale_and_where_it_stood'),
+        ('fp16: the scale is read in each step', 'torch.ones((), device=run.device)) > 1', 'torch.ones((), device=run.device)).item() > 1', 'test_no_host_read_inside_the_step'),
+    ],
+    ('sdcourse/engine/run_folder.py', 'tests/test_scaler.py'): [
+        ('fp16: a run that ends among bad steps is finished', '    if streak < 2: return', '    if streak < 2 or run.scaler.is_enabled(): return', 'test_a_run_of_fp16_that_ends_among_bad_steps_is_not_finished'),
+    ],
+    ('sdcourse/evaluation/judges.py', 'tests/test_resize.py'): [
+        ('resize: by the filter of torch', '    square = Transform(side, "none")\n    return ', '    import torch.nn.functional as F\n    return F.interpolate(images.float(), (side, side), mode="bicubic", antialias=True).round().clamp(0, 255)\n    square = None\n    return ', 'test_every_resize_is_that_of_pillow'),
+    ],
+    ('sdcourse/dataset.py', 'tests/test_resize.py'): [
+        ('resize: bilinear squares', 'im.resize(size, Resampling.BICUBIC)', 'im.resize(size, Resampling.BILINEAR)', 'test_every_resize_is_that_of_pillow'),
+    ],
+    ('sdcourse/data/buckets.py', 'tests/test_resize.py'): [
+        ('resize: buckets without antialiasing', 'im.resize(now, Resampling.BICUBIC)', 'im.resize(now, Resampling.NEAREST)', 'test_every_resize_is_that_of_pillow'),
+    ],
+    ('sdcourse/data/images.py', 'tests/test_resize.py'): [
+        ('resize: a smaller picture is boxes', 'for n in im.size], Image.Resampling.BICUBIC)', 'for n in im.size], Image.Resampling.BOX)', 'test_every_resize_is_that_of_pillow'),
+        ('resize: PNG of 256 colours', '    out = io.BytesIO()\n    im.save(out, format', '    out = io.BytesIO()\n    im.quantize(256).save(out, format', 'test_a_png_holds_every_level_of_every_size'),
+    ],
+    ('sdcourse/diffusion.py', 'tests/test_sd15.py'): [
+        ('O9: min-SNR divides by a signal of nothing', '    if prediction == "v": return capped / (snr + 1)', '    if prediction == "v": return capped / snr * (snr / (snr + 1))', 'test_loss_and_weight_are_finite_at_every_step'),
+    ],
+    ('sdcourse/train/sd15.py', 'tests/test_missing.py'): [
+        ('sd15: heavy imports come before the first check', 'import torch\nfrom fastcore.basics import patch', 'import torch, diffusers\nfrom fastcore.basics import patch', 'test_absent_weights_are_one_line_at_once'),
+    ],
+    ('sdcourse/models/files.py', 'tests/test_missing.py'): [
+        ('U5: the hub is asked', 'snapshot_download(str(where), local_files_only=True)', 'snapshot_download(str(where))', 'test_absent_weights_are_one_line_at_once'),
+        ('U5: the hub wins over a folder', '    if Path(where).is_dir(): return Path(where)\n    if str(where) in MODELS: return shipped_folder(str(where))\n    if not', '    if not', 'test_a_folder_wins_over_the_hub_of_the_same_name'),
+    ],
+    ('sdcourse/train/vae.py', 'tests/test_cli.py'): [
+        ('U2: a smoke run leaves no picture', 'image_grid(torch.cat([x.float() / 127.5 - 1, y.clamp(-1, 1)]), ncols=12).save(path)', 'pass', 'test_smoke_run_leaves_a_whole_run_folder_and_is_not_repeated'),
+    ],
+    ('sdcourse/train/judge.py', 'tests/test_overfit.py'): [
+        ('O13: a judge learns other labels', 'labels[:, i].clamp(min=0), **how)', 'labels[:, i].clamp(min=0).roll(draws.step), **how)', 'test_eight_pictures_are_learned_by_heart'),
+    ],
+    ('sdcourse/train/vae.py', 'tests/test_overfit.py'): [
+        ('O13: an autoencoder sees its own errors only', '(self.vae.decode(z).sample.to(x.dtype) - x)', '(self.vae.decode(z.detach()).sample.to(x.dtype) - x.roll(1, 0))', 'test_eight_pictures_are_learned_by_heart'),
+    ],
+    ('sdcourse/data/scan.py', 'tests/test_memory.py'): [
+        ('X3: scan keeps each picture', '            facts[n] = result\n', '            facts[n] = result\n            globals().setdefault("kept", []).append((folder/n).read_bytes())\n', 'test_memory_does_not_grow_with_the_pictures'),
+    ],
+    ('sdcourse/data/shards.py', 'tests/test_memory.py'): [
+        ('X3: shards keeps each picture', '            picture = _add(tar, f"{s.key}.{suffix}", data)\n', '            picture = _add(tar, f"{s.key}.{suffix}", data)\n            globals().setdefault("kept", []).append(data)\n', 'test_memory_does_not_grow_with_the_pictures'),
+    ],
+    ('sdcourse/cache/fill.py', 'tests/test_memory.py'): [
+        ('X3: a cache keeps each picture', '        if not go_on(len(some)): return False\n', '        if not go_on(len(some)): return False\n        globals().setdefault("kept", []).extend(inputs)\n', 'test_memory_does_not_grow_with_the_pictures'),
+    ],
+    ('sdcourse/evaluation/metrics.py', 'tests/test_memory.py'): [
+        ('X3: pairs are compared all at once', 'few = max(1, min(100, 2**20 // (size[0] * size[1])))', 'few = len(rows)', 'test_memory_does_not_grow_with_the_pictures'),
+    ],
+    ('sdcourse/evaluation/features.py', 'tests/test_memory.py'): [
+        ('X3: pictures outlive their features', '        yield part, extractor(images)\n', '        globals().setdefault("kept", []).append(images)\n        yield part, extractor(images)\n', 'test_memory_does_not_grow_with_the_pictures'),
+    ],
+    ('sdcourse/commands/copy_images.py', 'tests/test_written_read.py'): [
+        ('X1: a copy has the last caption', '{"text": row["texts"][0]}', '{"text": row["texts"][-1]}', 'test_every_reader_reads_what_every_writer_wrote'),
+    ],
+    ('sdcourse/data/imagefolder.py', 'tests/test_written_read.py'): [
+        ('X1: half of a character ends the writing', 'return HALF.sub("\\ufffd", value) if isinstance(value, str) else value', 'return value', 'test_every_reader_reads_what_every_writer_wrote'),
+        ('X1: NaN stands in lines of JSON', 'return value if math.isfinite(value) else None', 'return str(value)', 'test_strict_json_lines_for_any_other_program'),
+    ],
+    ('sdcourse/data/shards.py', 'tests/test_written_read.py'): [
+        ('X1: an id with a dot is cut in tars', 'quote(name, safe="").replace(".", "%2E")', 'quote(name, safe="")', 'test_every_reader_reads_what_every_writer_wrote'),
+        ('X1: tars forget the row', 'meta = json.dumps({"id": id, **others}, ensure_ascii=False)', 'meta = json.dumps({"id": id}, ensure_ascii=False)', 'test_every_reader_reads_what_every_writer_wrote'),
+    ],
+    ('sdcourse/cache/store.py', 'tests/test_written_read.py'): [
+        ('X1: a plan is read by its ASCII', '    return json.loads(text)\n\ndef planned', '    return json.loads(text.decode("latin-1"))\n\ndef planned', 'test_every_reader_reads_what_every_writer_wrote'),
+    ],
+    ('sdcourse/commands/generate.py', 'tests/test_written_read.py'): [
+        ('X1: prompts lose what Windows editors mark', 'if item["texts"]: row["text"] = item["texts"][0]', 'if item["texts"]: row["text"] = item["texts"][0].replace("\\ufeff", "")', 'test_every_reader_reads_what_every_writer_wrote'),
+    ],
+    ('sdcourse/core.py', 'tests/test_written_read.py'): [
+        ('X1: separators of Unicode end a line', 'read_text(encoding="utf-8-sig").split("\\n")', 'read_text(encoding="utf-8-sig").splitlines()', 'test_every_reader_reads_what_every_writer_wrote'),
+    ],
+    ('sdcourse/data/manifests.py', 'tests/test_counted.py'): [
+        ('X2: what is left out is not said', '    log.warning("%s; they are left out", said)', '    pass', 'test_nothing_is_left_out_without_a_count_and_remedies_work'),
+    ],
+    ('sdcourse/data/shards.py', 'tests/test_counted.py'): [
+        ('X2: a remedy names the wrong command', 'run sdcourse shards {folder} {folder}', 'run sdcourse shards {folder}', 'test_nothing_is_left_out_without_a_count_and_remedies_work'),
+    ],
+    ('sdcourse/train/latent.py', 'tests/test_counted.py'): [
+        ('X2: a remedy makes a cache of another size', 'f" --size {cfg.image_size}" if kind', 'f" --size 8" if kind', 'test_nothing_is_left_out_without_a_count_and_remedies_work'),
+    ],
+    ('sdcourse/data/scan.py', 'tests/test_counted.py'): [
+        ('X2: an old list of bad pictures is used', '    if found["files"] != fingerprint(files):', '    if False:', 'test_nothing_is_left_out_without_a_count_and_remedies_work'),
     ],
 }

@@ -138,8 +138,7 @@ def _refuse_unfit(run, folder):
         raise UserError(f"{where} after step {run.step} {name} holds numbers that are not finite; "
                         "lower --lr and choose another --out")
     streak = int(run.meter.bad[1])
-    # fp16 looks for its scale by steps that fail
-    if streak < 2 or run.scaler.is_enabled(): return
+    if streak < 2: return
     forget_streak(run, folder)
     raise UserError(f"{where} the last {streak} steps had a non-finite loss or gradient; lower --lr, "
                     "and --force goes on from the last good checkpoint, if there is one")

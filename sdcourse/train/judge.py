@@ -163,12 +163,15 @@ class Task(BaseTask):
         asked = questions(self.config.world)
         return right(read(module.net, test["pixels"], asked), test["labels"], asked)
 
+    @cached_property
+    def data_sha256(self): return self.sets["train"].fingerprint()
+    def fixed(self): return {"pictures": self.data_sha256}
+
     def facts(self):
-        train = self.sets["train"]
         return dict(
             data=self.config.world,
-            data_sha256=train.fingerprint(),
-            pictures=len(train),
+            data_sha256=self.data_sha256,
+            pictures=len(self.sets["train"]),
             questions=len(questions(self.config.world)),
         )
 

@@ -7,6 +7,7 @@ __all__ = ['PictureOptions', 'BucketOptions', 'LoraOptions', 'SampleOptions', 'r
            'CaptionedTask']
 
 # %% ../../nbs/train/02_latent.ipynb #af92a4b4
+import hashlib, json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ from ..data.sampling_weights import SamplingWeights
 from ..data.sets.worlds import world_named
 from ..dataset import DataSet, Transform
 from ..engine.loop import Task
-from ..models.files import vae_facts
+from ..models.files import vae_facts, weights_id
 from .condition import Captions
 
 # %% ../../nbs/train/02_latent.ipynb #89c9f4e1
@@ -160,8 +161,17 @@ class LatentTask(Task):
     def weights(self): # how often each picture is drawn; none: all alike
         return SamplingWeights(self.config.weights) if self.config.weights else None
 
+    @cached_property
+    def data_sha256(self): return self.latents.fingerprint()
+
+    @cached_property
+    def built_on(self): # part -> identity, of networks that were there before the training
+        return {"vae": weights_id(self.latents.vae)} if self.latents.vae else {}
+
     def fixed(self): # what a run may not change when it goes on
-        return {"weights_sha256": self.weights.sha256} if self.weights else {}
+        found = {"pictures": self.data_sha256}
+        if self.weights: found["sampling weights"] = self.weights.sha256
+        return found | {f"weights of {part}": known for part, known in self.built_on.items()}
 
     @cached_property
     def opened(self): return {} # split -> data set
@@ -188,16 +198,17 @@ class LatentTask(Task):
     def facts(self):
         known = dict(
             data=self.config.data,
-            data_sha256=self.latents.fingerprint(),
+            data_sha256=self.data_sha256,
             data_licence=self.latents.licence,
         )
-        return known | self.fixed()
+        return known | ({"weights_sha256": self.weights.sha256} if self.weights else {})
 
 # %% ../../nbs/train/02_latent.ipynb #d62d595b
 class CaptionedTask(LatentTask):
     "A task of captioned pictures and a pipeline in a folder; subclasses say `home` and its text encoders."
     text_parts = ("text_encoder",) # of the pipeline's folder
     text_columns = ("text_encoder.hidden",) # what the network takes of them
+    network_part = "unet" # of the pipeline's folder
     pictures_only = ("image_column", "crop") # --max-samples counts for captions too
 
     @cached_property
@@ -220,6 +231,19 @@ class CaptionedTask(LatentTask):
 
     @cached_property
     def captions(self): return Captions(self.home, self.text_parts, self.text_columns)
+
+    @cached_property
+    def built_on(self):
+        parts = (*self.text_parts, self.network_part, "vae")
+        return {part: weights_id(self.home/part) for part in parts}
+
+    @cached_property
+    def captions_sha256(self): # what is drawn has the captions of its world
+        texts = {} if self.data.pictures("train").drawn else self.texts("train")
+        prompts = self.config.prompts and Cache(self.config.prompts, "", kind="prompts").key
+        return hashlib.sha256(json.dumps([texts, prompts]).encode()).hexdigest()
+
+    def fixed(self): return super().fixed() | {"captions": self.captions_sha256}
 
     def check(self):
         for kind in ("latents", "prompts"): self._find(kind)

@@ -123,7 +123,7 @@ class Pen:
         colour, # RGB, or RGBA with alpha 0 … 255
     ):
         "A filled polygon."
-        self.draw.polygon([tuple(p) for p in self.to_sheet(points)], fill=tuple(int(c) for c in colour))
+        self.draw.polygon(self.to_sheet(points).ravel().tolist(), fill=tuple(int(c) for c in colour))
 
     def oval(self, x, y, rx, ry, colour):
         "A filled ellipse."
