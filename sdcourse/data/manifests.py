@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from ..config import Options
 from ..core import HALF, UserError, log, nearest, parse_json, progress, read_json, text_lines
 from .images import SUFFIXES, UNREAD
+from ..engine.work import OWNER
 
 # %% ../../nbs/data/01_manifests.ipynb #90cda9da
 def manifest_folder() -> Path: # it holds schema.json and one file per data set
@@ -174,7 +175,7 @@ def named_file(
     return value.removeprefix("file:").removeprefix("./")
 
 # %% ../../nbs/data/01_manifests.ipynb #f84c6bc7
-OWN = {"manifest.json", "scan.json", "scan.json.partial"} # what this package itself leaves in a data folder
+OWN = {"manifest.json", "scan.json", "scan.json.partial", OWNER} # what this package itself leaves in a data folder
 
 # folders that systems make
 SYSTEM = {"__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found"}

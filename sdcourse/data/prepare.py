@@ -174,9 +174,8 @@ class Work:
             if not os.listdir(root): os.rmdir(root) # of a split that got no picture
         os.sync()
         known = {r.get("file", i): r["sha256"] for i, r in self.done.items()}
-        no_part = {"done.jsonl", OWNER}
-        known |= dict.fromkeys(no_part, "no part of it")
-        files = [f for f in inventory(self.folder, known) if f["path"] not in no_part]
+        known["done.jsonl"] = "no part of it"
+        files = [f for f in inventory(self.folder, known) if f["path"] != "done.jsonl"]
         layouts = {"prepared": {"what": "written by sdcourse prepare or sdcourse shards", "files": files}}
         manifest = manifest | {"layouts": layouts, "prepared": self.facts}
         write_json(self.folder/"manifest.json", check_manifest(manifest, "manifest.json"))
