@@ -43,6 +43,8 @@ VERBS = { # what is typed: its row
     "prepare faces": Verb("drawn faces in CelebA's original layouts", "OUT",
                           "sdcourse.data.sets.faces:prepare_faces", "FacesOptions", PREPARE),
     "prepare scenes": Verb("drawn scenes with captions", "OUT", "sdcourse.data.sets.scenes:prepare_scenes", "ScenesOptions", PREPARE),
+    "prepare emoji": Verb("emoji in a 3-D or a flat style, with captions", "OUT",
+                          "sdcourse.data.sets.emoji:prepare_emoji", "EmojiOptions", PREPARE),
     "prepare digits": Verb("handwritten digits in ImageNet's layouts", "OUT",
                            "sdcourse.data.sets.imagenet:prepare_digits", "DigitsOptions", PREPARE),
     "scan": Verb("find broken, odd and duplicate pictures", "FOLDER", "sdcourse.data.galleries:scan_folder", "Scan"),
@@ -157,6 +159,14 @@ def main(
     except KeyboardInterrupt:
         print("error: ended by Ctrl-C; the same command goes on where it can", file=sys.stderr)
         return 130
+    except Exception as e:
+        if not _is_memory(e): raise
+        print(f"error: not enough memory ({' '.join(str(e).split())[:160]}); do less at a time (--micro-batch, "
+              "--batch, --encode-batch), or choose a smaller model", file=sys.stderr)
+        return UserError.code
+
+def _is_memory(e): # torch has an exception of its own for GPUs, and none for CPUs
+    return type(e).__name__ in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in str(e)
 
 # %% ../nbs/94_cli.ipynb #373f9fe5
 if __name__ == "__main__" and __package__: raise SystemExit(main())

@@ -376,6 +376,9 @@ _COMBINATIONS = [ # what is wrong with a config c on n ranks, and how it is said
     (lambda c, n: os.path.isdir(f"{c.resume}/checkpoints"),
      "--resume {c.resume}: is a run, not a checkpoint; --out {c.resume} goes on with it, "
      "or give a folder {c.resume}/checkpoints/step-…"),
+    (lambda c, n: os.path.isdir(c.resume) and not re.fullmatch(r"step-\d+", Path(c.resume).resolve().name),
+     "--resume {c.resume}: is no checkpoint, whose folder is called step-…; "
+     "give a folder RUN/checkpoints/step-…"),
     (lambda c, n: not re.fullmatch(r"|([\w.-]+/)?[\w.-]+", c.push_to_hub),
      "--push-to-hub {c.push_to_hub}: not a repository id; write name or owner/name"),
 ]

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'HALF', 'PACKAGES', 'M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'UserError', 'nearest', 'named', 'differences',
-           'disk_error', 'check_free', 'fsync_path', 'atomic_path', 'write_text', 'write_json', 'parse_json',
-           'text_lines', 'read_json', 'sha256', 'versions', 'git_commit', 'use_cpu', 'code_id', 'lesson_folder',
-           'watched', 'progress', 'human']
+           'disk_error', 'check_free', 'check_place', 'fsync_path', 'atomic_path', 'write_text', 'write_json',
+           'parse_json', 'text_lines', 'read_json', 'sha256', 'versions', 'git_commit', 'use_cpu', 'code_id',
+           'lesson_folder', 'watched', 'progress', 'human']
 
 # %% ../nbs/90_core.ipynb #4578abf7
 import ctypes, difflib, errno, hashlib, importlib, json, logging, math, os, re, shutil, subprocess, sys
@@ -64,13 +64,22 @@ def disk_error(
 def check_free(
     out, # a folder that is to be made
 ):
-    "`UserError` where something is in its way."
-    out = Path(os.path.abspath(out))
+    "`UserError` unless a new folder can be made there."
     if os.path.lexists(out): raise UserError(f"{out}: is there already; choose another OUT")
-    above = next(p for p in out.parents if os.path.lexists(p))
-    if not above.is_dir(): raise UserError(f"{out}: {above} is a file; choose another OUT")
+    check_place("OUT", out)
 
 # %% ../nbs/90_core.ipynb #634484fa
+def check_place(
+    option: str, # OUT, --out …, for the error
+    folder, # to write to; it need not be there
+):
+    "`UserError` unless the folder is there, or can be made, and can be written to."
+    folder = Path(folder)
+    at = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
+    if not at.is_dir(): raise UserError(f"{option} {folder}: {at} is a file; choose another folder")
+    if not os.access(at, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {folder}: {at} cannot be written to; choose another folder")
+
 def fsync_path(
     path, # a file or a folder
 ):

@@ -29,6 +29,8 @@ PLANTED = {
         ('bench: knows one task only', 'own = option in typed or name == "data" and usual and task != "flow_dit"', 'own = option in typed', 'test_every_task_can_be_measured'),
         ('bench: an option without effect is ignored', 'if name not in kinds(config) and not usual:', 'if False:', 'test_what_cannot_be_measured_is_one_line'),
         ('bench: measures and cannot write', 'if cfg.json and (there', 'if False and (there', 'test_what_cannot_be_measured_is_one_line'),
+        ('bench: knows no share', '    if "share" in kinds(module.Config): over["share"] = 0.01', '    over["share"] = 0.01', 'test_every_task_can_be_measured'),
+        ('bench: an open quote is a traceback', '    except ValueError as e: raise UserError(f"--options', '    except KeyError as e: raise UserError(f"--options', 'test_what_cannot_be_measured_is_one_line'),
     ],
     ('tools/test.py', 'tests/test_share.py'): [
         ('share: the folder of claims is taken for one of tests', '[f"--share={claims}", *', '["--share", str(claims), *', 'test_each_test_runs_once_and_is_reported_once'),
@@ -37,6 +39,21 @@ PLANTED = {
         ('share: both run every file', 'touch(exist_ok=False)', 'touch()', 'test_each_test_runs_once_and_is_reported_once'),
         ('share: a file is claimed once per test', 'if path not in self.mine:', 'if True:', 'test_each_test_runs_once_and_is_reported_once'),
         ('share: both begin at the beginning', 'if self.backwards:', 'if False:', 'test_backwards_begins_at_the_end_and_one_alone_does_all'),
+    ],
+    ('sdcourse/train/contrast.py', 'tests/test_contrast.py'): [
+        ('contrast: a shared caption is a mistake', 'x.masked_fill(same, -torch.inf)', 'x', 'test_a_caption_that_two_pictures_share_is_no_mistake'),
+        ('contrast: ranks compare with their own pictures', 'every = gathered if self.training else own_rows', 'every = own_rows', 'test_two_ranks_compare_with_all_pictures_of_the_batch[clip]'),
+        ('contrast: ranks look for partners in the first rows', 'torch.distributed.get_rank() * len(x)', '0', 'test_two_ranks_compare_with_all_pictures_of_the_batch[siglip]'),
+        ('contrast: always the first caption', 'which = (draws.uniform("caption") * batch["captions"]).long()', 'which = torch.zeros(len(x), dtype=torch.long)', 'test_each_visit_draws_one_of_the_captions'),
+        ('contrast: the caption of another picture counts', '(nearest == torch.arange(len(texts)))', '(nearest >= 0)', 'test_a_caption_is_nearest_to_its_own_picture'),
+        ('contrast: rare attributes count little', 'right[truth == side].mean()', 'right.mean()', 'test_faces_with_and_without_count_half_each'),
+        ('contrast: pictures move by half', 'move[:, :, 2] = 2 * pixels', 'move[:, :, 2] = pixels', 'test_a_picture_is_moved_by_whole_pixels_and_its_edge_repeated'),
+        ('contrast: small batches are compared with themselves', 'if cfg.micro_batch and cfg.micro_batch < cfg.batch_size:', 'if False:', 'test_refused_before_work_begins[over3---micro-batch 4: each picture is compared with all]'),
+        ('contrast: ranks of uneven rows', 'if cfg.batch_size % launched().world:', 'if False:', 'test_ranks_that_cannot_share_a_batch_evenly'),
+    ],
+    ('sdcourse/models/tiny_clip.py', 'tests/test_contrast.py'): [
+        ('tiny_clip: no words for transformers 4', '    as_before(folder)\n', '', 'test_what_is_left_is_read_by_transformers'),
+        ('tiny_clip: other means than in training', 'image_mean=[0.5] * 3', 'image_mean=[0.48, 0.46, 0.41]', 'test_what_is_left_is_read_by_transformers'),
     ],
     ('README.md', 'tests/test_floors.py'): [
         ('readme: a module has no line', '  - [meter](', '  [meter](', 'test_readme_shows_a_line_for_each_module'),
@@ -85,8 +102,8 @@ PLANTED = {
         ('weights: what is not used is not said', '        if other: log.info(', '        if False: log.info(', 'test_pictures_and_tars'),
     ],
     ('sdcourse/engine/loop.py', 'tests/test_sampling_weights.py'): [
-        ('resume: other files pass', 'if checkpoint and not cfg.force: _same_files', 'if False: _same_files', 'test_a_resume_with_other_weights_is_refused'),
-        ('resume: --force does not help', 'if checkpoint and not cfg.force: _same_files', 'if checkpoint: _same_files', 'test_a_resume_with_other_weights_is_refused'),
+        ('resume: other files pass', 'if ranks.main and checkpoint and not cfg.force: _same_files', 'if False: _same_files', 'test_a_resume_with_other_weights_is_refused'),
+        ('resume: --force does not help', 'if ranks.main and checkpoint and not cfg.force: _same_files', 'if ranks.main and checkpoint: _same_files', 'test_a_resume_with_other_weights_is_refused'),
     ],
     ('sdcourse/engine/optim.py', 'tests/test_optim.py'): [
         ('anything is an optimizer', '    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):', '    if False:', 'test_what_is_no_usable_optimizer_is_one_line'),
@@ -127,6 +144,7 @@ PLANTED = {
         ('two histories in one folder', '    newer = [name for name in later if name not in str(skipped)]', '    newer = []', 'test_a_branch_needs_its_own_folder'),
         ('a missing average is made up', '        if saved.keys() != tensors.keys():', '        if saved and saved.keys() != tensors.keys():', 'test_keys_must_fit_the_model'),
         ('a host sync in the step', '    guarded_step(run.optimizer, bad)', '    guarded_step(run.optimizer, bad); loss.mean().item()', 'test_no_host_read_inside_the_step'),
+        ('loop: a compiler is missed in the first step', '        if cfg.compile: check_compile(self.device)\n', '', 'test_compiling_that_cannot_work_is_refused_before_a_model_is_built'),
     ],
     ('sdcourse/engine/loop.py', 'tests/test_ranks.py'): [
         ('gradients of ranks are averaged twice', '(run.ranks.world / cfg.batch_size)', '(1 / cfg.batch_size)', 'test_two_ranks_equal_one'),
@@ -186,6 +204,8 @@ PLANTED = {
         ('sweep: a failure is forgotten in the table', '        _note_failure(out, name, str(e))\n', '', 'test_one_diverging_combination_does_not_end_a_sweep'),
         ('a run that was never started is finished', 'return f"at step {last[\'step\']}" if last else "not started"', 'return "finished"', 'test_a_run_that_is_missing_has_a_row_that_says_so'),
         ('a wrong value is found when its turn comes', '    for w in words: parse_args(', '    for w in words[:1]: parse_args(', 'test_what_is_wrong_is_refused_before_anything_trains'),
+        ('sweep: a file in the way is found by the first run', '    check_place("--out", args.out)\n', '', 'test_a_file_in_the_way_of_a_sweep_is_said_before_it_begins'),
+        ('sweep: varies the folder that it gives itself', '    if "out" in found[0]: raise', '    if False: raise', 'test_what_is_wrong_is_refused_before_anything_trains'),
     ],
     ('slurm/job.sh', 'tests/test_slurm.py'): [
         ('a job is requeued twice', '  elif scontrol requeue "$job"; then\n', '  elif scontrol requeue "$job" & scontrol requeue "$job"; then\n', 'test_a_stop_in_the_middle_is_requeued_once_and_the_tracker_goes_on'),
@@ -201,9 +221,9 @@ PLANTED = {
     ('sdcourse/engine/run_folder.py', 'tests/test_loop.py'): [
         ('a run goes on from a checkpoint among bad steps', '        forget_streak(run, self.folder)\n        items', '        items', 'test_bad_steps_never_push_out_the_last_good_checkpoint'),
         ('a model of NaN is exported', '    if name := odd_tensor(run.best):', '    if name := "":', 'test_weights_that_are_not_finite_at_the_end_are_not_exported'),
-        ('a run that ends among bad steps is finished', '    if streak < 2 or run.scaler.is_enabled(): return', '    return', 'test_a_run_that_ends_among_bad_steps_is_not_finished'),
-        ('one bad step at the end spoils a run', '    if streak < 2 or', '    if streak < 1 or', 'test_one_bad_step_at_the_end_does_no_harm'),
-        ('the export is the raw model', 'task.export(run.best, tmp)', 'task.export(run.module, tmp)', 'test_export_is_the_average'),
+        ('a run that ends among bad steps is finished', '    if streak < 2: return', '    return', 'test_a_run_that_ends_among_bad_steps_is_not_finished'),
+        ('one bad step at the end spoils a run', '    if streak < 2: return', '    if streak < 1: return', 'test_one_bad_step_at_the_end_does_no_harm'),
+        ('the export is the raw model', 'write_model(task, run.best, tmp)', 'write_model(task, run.module, tmp)', 'test_export_is_the_average'),
         ('bad steps are never noticed', '        if bad < run.cfg.max_bad_steps: return', '        return', 'test_too_many_bad_steps_end_the_run_with_the_ids'),
         ('bad steps in a row are forgotten between log lines', 'run.meter.bad[2] = run.meter.bad[1]', 'run.meter.bad[1:3] = 0', 'test_a_row_of_bad_steps_is_counted_across_log_lines'),
     ],
@@ -285,6 +305,7 @@ PLANTED = {
         ('an object that was built in Python is not checked', '        _typed(type(self), {f.name: getattr(self, f.name) for f in fields(self)}, "--")', '        pass', 'test_ranges_are_refused_everywhere_and_shown'),
         ('what is free is a fact', 'for k, kind in kinds(type(cfg)).items() if not kind.free}', 'for k in kinds(type(cfg))}', 'test_what_a_type_says'),
         ('bool is accepted as a number', '    if type(value) not in (int, str): raise ValueError(value)\n', '', 'test_yaml_mistakes_name_file_and_key'),
+        ('config: any folder is a checkpoint', 'not re.fullmatch(r"step-\\d+", Path(c.resume).resolve().name)', 'False', 'test_resume_with_no_checkpoint_says_what_to_give'),
     ],
     ('sdcourse/engine/trackers.py', 'tests/test_trackers.py'): [
         ('resume keeps rows after the checkpoint', 'if row["step"] <= step]', 'if True]', 'test_resume_drops_newer_rows_and_steps_stay_monotone'),
@@ -297,6 +318,9 @@ PLANTED = {
         ('resumed wandb run gets a new id', 'id=run_id, resume="allow"', 'id=None, resume="allow"', 'test_wandb_offline_and_resumed_under_the_same_id'),
         ('a failed push loses the run', '    except Exception as e:\n        why = " ".join(str(e).split())[:200]\n        log.warning("not pushed', '    except ValueError as e:\n        why = " ".join(str(e).split())[:200]\n        log.warning("not pushed', 'test_a_failed_push_is_a_warning_that_says_how_to_repeat'),
         ('card shows a local path', 'Path(v).name if isinstance(v, str) and os.path.isabs(v) else v', 'v', 'test_card_has_valid_front_matter_and_all_parts'),
+        ('hub: the login is not looked at', 'api = HfApi(token=get_token())', 'api = HfApi(token=os.environ.get("HF_TOKEN"))', 'test_push_uploads_export_and_card_with_the_token_of_the_environment'),
+        ('hub: no token is no matter', '    if not get_token():\n', '    if False:\n', 'test_a_push_that_cannot_work_is_refused_before_the_training'),
+        ('hub: offline is no matter', '    if constants.HF_HUB_OFFLINE:\n', '    if False:\n', 'test_a_push_that_cannot_work_is_refused_before_the_training'),
     ],
     ('sdcourse/train/__main__.py', 'tests/test_cli.py'): [
         ("the result's exit code is lost", '    return result.exit_code', '    return 0', 'test_the_exit_code_is_the_results'),
@@ -399,6 +423,8 @@ PLANTED = {
     ],
     ('sdcourse/cli.py', 'tests/test_cli.py'): [
         ('wrong input exits 0', '        return e.code\n', '        return 0\n', 'test_a_mistake_is_one_line_on_stderr_and_exit_code_2'),
+        ('cli: too little memory is a traceback', '        if not _is_memory(e): raise\n', '        raise\n', 'test_too_little_memory_is_one_line'),
+        ('cli: every fault is one of memory', '        if not _is_memory(e): raise\n', '', 'test_other_faults_of_torch_are_not_hidden'),
     ],
     ('sdcourse/commands/doctor.py', 'tests/test_repo.py'): [
         ('what only an extra needs counts as missing everywhere', 'for name, of in asked if of == extra]', 'for name, of in asked]', 'test_doctor_finds_other_versions_and_missing_packages'),
@@ -486,6 +512,8 @@ PLANTED = {
         ('scenes: validation scenes are trained on', '"val": 10 * k + 1,', '"val": 10 * k + 2,', 'test_held_out_pairs_are_only_in_test'),
     ],
     ('sdcourse/data/sets/faces.py', 'tests/test_faces.py'): [
+        ('faces: a word for what is not there', 'IN_WORDS[name][bool(attributes[name])]', 'IN_WORDS[name][1]', 'test_captions_say_what_is_there_and_what_is_not'),
+        ('faces: some facts are never said', 'names[(number + k) % len(names)]', 'names[(number + k) % 9]', 'test_captions_say_what_is_there_and_what_is_not'),
         ('faces: lipstick is not drawn', '        if a["Wearing_Lipstick"]: self.lips = pick(LIPSTICKS, self.p[0])\n', '', 'test_every_attribute_is_visible_where_it_belongs'),
         ('faces: earrings shift the background', '        if k.a["Wearing_Earrings"]:\n', '        if k.a["Wearing_Earrings"]:\n            pen.oval(0.9, -0.9, 0.1, 0.1, (0, 0, 0))\n', 'test_every_attribute_is_visible_where_it_belongs'),
         ('faces: smiling only with open mouths', 'half = 0.125 + 0.045 * smiling', 'half = 0.125 + 0 * smiling', 'test_a_smile_is_wider_and_higher'),
@@ -785,6 +813,8 @@ PLANTED = {
         ('loop: an error of a worker is a page of traceback', 'said = str(e).strip().splitlines()[-1]', 'said = str(e)', 'test_training_goes_on_without_the_bad_ones_or_says_which'),
     ],
     ('sdcourse/data/shards.py', 'tests/test_dataset.py'): [
+        ('view: a copied tar has other digests', '        return self.read_whole[tar] == self.sums[tar]["sha256"]', '        return False', 'test_a_tar_that_is_younger_than_its_manifest_keeps_its_digests'),
+        ('view: an altered tar is believed', '        return self.read_whole[tar] == self.sums[tar]["sha256"]', '        return True', 'test_a_replaced_picture_of_the_same_size_has_another_digest'),
         ('view: tables of img2dataset are a hub set', '    return not (path.with_suffix("").is_dir() or', '    return not (False or', 'test_what_img2dataset_writes_is_a_folder_of_pictures'),
         ('view: all pictures of a tar have one digest', "['sha256']}:{offset}:{size}", "['sha256']}", 'test_digests_tell_pictures_apart_and_follow_the_manifest'),
         ('view: broken captions in tars are a crash', '        except ValueError as e:\n            why = " ".join(str(e).split())\n            raise UserError(f"{self.where(i)}', '        except ImportError as e:\n            why = " ".join(str(e).split())\n            raise UserError(f"{self.where(i)}', 'test_captions_of_foreign_tars'),
@@ -1028,8 +1058,8 @@ PLANTED = {
         ('tiny: a file too many is no matter', 'sorted(there ^ files.keys())', 'sorted(listed.keys() - there)', 'test_a_file_that_is_not_as_listed_is_refused'),
     ],
     ('sdcourse/evaluation/judges.py', 'tests/test_tiny.py'): [
-        ('a network sees pixels from 0 to 1', 'return x / 127.5 - 1', 'return x / 255', 'test_digits_that_it_never_saw'),
-        ('tiny: resized without antialiasing', 'mode="bicubic", antialias=True', 'mode="nearest"', 'test_pictures_of_other_sizes_are_resized_with_antialiasing'),
+        ('a network sees pixels from 0 to 1', 'return images.to(self.device).float() / 127.5 - 1', 'return images.to(self.device).float() / 255', 'test_digits_that_it_never_saw'),
+        ('tiny: resized without antialiasing', 'square = Transform(side, "none")\n', 'square = lambda im: torch.from_numpy(__import__("numpy").array(im.resize((side, side), 0))).permute(2, 0, 1)\n', 'test_pictures_of_other_sizes_are_resized_with_antialiasing'),
         ('answers are shifted by one', 'dict(zip(self.attributes, (p.argmax(1) for p in parts)))', 'dict(zip(self.attributes, ((p.argmax(1) + 1) % p.shape[1] for p in parts)))', 'test_scenes_of_held_out_pairs_and_people_never_seen'),
         ('what was not asked counts', 'there = want >= 0', 'there = want >= -1', 'test_scenes_of_held_out_pairs_and_people_never_seen'),
         ('LPIPS[tiny]: features are not scaled', '/ (x.double().square().sum(1, keepdim=True).sqrt() + 1e-10)', '/ 1.0', 'test_lpips_of_equal_pairs_is_zero_and_it_grows_with_noise'),
@@ -1046,6 +1076,10 @@ PLANTED = {
         ('export: averaged weights for raw ones', 'found["ema" if weights == "ema" and "ema" in found else "model"]', 'found["ema"]', 'test_an_exported_checkpoint_is_that_checkpoint'),
         ('export: half a model stays after a refusal', 'finally: shutil.rmtree(new, ignore_errors=True)', 'finally: new.mkdir(exist_ok=True) if not out.exists() else None', 'test_exports_refuse_in_one_line_and_leave_nothing'),
         ("export: another command's work is swept away", 'new = out.with_name(f".{out.name}.{os.getpid()}.partial")', 'new = Path(f"{out}.partial")', 'test_an_export_leaves_what_another_command_left'),
+        ('export: forgets how the run draws', '        else: write_model(task, model, new)\n', '        else: task.export(model, new)\n', 'test_an_exported_checkpoint_is_that_checkpoint'),
+        ('export: takes any config.yaml two floors up', 'if path.parent.name == "checkpoints" and file.is_file(): return file', 'if file.is_file(): return file', 'test_a_checkpoint_away_from_its_run_says_where_it_belongs'),
+        ('export: a pipeline is no checkpoint', '    if (path/"model_index.json").is_file():\n        raise', '    if False:\n        raise', 'test_exports_refuse_in_one_line_and_leave_nothing'),
+        ('export: what lies elsewhere is said without the place', '    except UserError as e:\n        where =', '    except KeyError as e:\n        where =', 'test_a_run_whose_paths_are_elsewhere_says_where_to_go'),
     ],
     ('sdcourse/commands/export.py', 'tests/test_sd15.py'): [
         ('export: a part is everything', '        if cfg.part:\n', '        if False:\n', 'test_export_draws_in_plain_diffusers_what_the_task_draws'),
@@ -1074,11 +1108,17 @@ PLANTED = {
         ('generate: all prompts of a file', '_few(rows_of_file(cfg.prompts), cfg.max_samples)', 'rows_of_file(cfg.prompts)', 'test_only_some_of_the_prompts'),
         ('generate: options without effect', 'for option, wants in NEEDED.items():', 'for option, wants in ():', 'test_an_option_without_effect_is_refused'),
         ('generate: what is half is swept away only at the end', 'for p in self.home.glob(".*.tmp"): p.unlink()', 'pass', 'test_a_missing_picture_is_drawn_again_with_its_batch'),
+        ('generate: an export draws as its pipeline likes', '    if (path/DRAWING).is_file(): return load_config(path/DRAWING)\n', '', 'test_what_is_not_given_is_as_the_run_says'),
+        ('generate: black pictures of a broken model', '    _check_weights(pipe, path, cfg)\n', '', 'test_a_model_that_is_not_finite_draws_nothing'),
+        ('generate: more steps than there are', '    if 0 < most < cfg.num_inference_steps:\n', '    if False:\n', 'test_what_a_pipeline_cannot_do_is_one_line'),
+        ('generate: any sampler', '    if not fits:\n', '    if False:\n', 'test_a_sampler_fits_noise_or_flows'),
+        ('generate: what a pipeline refuses is a traceback', '    except ValueError as e: # what a pipeline', '    except KeyError as e: # what a pipeline', 'test_what_a_pipeline_cannot_do_is_one_line'),
     ],
     ('sdcourse/engine/work.py', 'tests/test_generate.py'): [
         ('generate: ranks share pictures and not batches', '_do_mine(j, work, j.ranks.mine(todo))', '_do_mine(j, work, todo)', 'test_two_ranks_draw_the_same_bytes_and_share_the_work'),
         ('generate: a stop of one rank stays its own', 'if j.raised(): return', 'if j.flag.raised(): return', 'test_asked_to_stop_it_leaves_between_batches_and_goes_on_later[SIGUSR1 to one rank]'),
         ('generate: a file STOP asks for a requeue', 'if left and stopped != "file STOP" else 0', 'if left else 0', 'test_asked_to_stop_it_leaves_between_batches_and_goes_on_later[STOP]'),
+        ('work: a file in the way is found after the model', '    check_place("OUT", out)\n', '', 'test_a_file_in_the_way_is_said_before_the_model_is_read'),
     ],
     ('sdcourse/commands/copy_images.py', 'tests/test_generate.py'): [
         ('copy-images: removes what another start writes', '    with Owner(new):\n', '    if True:\n', 'test_the_work_of_another_command_is_left_alone'),
@@ -1122,7 +1162,6 @@ PLANTED = {
         ('evaluate: a report is written over', 'if Path(self.out).is_dir() and any(', 'if False and any(', 'test_wrong_input_is_one_line_and_leaves_nothing'),
         ('evaluate: a curve over the wrong option', 'if option in known["made_by"]: return known["made_by"][option]', 'if option in known["made_by"]: return len(known["made_by"])', 'test_a_curve_over_an_option'),
         ('evaluate: --save-stats is checked at the end', 'if self.save_stats: _check_file(', 'if False: _check_file(', 'test_everything_is_checked_before_work_begins'),
-        ('evaluate: --out below a file', 'if not at.is_dir(): raise', 'if False: raise', 'test_everything_is_checked_before_work_begins'),
         ('evaluate: statistics of another width', 'if width != extractor.width:', 'if False:', 'test_everything_is_checked_before_work_begins'),
         ('evaluate: what is needed is looked at last', 'for case in cases.values(): unmet(case, cfg.metrics)', 'pass', 'test_everything_is_checked_before_work_begins'),
         ('evaluate: a figure that fails loses the rest', '        except Exception as e:\n            why =', '        except KeyError as e:\n            why =', 'test_a_figure_that_fails_costs_no_number'),
@@ -1156,7 +1195,7 @@ PLANTED = {
         ('tiny sd: weights do not depend on the seed', 'torch.manual_seed(seed)', 'torch.manual_seed(0)', 'test_the_same_seed_gives_the_same_bytes'),
     ],
     ('sdcourse/train/sd15.py', 'tests/test_sd15.py'): [
-        ('sd15: heavy imports come before the first check', 'import torch\nfrom fastcore.basics import patch', 'import torch, diffusers\nfrom fastcore.basics import patch', 'test_absent_weights_are_said_before_anything_is_imported'),
+        ('sd15: gradient checkpointing is not switched on', '    if cfg.gradient_checkpointing: unet.enable_gradient_checkpointing()\n', '', 'test_gradient_checkpointing_changes_no_bit'),
         ('sd15: every model predicts the noise', 'return abar, prediction if cfg.prediction == "auto" else', 'return abar, "eps" if cfg.prediction == "auto" else', 'test_export_draws_in_plain_diffusers_what_the_task_draws'),
         ('sd15: DREAM with a model of v', 'if cfg.dream and prediction == "v":', 'if False:', 'test_dream_is_refused_for_a_model_of_v'),
         ('sd15: the layout of the VAE chooses the kernels', 'self.unet(x.contiguous(memory_format=self.layout), t,', 'self.unet(x, t,', 'test_caches_give_the_weights_of_online_training'),
@@ -1193,7 +1232,7 @@ PLANTED = {
     ('sdcourse/train/latent.py', 'tests/test_sampling_weights.py'): [
         ('weights: ignored', 'if split == "train" and self.weights: data.weights', 'if False: data.weights', 'test_caches'),
         ('weights: refused after the start', 'if self.weights: self.weights.check(', 'if False: self.weights.check(', 'test_refused_before_anything_begins'),
-        ('weights: the content may change', 'return {"weights_sha256": self.weights.sha256} if self.weights else {}', 'return {}', 'test_the_file_is_remembered'),
+        ('weights: the content may change', '        if self.weights: found["sampling weights"] = self.weights.sha256\n', '', 'test_the_file_is_remembered'),
         ('weights: with buckets they are ignored', '(lambda c: c.weights and c.buckets,', '(lambda c: False,', 'test_what_weights_do_not_go_with'),
         ('weights: ignored by sd15', 'if split == "train" and self.weights: data.weights', 'if False: data.weights', 'test_captioned_pictures'),
     ],
@@ -1254,6 +1293,7 @@ PLANTED = {
         ('hub: class names of another column', 'self.classes = names.get(self.label, ())', 'self.classes = ()', 'test_a_local_copy_of_a_hub_set'),
     ],
     ('sdcourse/train/objective.py', 'tests/test_sd15.py'): [
+        ('O9: the debiased weight of no signal is infinite', '    s = snr.clamp(1e-3, 1e3)\n    if prediction == "eps": return s**-0.5\n    if prediction == "v": return s**0.5 / (s + 1)', '    s = snr\n    if prediction == "eps": return s**-0.5\n    if prediction == "v": return s**-0.5 * s / (s + 1)', 'test_loss_and_weight_are_finite_at_every_step'),
         ('sd15: what is to be guessed was never in the picture', 'target = eps if self.prediction == "eps" else', 'target = eps.roll(1, 0) if self.prediction == "eps" else', 'test_eight_scenes_are_learned_by_heart'),
         ('sd15: v is the noise', 'eps if self.prediction == "eps" else alpha * eps - sigma * x0', 'eps', 'test_loss_is_that_of_diffusers'),
         ('sd15: signal and noise are exchanged', 'x = alpha * x0 + sigma * seen', 'x = sigma * x0 + alpha * seen', 'test_loss_is_that_of_diffusers'),
@@ -1275,9 +1315,34 @@ PLANTED = {
         ('sd15: complete captions are all of them', '"complete": texts[3]', '"complete": texts[2]', 'test_complete_captions_say_everything'),
     ],
     ('sdcourse/data/sets/worlds.py', 'tests/test_worlds.py'): [
-        ('worlds: a mirrored scene is as good', '    mirrors = False\n', '    mirrors = True\n', 'test_what_knows_left_and_right_is_not_mirrored'),
+        ('worlds: a mirrored scene is as good', '    drawn = True\n    mirrors = False\n', '    drawn = True\n    mirrors = True\n', 'test_what_knows_left_and_right_is_not_mirrored'),
         ('worlds: other scenes than their numbers say', 'facts(self.numbers[np.asarray(numbers)])', 'facts(self.numbers[np.asarray(numbers) - 1])', 'test_a_world_gives_what_its_files_give'),
-        ('worlds: nothing is said of a folder with that name', '    if folder.is_dir() and any(folder.iterdir()):', '    if False:', 'test_a_folder_with_the_name_of_a_world_is_not_taken_for_it'),
+        ('worlds: nothing is said of a folder with that name', '        if plain and _lies_here(name):', '        if False:', 'test_a_folder_with_the_name_of_a_world_is_not_taken_for_it'),
+    ],
+    ('sdcourse/data/sets/worlds.py', 'tests/test_emoji.py'): [
+        ('emoji: a world shows the first concepts', 'self.tar.read(self.numbers[i])', 'self.tar.read(i)', 'test_a_world_shows_the_concept_that_it_names'),
+        ('emoji: a mirrored arrow is as good', '"held_out")\n    mirrors = False\n', '"held_out")\n    mirrors = True\n', 'test_a_world_shows_the_concept_that_it_names'),
+        ('emoji: flat pictures under the name of 3-D', '    style = "3d"\n', '    style = "flat"\n', 'test_a_world_shows_the_concept_that_it_names'),
+        ('emoji: an unknown style is taken for a set of the hub', '    if not plain or styled and not _lies_here(name):', '    if not plain:', 'test_an_unknown_style_is_one_line'),
+        ('emoji: a folder of that name is taken for a wrong style', '    if not plain or styled and not _lies_here(name):', '    if not plain or styled:', 'test_a_folder_called_emoji_is_a_folder'),
+        ('emoji: subgroups are no classes', 'tuple(sorted({c["subgroup"] for c in every}))', '()', 'test_subgroups_are_classes_for_who_asks'),
+    ],
+    ('sdcourse/data/sets/emoji.py', 'tests/test_emoji.py'): [
+        ('emoji: an altered file passes', 'if not fault and sha256(path) != said:', 'if False:', 'test_an_altered_tar_is_one_line'),
+        ('emoji: an unknown style is looked for', '    if style not in STYLES:', '    if False:', 'test_an_unknown_style_of_a_tar_is_one_line'),
+        ('emoji: only the table is compared', 'for name in (f"{style}.tar", f"{style}.index.jsonl", "index.json"):', 'for name in ("index.json",):', 'test_an_altered_tar_is_one_line'),
+        ('emoji: a wording may leave the style out', '        if "{style} emoji" in w: continue\n', '        if True: continue\n', 'test_a_wording_without_style_is_refused'),
+        ('emoji: the terse caption has no tone', 'if tone else "")', 'if False else "")', 'test_a_tone_is_said_in_every_caption'),
+        ('emoji: one role loses all its tones', 'return "pair" if int(place) == SKIN_TONES.index(parts["tone"]) else ""', 'return "pair" if int(place) == 0 else ""', 'test_pairs_are_in_no_training_set_and_every_role_and_tone_is_seen'),
+        ('emoji: pairs are held out in 3-D only', '{"pair": "val", "concept": "test"}', '{"concept": "test"}', 'test_pairs_are_in_no_training_set_and_every_role_and_tone_is_seen'),
+        ('emoji: concepts are held out in 3-D, too', '    if why != "pair": return "train"\n', '    if not why: return "train"\n', 'test_held_out_concepts_are_known_in_3d'),
+        ('emoji: the yellow form of a role counts as a concept', 'not concept["toned"] and share_of', 'share_of', 'test_held_out_concepts_are_known_in_3d'),
+        ('emoji: another hash, other splits', 'hashlib.sha256(text.encode())', 'hashlib.sha1(text.encode())', 'test_the_splits_of_a_version_stay'),
+        ('emoji: fewer for training are others', 'sorted((share_of(c["id"]), i)', 'sorted((share_of(f"{options.train} {c}"), i)', 'test_a_few_for_training_are_a_part_of_more_and_what_is_held_out_stays'),
+        ('emoji: fewer for training, fewer held out', 'for i, c, split in every if split == "train")', 'for i, c, split in every)', 'test_a_few_for_training_are_a_part_of_more_and_what_is_held_out_stays'),
+        ('emoji: a table whose rows are all for training', 'licence, "none"]\n    return [name, "", f"file:images/{name}.png", *size, *said, split]', 'licence, "none"]\n    return [name, "", f"file:images/{name}.png", *size, *said, "train"]', 'test_a_table_has_unsplashs_columns_and_goes_through_prepare_unsplash'),
+        ('emoji: folders of groups', "{split}/{concept['subgroup']}", "{split}/{concept['group']}", 'test_folders_have_a_class_for_each_subgroup'),
+        ('emoji: few pictures and folders of classes', '        if self.train and self.layout == "folders":', '        if False:', 'test_wrong_input_is_refused_before_anything_is_written'),
     ],
     ('sdcourse/dataset.py', 'tests/test_worlds.py'): [
         ('worlds: drawn large and made smaller', '        if self.drawn:\n', '        if False:\n', 'test_a_drawn_picture_is_drawn_in_its_size_and_not_made_smaller'),
@@ -1308,14 +1373,20 @@ PLANTED = {
         ('home: halves go to diffusers', '    _check_halves(path)\n', '', 'test_a_file_without_one_of_its_parts'),
         ('home: a file of NaN is written', '    if odd: raise UserError(f"--model {path}: {odd[0]}', '    if False: raise UserError(f"--model {path}: {odd[0]}', 'test_a_file_with_a_weight_that_is_no_number'),
         ('home: nobody asks for the licence', 'if said: return said[1]', 'pass', 'test_the_card_carries_the_licence_of_the_weights_and_of_the_data'),
+        ('home: every licence is Apache', '    if not bound: return "apache-2.0"\n', '    return "apache-2.0"\n', 'test_weights_of_ours_carry_the_licence_of_the_data'),
+        ('home: no licence is a free one', '    if not all(data): return "unknown"\n', '', 'test_weights_of_ours_carry_the_licence_of_the_data'),
+        ('home: a schedule is whatever comes out', '        if not 0 <= abar.min() < abar.max() < 1: raise', '        if False: raise', 'test_noise_that_is_not_known'),
     ],
     ('sdcourse/models/files.py', 'tests/test_home.py'): [
         ('files: exports have the new names', 'return name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}"', 'return name', 'test_exports_are_in_the_layout_that_both_versions_of_transformers_read'),
         ('files: words are in one file only', 'for file in sorted(Path(folder).rglob("tokenizer.json")): _write_words(file)', 'pass', 'test_exports_are_in_the_layout_that_both_versions_of_transformers_read'),
         ('files: NaN in float32 passes', '    if bad:\n', '    if False:\n', 'test_weights_that_are_not_finite_are_refused_before_the_training'),
+        ('files: a config may be any JSON', '    if not isinstance(found, dict): raise', '    if False: raise', 'test_a_config_without_names_is_one_line'),
     ],
     ('sdcourse/commands/generate.py', 'tests/test_home.py'): [
         ('generate: adapters are drawn with the schedule of the base', 'if (place/"scheduler").is_dir():', 'if False:', 'test_adapters_bring_the_scheduler_that_they_were_trained_with'),
+        ('generate: adapters forget their run', '    if cfg.lora: told |= _told(_place_of(cfg.lora))\n', '', 'test_adapters_are_drawn_as_their_run_says'),
+        ('generate: a checkpoint forgets its run', 'return task_of(path).drawing() if', 'return {} if', 'test_adapters_are_drawn_as_their_run_says'),
     ],
     ('sdcourse/models/lora.py', 'tests/test_home.py'): [
         ('lora: every base is SD 1', 'version = "sd_v2" if second else "sd_v1"', 'version = "sd_v1"', 'test_kohyas_header_names_the_base'),
@@ -1325,6 +1396,8 @@ PLANTED = {
         ('sd15: adapters forget their scheduler', 'if self.other_noise(): self.scheduler().save_pretrained(Path(folder)/"scheduler")', 'pass', 'test_adapters_bring_the_scheduler_that_they_were_trained_with'),
         ('sd15: a sampler that ignores the ending', 'if abar[-1] == 0 and not (own and known):', 'if self.config.zero_terminal_snr:', 'test_a_sampler_that_does_not_know_the_ending_is_exchanged'),
         ('sd15: a guess of the noise at pure noise', 'if abar[-1] == 0 and prediction != "v":', 'if False:', 'test_pure_noise_and_a_guess_of_the_noise'),
+        ('sd15: configs are tried in the first step', '    check_parts(self.home)\n', '', 'test_any_config_is_one_line_or_trains_a_step'),
+        ('sd15: weights of ours are Apache', 'license=weights_licence(of_data) if ours', 'license="apache-2.0" if ours', 'test_every_card_says_under_which_terms_its_model_is'),
     ],
     ('sdcourse/config.py', 'tests/test_options.py'): [
         ('options: nobody asks whether they count', '        refuse_idle(self)\n', '', 'test_an_option_without_effect_is_refused'),
@@ -1334,6 +1407,8 @@ PLANTED = {
     ('sdcourse/train/latent.py', 'tests/test_options.py'): [
         ('latents: a cache of any size', 'if cfg.latents and side != cfg.image_size:', 'if False:', 'test_an_option_without_effect_is_refused'),
         ('latents: options of pictures without pictures', '        refuse_idle(self.config, rows)\n', '', 'test_an_option_without_effect_is_refused'),
+        ('latent: guidance below 0', '(lambda c: c.guidance_scale < 0,', '(lambda c: False,', 'test_a_bad_shape_is_one_line'),
+        ('latent: no data is the folder where one stands', '(lambda c: not c.data,', '(lambda c: False,', 'test_a_bad_shape_is_one_line'),
     ],
     ('sdcourse/train/flow_dit.py', 'tests/test_options.py'): [
         ('flow_dit: latents of any size', '        self._check_synthetic()\n', '', 'test_a_bad_shape_is_one_line'),
@@ -1348,5 +1423,145 @@ PLANTED = {
     ('sdcourse/models/dit.py', 'tests/test_dit_452m.py'): [
         ('dit: parts must be imported by hand', '        if local: _import_parts(Path(name))\n', '', 'test_it_loads_in_a_fresh_process_without_an_import_first_and_without_a_warning'),
         ('dit: only its own class is expected', '        transformer: ModelMixin, #', '        transformer: DiT, #', 'test_it_loads_in_a_fresh_process_without_an_import_first_and_without_a_warning'),
+    ],
+    ('sdcourse/engine/run_folder.py', 'tests/test_generate.py'): [
+        ('run folder: an export does not know how its run draws', '    if said: write_text(Path(folder) / DRAWING', '    if not said: write_text(Path(folder) / DRAWING', 'test_what_is_not_given_is_as_the_run_says'),
+    ],
+    ('sdcourse/train/latent.py', 'tests/test_home.py'): [
+        ('latent: a run does not say its size', 'return super().drawing() | dict(size=self.config.image_size)', 'return super().drawing()', 'test_adapters_are_drawn_as_their_run_says'),
+    ],
+    ('sdcourse/cache/latents.py', 'tests/test_options.py'): [
+        ('latents: what does not exist holds pictures', 'hub = not path.is_absolute() and "/" in str(data)', 'hub = "/" in str(data)', 'test_a_bad_shape_is_one_line'),
+    ],
+    ('sdcourse/models/files.py', 'tests/test_options.py'): [
+        ('files: no name is the folder where one stands', '    if not str(where): raise', '    if False: raise', 'test_a_bad_shape_is_one_line'),
+    ],
+    ('sdcourse/engine/loop.py', 'tests/test_trackers.py'): [
+        ('loop: the hub is asked after the training', '        check_hub(cfg.push_to_hub)\n', '', 'test_a_push_that_cannot_work_is_refused_before_the_training'),
+    ],
+    ('sdcourse/train/judge.py', 'tests/test_home.py'): [
+        ('nets: the card says Apache', 'license=weights_licence(*licences)', 'license="apache-2.0"', 'test_every_card_says_under_which_terms_its_model_is'),
+    ],
+    ('sdcourse/train/vae.py', 'tests/test_home.py'): [
+        ('vae: the card says Apache', 'license=weights_licence(*licences)', 'license="apache-2.0"', 'test_every_card_says_under_which_terms_its_model_is'),
+    ],
+    ('sdcourse/train/flow_dit.py', 'tests/test_home.py'): [
+        ('flow dit: the card says Apache', 'license=weights_licence(licence)', 'license="apache-2.0"', 'test_every_card_says_under_which_terms_its_model_is'),
+    ],
+    ('sdcourse/core.py', 'tests/test_evaluate.py'): [
+        ('evaluate: --out below a file', 'if not at.is_dir(): raise', 'if False: raise', 'test_everything_is_checked_before_work_begins'),
+    ],
+    ('sdcourse/train/latent.py', 'tests/test_stale.py'): [
+        ('stale: other captions pass', 'return super().fixed() | {"captions": self.captions_sha256}', 'return super().fixed()', 'test_a_resume_on_something_else_is_refused'),
+        ('stale: other pictures pass', '        found = {"pictures": self.data_sha256}\n', '        found = {}\n', 'test_a_resume_on_something_else_is_refused'),
+        ('stale: other base weights pass', '        parts = (*self.text_parts, self.network_part, "vae")', '        parts = (*self.text_parts, "vae")', 'test_a_resume_on_something_else_is_refused'),
+        ('stale: embeddings of another kind pass', '        prompts = self.config.prompts and Cache(', '        prompts = None and Cache(', 'test_caches_made_again_from_other_pictures_or_captions_are_refused'),
+        ('stale: another VAE that encodes passes', 'return {"vae": weights_id(self.latents.vae)} if self.latents.vae else {}', 'return {}', 'test_a_vae_that_encodes_in_each_step_is_remembered'),
+    ],
+    ('sdcourse/cache/latents.py', 'tests/test_stale.py'): [
+        ('stale: pictures are known by their names', 'h.update(data.digest(i).encode())', 'pass', 'test_a_resume_on_something_else_is_refused'),
+        ('stale: labels may change', '        h.update(json.dumps(labels).encode())\n', '', 'test_other_labels_are_other_pictures'),
+        ('stale: each picture of a million is read', '-(-n // LOOKED_AT)', '1', 'test_of_a_large_set_a_part_is_looked_at'),
+    ],
+    ('sdcourse/engine/loop.py', 'tests/test_stale.py'): [
+        ('stale: what differs is not compared', 'changed = [k for k in then if then[k] != now.get(k)]', 'changed = [k for k in then if k not in now]', 'test_a_resume_on_something_else_is_refused'),
+        ('stale: a forced run forgets what it took', 'fixed=self.task.fixed() if self.ranks.main else {},', 'fixed=dict.fromkeys(self.task.fixed(), ""),', 'test_what_is_the_same_elsewhere_goes_on_and_force_takes_the_new'),
+    ],
+    ('sdcourse/train/judge.py', 'tests/test_stale.py'): [
+        ('stale: the pictures of judges may change', 'return {"pictures": self.data_sha256}', 'return {}', 'test_drawn_pictures_are_remembered'),
+    ],
+    ('sdcourse/train/vae.py', 'tests/test_stale.py'): [
+        ('stale: the pictures of the autoencoder may change', 'return {"pictures": self.data_sha256}', 'return {}', 'test_drawn_pictures_are_remembered'),
+    ],
+    ('sdcourse/engine/loop.py', 'tests/test_scaler.py'): [
+        ('fp16: gradients are clipped before they are unscaled', '    run.scaler.unscale_(run.optimizer)\n    norm = clip_gradients(run.params, cfg.clip)\n', '    norm = clip_gradients(run.params, cfg.clip)\n    run.scaler.unscale_(run.optimizer)\n', 'test_gradients_are_unscaled_before_they_are_clipped'),
+        ('fp16: the scale stays', '    run.scaler.update()\n', '    run.scaler.update(run.scaler.scale(torch.ones(())))\n', 'test_an_inf_gradient_is_skipped_and_the_scale_halves'),
+        ('fp16: looking for the scale ends a run', 'bad & torch.isfinite(total) & scale_can_fall(run)', 'bad & ~bad', 'test_steps_that_look_for_the_scale_end_no_run_and_spoil_no_checkpoint'),
+        ('fp16: no gradient ever ends a run', 'torch.ones((), device=run.device)) > 1', 'torch.ones((), device=run.device)) > 0', 'test_a_gradient_that_no_scale_mends_ends_the_run'),
+        ('fp16: a loss of NaN is taken for a large scale', 'bad & torch.isfinite(total) & scale_can_fall(run)', 'bad & scale_can_fall(run)', 'test_a_loss_that_is_not_finite_counts_whatever_the_scale'),
+        ('fp16: a resume begins with another scale', '        if state["scaler"]: self.scaler.load_state_dict(state["scaler"])\n', '', 'test_a_resume_keeps_the_scale_and_where_it_stood'),
+        ('fp16: the scale is read in each step', 'torch.ones((), device=run.device)) > 1', 'torch.ones((), device=run.device)).item() > 1', 'test_no_host_read_inside_the_step'),
+    ],
+    ('sdcourse/engine/run_folder.py', 'tests/test_scaler.py'): [
+        ('fp16: a run that ends among bad steps is finished', '    if streak < 2: return', '    if streak < 2 or run.scaler.is_enabled(): return', 'test_a_run_of_fp16_that_ends_among_bad_steps_is_not_finished'),
+    ],
+    ('sdcourse/evaluation/judges.py', 'tests/test_resize.py'): [
+        ('resize: by the filter of torch', '    square = Transform(side, "none")\n    return ', '    import torch.nn.functional as F\n    return F.interpolate(images.float(), (side, side), mode="bicubic", antialias=True).round().clamp(0, 255)\n    square = None\n    return ', 'test_every_resize_is_that_of_pillow'),
+    ],
+    ('sdcourse/dataset.py', 'tests/test_resize.py'): [
+        ('resize: bilinear squares', 'im.resize(size, Resampling.BICUBIC)', 'im.resize(size, Resampling.BILINEAR)', 'test_every_resize_is_that_of_pillow'),
+    ],
+    ('sdcourse/data/buckets.py', 'tests/test_resize.py'): [
+        ('resize: buckets without antialiasing', 'im.resize(now, Resampling.BICUBIC)', 'im.resize(now, Resampling.NEAREST)', 'test_every_resize_is_that_of_pillow'),
+    ],
+    ('sdcourse/data/images.py', 'tests/test_resize.py'): [
+        ('resize: a smaller picture is boxes', 'for n in im.size], Image.Resampling.BICUBIC)', 'for n in im.size], Image.Resampling.BOX)', 'test_every_resize_is_that_of_pillow'),
+        ('resize: PNG of 256 colours', '    out = io.BytesIO()\n    im.save(out, format', '    out = io.BytesIO()\n    im.quantize(256).save(out, format', 'test_a_png_holds_every_level_of_every_size'),
+    ],
+    ('sdcourse/diffusion.py', 'tests/test_sd15.py'): [
+        ('O9: min-SNR divides by a signal of nothing', '    if prediction == "v": return capped / (snr + 1)', '    if prediction == "v": return capped / snr * (snr / (snr + 1))', 'test_loss_and_weight_are_finite_at_every_step'),
+    ],
+    ('sdcourse/train/sd15.py', 'tests/test_missing.py'): [
+        ('sd15: heavy imports come before the first check', 'import torch\nfrom fastcore.basics import patch', 'import torch, diffusers\nfrom fastcore.basics import patch', 'test_absent_weights_are_one_line_at_once'),
+    ],
+    ('sdcourse/models/files.py', 'tests/test_missing.py'): [
+        ('U5: the hub is asked', 'snapshot_download(str(where), local_files_only=True)', 'snapshot_download(str(where))', 'test_absent_weights_are_one_line_at_once'),
+        ('U5: the hub wins over a folder', '    if Path(where).is_dir(): return Path(where)\n    if str(where) in MODELS: return shipped_folder(str(where))\n    if not', '    if not', 'test_a_folder_wins_over_the_hub_of_the_same_name'),
+    ],
+    ('sdcourse/train/vae.py', 'tests/test_cli.py'): [
+        ('U2: a smoke run leaves no picture', 'image_grid(torch.cat([x.float() / 127.5 - 1, y.clamp(-1, 1)]), ncols=12).save(path)', 'pass', 'test_smoke_run_leaves_a_whole_run_folder_and_is_not_repeated'),
+    ],
+    ('sdcourse/train/judge.py', 'tests/test_overfit.py'): [
+        ('O13: a judge learns other labels', 'labels[:, i].clamp(min=0), **how)', 'labels[:, i].clamp(min=0).roll(draws.step), **how)', 'test_eight_pictures_are_learned_by_heart'),
+    ],
+    ('sdcourse/train/vae.py', 'tests/test_overfit.py'): [
+        ('O13: an autoencoder sees its own errors only', '(self.vae.decode(z).sample.to(x.dtype) - x)', '(self.vae.decode(z.detach()).sample.to(x.dtype) - x.roll(1, 0))', 'test_eight_pictures_are_learned_by_heart'),
+    ],
+    ('sdcourse/data/scan.py', 'tests/test_memory.py'): [
+        ('X3: scan keeps each picture', '            facts[n] = result\n', '            facts[n] = result\n            globals().setdefault("kept", []).append((folder/n).read_bytes())\n', 'test_memory_does_not_grow_with_the_pictures'),
+    ],
+    ('sdcourse/data/shards.py', 'tests/test_memory.py'): [
+        ('X3: shards keeps each picture', '            picture = _add(tar, f"{s.key}.{suffix}", data)\n', '            picture = _add(tar, f"{s.key}.{suffix}", data)\n            globals().setdefault("kept", []).append(data)\n', 'test_memory_does_not_grow_with_the_pictures'),
+    ],
+    ('sdcourse/cache/fill.py', 'tests/test_memory.py'): [
+        ('X3: a cache keeps each picture', '        if not go_on(len(some)): return False\n', '        if not go_on(len(some)): return False\n        globals().setdefault("kept", []).extend(inputs)\n', 'test_memory_does_not_grow_with_the_pictures'),
+    ],
+    ('sdcourse/evaluation/metrics.py', 'tests/test_memory.py'): [
+        ('X3: pairs are compared all at once', 'few = max(1, min(100, 2**20 // (size[0] * size[1])))', 'few = len(rows)', 'test_memory_does_not_grow_with_the_pictures'),
+    ],
+    ('sdcourse/evaluation/features.py', 'tests/test_memory.py'): [
+        ('X3: pictures outlive their features', '        yield part, extractor(images)\n', '        globals().setdefault("kept", []).append(images)\n        yield part, extractor(images)\n', 'test_memory_does_not_grow_with_the_pictures'),
+    ],
+    ('sdcourse/commands/copy_images.py', 'tests/test_written_read.py'): [
+        ('X1: a copy has the last caption', '{"text": row["texts"][0]}', '{"text": row["texts"][-1]}', 'test_every_reader_reads_what_every_writer_wrote'),
+    ],
+    ('sdcourse/data/imagefolder.py', 'tests/test_written_read.py'): [
+        ('X1: half of a character ends the writing', 'return HALF.sub("\\ufffd", value) if isinstance(value, str) else value', 'return value', 'test_every_reader_reads_what_every_writer_wrote'),
+        ('X1: NaN stands in lines of JSON', 'return value if math.isfinite(value) else None', 'return str(value)', 'test_strict_json_lines_for_any_other_program'),
+    ],
+    ('sdcourse/data/shards.py', 'tests/test_written_read.py'): [
+        ('X1: an id with a dot is cut in tars', 'quote(name, safe="").replace(".", "%2E")', 'quote(name, safe="")', 'test_every_reader_reads_what_every_writer_wrote'),
+        ('X1: tars forget the row', 'meta = json.dumps({"id": id, **others}, ensure_ascii=False)', 'meta = json.dumps({"id": id}, ensure_ascii=False)', 'test_every_reader_reads_what_every_writer_wrote'),
+    ],
+    ('sdcourse/cache/store.py', 'tests/test_written_read.py'): [
+        ('X1: a plan is read by its ASCII', '    return json.loads(text)\n\ndef planned', '    return json.loads(text.decode("latin-1"))\n\ndef planned', 'test_every_reader_reads_what_every_writer_wrote'),
+    ],
+    ('sdcourse/commands/generate.py', 'tests/test_written_read.py'): [
+        ('X1: prompts lose what Windows editors mark', 'if item["texts"]: row["text"] = item["texts"][0]', 'if item["texts"]: row["text"] = item["texts"][0].replace("\\ufeff", "")', 'test_every_reader_reads_what_every_writer_wrote'),
+    ],
+    ('sdcourse/core.py', 'tests/test_written_read.py'): [
+        ('X1: separators of Unicode end a line', 'read_text(encoding="utf-8-sig").split("\\n")', 'read_text(encoding="utf-8-sig").splitlines()', 'test_every_reader_reads_what_every_writer_wrote'),
+    ],
+    ('sdcourse/data/manifests.py', 'tests/test_counted.py'): [
+        ('X2: what is left out is not said', '    log.warning("%s; they are left out", said)', '    pass', 'test_nothing_is_left_out_without_a_count_and_remedies_work'),
+    ],
+    ('sdcourse/data/shards.py', 'tests/test_counted.py'): [
+        ('X2: a remedy names the wrong command', 'run sdcourse shards {folder} {folder}', 'run sdcourse shards {folder}', 'test_nothing_is_left_out_without_a_count_and_remedies_work'),
+    ],
+    ('sdcourse/train/latent.py', 'tests/test_counted.py'): [
+        ('X2: a remedy makes a cache of another size', 'f" --size {cfg.image_size}" if kind', 'f" --size 8" if kind', 'test_nothing_is_left_out_without_a_count_and_remedies_work'),
+    ],
+    ('sdcourse/data/scan.py', 'tests/test_counted.py'): [
+        ('X2: an old list of bad pictures is used', '    if found["files"] != fingerprint(files):', '    if False:', 'test_nothing_is_left_out_without_a_count_and_remedies_work'),
     ],
 }

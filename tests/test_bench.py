@@ -83,7 +83,7 @@ loop.step = one
 SHORT = "--batch 2 --steps 1 --warmup 0 --device cpu --threads 1".split()
 
 
-@pytest.mark.parametrize("task", ["nets", "sd15"])
+@pytest.mark.parametrize("task", ["nets", "sd15", "vae"])
 def test_every_task_can_be_measured(task, tmp_path, capsys):
     "faults.md F: it knew flow_dit only."
     assert main(["bench", task, *SHORT, "--json", str(tmp_path / "b.json")]) == 0, capsys.readouterr().err
@@ -99,6 +99,7 @@ def test_every_task_can_be_measured(task, tmp_path, capsys):
         (["flow_dit", "--steps", "0"], "--steps"),
         (["flow_dit", "--json", "/nope/x.json"], "--json /nope/x.json"),
         (["vae", "--options=--lrr 3"], "--lrr: unknown option"),
+        (["vae", "--options=--lr '3"], "--options --lr '3: No closing quotation"),
     ],
 )
 def test_what_cannot_be_measured_is_one_line(words, text, capsys):

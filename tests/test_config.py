@@ -490,6 +490,14 @@ def test_an_out_that_no_file_system_takes_is_one_line():
     assert "--resume" in refusal(Config(resume="x" * 300).check)
 
 
+@pytest.mark.parametrize("name", ["run/checkpoints", "data", "moved"])
+def test_resume_with_no_checkpoint_says_what_to_give(tmp_path, name):
+    (tmp_path / name).mkdir(parents=True)
+    (tmp_path / name / "manifest.json").write_text("{}")
+    with pytest.raises(UserError, match="is no checkpoint.*give a folder RUN/checkpoints/step-…"):
+        TrainConfig(resume=str(tmp_path / name)).check()
+
+
 def test_resume_with_a_run_says_what_to_give(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     said = refusal(Config(resume=str(tmp_path)).check)

@@ -295,3 +295,23 @@ def test_a_smile_is_wider_and_higher():
         mouth = a[80:98, 40:88]
         width[name] = ((mouth[..., 0] - mouth[..., 1]) > 110).any(0).sum()
     assert width["Smiling"] >= width["plain"] + 4, width
+
+
+def test_captions_say_what_is_there_and_what_is_not():
+    "Of every fact both answers are said, each of those who have it only; the longest fits a text encoder."
+    import re
+    from sdcourse.data.sets.faces import ATTRIBUTES, IN_WORDS, face_captions, people
+
+    said = set()
+    for i, row in enumerate(people(np.arange(1, 600))["attributes"]):
+        known = dict(zip(ATTRIBUTES, map(bool, row)))
+        terse, plain, complete, *facts = face_captions(known, i)
+        assert terse.split()[-1] == ("man" if known["Male"] else "woman")
+        assert ("young" in plain) == known["Young"] and ("smiling" in plain) == known["Smiling"]
+        assert ("bald head" in complete) == known["Bald"] and (", glasses" in complete) == known["Eyeglasses"]
+        assert len(re.findall(r"\w+|,", complete)) <= 30  # tokens beside the two ends
+        for fact in facts:
+            told = fact.removeprefix("a portrait: ")
+            assert any(IN_WORDS[k][known[k]] == told for k in IN_WORDS)
+            said.add(told)
+    assert said == {words for pair in IN_WORDS.values() for words in pair}

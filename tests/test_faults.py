@@ -46,6 +46,10 @@ loop.Run.place, toy.ToyTask.sample = broken, no_ink
 from torch.utils.tensorboard import SummaryWriter
 def down(*_, **__): raise ConnectionError("tracker down")
 SummaryWriter.add_scalar = down
+os.environ['HF_TOKEN'] = 'x'
+import huggingface_hub.constants
+huggingface_hub.constants.HF_HUB_OFFLINE = False
+huggingface_hub.HfApi.create_repo = down
 """
 
 

@@ -25,6 +25,7 @@ from sdcourse.commands.copy_images import CopyOptions, copy_images
 from sdcourse.commands.generate import (
     GenerateOptions,
     NEEDED,
+    _sampler,
     as_the_run_says,
     file_of,
     generate,
@@ -37,6 +38,7 @@ from sdcourse.config import load_config, resolve
 from sdcourse.core import UserError
 from sdcourse.engine.work import Owner
 from sdcourse.dataset import pictures
+from sdcourse.engine.run_folder import DRAWING
 from sdcourse.engine.checkpoint import load_checkpoint
 from sdcourse.engine.loop import train
 from sdcourse.train.flow_dit import Config, Task
@@ -173,9 +175,9 @@ def test_an_exported_checkpoint_is_that_checkpoint(run, whole, tmp_path):
         not torch.equal(a[k], d[k]) for k in a
     )
     assert all(torch.equal(d[k], held["model"][f"dit.{k}" if f"dit.{k}" in held["model"] else k]) for k in d)
-    as_the_run = words(guidance_scale=1.25, sampler="heun")  # it has left its run, which says so
-    assert main(["generate", str(tmp_path / "ema"), str(tmp_path / "o"), *as_the_run]) == 0
-    assert drawn(tmp_path / "o") == drawn(whole)
+    for name in ("run", "ema"):  # they have left their run, and draw as it says
+        assert main(["generate", str(tmp_path / name), str(tmp_path / f"{name}-drawn"), *words()]) == 0
+        assert drawn(tmp_path / f"{name}-drawn") == drawn(whole)
 
 
 def test_exports_refuse_in_one_line_and_leave_nothing(run, tmp_path, capsys):
@@ -187,7 +189,9 @@ def test_exports_refuse_in_one_line_and_leave_nothing(run, tmp_path, capsys):
         ([str(run), str(tmp_path / "o"), "--part", "unet"], "this model has transformer"),
         ([str(tmp_path / "nowhere"), str(tmp_path / "o")], "no such folder"),
         ([str(tmp_path / "empty"), str(tmp_path / "o")], "without checkpoints"),
-        ([str(run / "export"), str(tmp_path / "o")], "config.yaml"),
+        ([str(run / "export"), str(tmp_path / "o")], "export: is a pipeline already"),
+        ([str(run / "checkpoints"), str(tmp_path / "o")], "is no pipeline, run or checkpoint; give RUN"),
+        ([str(run / "samples"), str(tmp_path / "o")], "is no pipeline, run or checkpoint; give RUN"),
         ([str(run), str(tmp_path / "o"), "--weights", "average"], "ema, raw"),
     ):
         assert main(["export", *asked]) == 2
@@ -425,6 +429,86 @@ def test_wrong_models_and_sets_are_one_line(run, sd15, tmp_path):
         assert "\n" not in str(e.value) and not list(tmp_path.glob("o/*/*"))
 
 
+def test_a_checkpoint_away_from_its_run_says_where_it_belongs(run, tmp_path, monkeypatch, capsys):
+    "faults.md F: also when the config.yaml of something else lies where that of the run should."
+    import shutil
+
+    moved = shutil.copytree(run / "checkpoints/step-00000006", tmp_path / "a/b/moved")
+    (tmp_path / "a/config.yaml").write_text("task: flow_dit\n")
+    monkeypatch.chdir(tmp_path / "a/b")
+    remedy = "put it back as RUN/checkpoints/step-00000006, beside RUN/config.yaml"
+    for verb, more in (("export", []), ("generate", words())):
+        for source in (str(moved), "moved"):
+            assert main([verb, source, str(tmp_path / "o"), *more]) == 2
+            said = capsys.readouterr().err
+            assert said.startswith(f"error: {moved}: has left its run") and said.strip().endswith(remedy)
+    shutil.copytree(moved, tmp_path / "back/checkpoints/step-00000006")  # the remedy works
+    shutil.copy(run / "config.yaml", tmp_path / "back")
+    assert main(["export", str(tmp_path / "back"), str(tmp_path / "o")]) == 0
+
+
+def test_a_run_whose_paths_are_elsewhere_says_where_to_go(run, tmp_path, capsys):
+    "faults.md F: a relative --model or --data, and another working folder."
+    import shutil
+
+    shutil.copytree(run, tmp_path / "r")
+    file = tmp_path / "r/config.yaml"
+    file.write_text(file.read_text().replace("  data: digits", "  data: d/pictures"))
+    assert main(["export", str(tmp_path / "r"), str(tmp_path / "o")]) == 2
+    said = capsys.readouterr().err
+    assert "d/pictures" in said and "run this command in the folder where the run was trained" in said
+    assert said.count("\n") == 1 and not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    "over, text",
+    [
+        (dict(num_inference_steps=1001), "--num-inference-steps 1001: more than the 1000 steps"),
+        (dict(size=33), "StableDiffusionPipeline does not draw so: `height` and `width`"),
+        (dict(sampler="FlowMatchEulerDiscreteScheduler"), "--sampler Flow.*: the model is of noise"),
+    ],
+)
+def test_what_a_pipeline_cannot_do_is_one_line(sd15, tmp_path, over, text):
+    (tmp_path / "p.txt").write_text("a cat\n")
+    with pytest.raises(UserError, match=text) as e:
+        generate(sd15, tmp_path / "o", options(classes=(), prompts=str(tmp_path / "p.txt"), **over))
+    assert "\n" not in str(e.value) and not list(tmp_path.glob("o/*/*.png"))
+
+
+def test_a_sampler_fits_noise_or_flows():
+    from diffusers import FlowMatchEulerDiscreteScheduler, PNDMScheduler
+
+    noise, flow = PNDMScheduler().config, FlowMatchEulerDiscreteScheduler().config
+    for config, name in ((noise, "LCMScheduler"), (flow, "FlowMatchHeunDiscreteScheduler")):
+        assert type(_sampler(name, config)).__name__ == name
+    assert type(_sampler("UniPCMultistepScheduler", flow)).__name__ == "UniPCMultistepScheduler"
+    with pytest.raises(UserError, match="DDIMScheduler: the model is a flow"):
+        _sampler("DDIMScheduler", flow)
+
+
+def test_a_model_that_is_not_finite_draws_nothing(sd15, tmp_path):
+    "It would draw black pictures, and say nothing."
+    import shutil
+
+    from safetensors.torch import save_file
+
+    odd = shutil.copytree(sd15, tmp_path / "odd")
+    (file,) = (odd / "vae").glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["decoder.conv_in.weight"].view(-1)[0] = torch.nan
+    save_file(tensors, file, {"format": "pt"})
+    (tmp_path / "p.txt").write_text("a cat\n")
+    with pytest.raises(UserError, match="decoder.conv_in.weight of its vae is not finite in fp32"):
+        generate(odd, tmp_path / "o", options(classes=(), prompts=str(tmp_path / "p.txt")))
+
+
+@pytest.mark.parametrize("out", ["file", "file/x"])
+def test_a_file_in_the_way_is_said_before_the_model_is_read(tmp_path, out):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="^OUT .*file is a file; choose another folder$"):
+        generate(tmp_path / "no-model", tmp_path / out, options())
+
+
 # ---- a run draws as it says
 
 
@@ -445,7 +529,7 @@ def test_the_pictures_of_a_run_are_those_of_its_guidance_and_interval(run, tmp_p
     import shutil
 
     shutil.copytree(run, tmp_path / "r")
-    file = tmp_path / "r/config.yaml"
+    file = tmp_path / "r/export" / DRAWING
     text = file.read_text()
     assert "guidance_scale: 1.25" in text
     file.write_text(text.replace("guidance_scale: 1.25", "guidance_scale: 3.5"))
@@ -457,8 +541,8 @@ def test_the_pictures_of_a_run_are_those_of_its_guidance_and_interval(run, tmp_p
     ):
         assert generate(source, tmp_path / out, options(**some, **over)) == 0
     assert drawn(tmp_path / "b") == drawn(tmp_path / "c") != drawn(tmp_path / "a")
-    shutil.move(tmp_path / "r/export", tmp_path / "alone")  # of no run: the pipeline's own
-    assert as_the_run_says(tmp_path / "alone", options()) == (options(), {})
+    file.unlink()  # of no run: the pipeline's own
+    assert as_the_run_says(tmp_path / "r/export", options()) == (options(), {})
 
 
 # ---- files of prompts
@@ -565,7 +649,7 @@ def test_an_export_leaves_what_another_command_left(run, tmp_path):
     assert (tmp_path / "x.partial/hours").read_text() == "of work"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["x", "x.partial"]
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="file is a file; choose another OUT"):
+    with pytest.raises(UserError, match="file is a file; choose another folder"):
         export(run, tmp_path / "file/x", ExportOptions())
 
 
@@ -700,7 +784,7 @@ def test_what_is_in_the_way_of_a_copy_is_one_line(data, tmp_path):
         ("link", "is there already"),
         ("file/x", "file is a file"),
     ):
-        with pytest.raises(UserError, match=f"{words}; choose another OUT") as e:
+        with pytest.raises(UserError, match=f"{words}; choose another") as e:
             copy_images(data, tmp_path / name, CopyOptions())
         assert "\n" not in str(e.value)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "link"]

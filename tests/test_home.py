@@ -1,21 +1,28 @@
 """Which models are taken, and which are refused in one line; and the noise that they were trained with."""
 
+import dataclasses
 import json
+import os
 import re
 import shutil
 
 import pytest
 import torch
 import yaml
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from sdcourse import cli
-from sdcourse.commands.generate import GenerateOptions, open_pipeline
+from sdcourse.commands.generate import GenerateOptions, as_the_run_says, open_pipeline
 from sdcourse.core import UserError
 from sdcourse.engine.loop import train
+from sdcourse.engine.order import Draws
 from sdcourse.models import tiny_sd
-from sdcourse.models.home import KNOWN_LICENCES, licence_of, model_home, noise_of
+from sdcourse.config import resolve
+from sdcourse.models.home import KNOWN_LICENCES, licence_of, model_home, noise_of, weights_licence
 from sdcourse.train import sd15
+from sdcourse.train.__main__ import task_module
 from test_sd15 import config, model, model2, same, scenes  # noqa: F401 - fixtures
 
 SCHEDULER = "scheduler/scheduler_config.json"
@@ -99,6 +106,12 @@ def test_a_sampler_that_does_not_know_the_ending_is_exchanged(model, tmp_path):
         (dict(beta_schedule="squaredcos_cap_v2"), "squaredcos_cap_v2 is not supported"),
         (dict(prediction_type="sample"), "prediction sample is not supported"),
         (dict(trained_betas=[0.1, 0.2]), "is not supported"),
+        (dict(beta_start=0.5, beta_end=3.0), "makes no schedule"),
+        (dict(beta_start=0.0, beta_end=0.0), "makes no schedule"),
+        (dict(num_train_timesteps=0), "makes no schedule"),
+        (dict(num_train_timesteps=1, rescale_betas_zero_snr=True), "makes no schedule"),
+        (dict(beta_end="0.02"), "makes no schedule"),
+        (dict(beta_end=None), "makes no schedule"),
     ],
 )
 def test_noise_that_is_not_known(over, words):
@@ -142,6 +155,24 @@ def test_kohyas_header_names_the_base(model, model2, tmp_path, scenes):
     }
 
 
+def test_adapters_are_drawn_as_their_run_says(model, tmp_path, scenes):
+    "Wherever their folder is taken: guidance, steps and size; and so are its checkpoints."
+    pytest.importorskip("peft")
+    how = dict(data=str(scenes / "data"), max_steps=1, lora_rank=2, guidance_scale=1.5)
+    train(task(model, tmp_path / "run", **how))
+    moved = shutil.copytree(tmp_path / "run/export", tmp_path / "moved")
+    base = GenerateOptions(data="scenes")
+    for source, over in (
+        (model, dict(lora=str(moved))),
+        (model, dict(lora=str(moved / "pytorch_lora_weights.safetensors"))),
+        (tmp_path / "run", {}),
+        (tmp_path / "run/checkpoints/step-00000001", {}),
+    ):
+        found, more = as_the_run_says(source, dataclasses.replace(base, **over))
+        assert (found.guidance_scale, found.num_inference_steps, found.size, more) == (1.5, 2, 32, {})
+        assert as_the_run_says(source, dataclasses.replace(base, **over, size=64))[0].size == 64
+
+
 # ---- models that do not fit
 
 
@@ -167,6 +198,15 @@ def test_kohyas_header_names_the_base(model, model2, tmp_path, scenes):
 def test_a_model_that_does_not_fit_is_one_line(model, tmp_path, file, over, words):
     odd = changed(copied(model, tmp_path), file, **over)
     one_line(task(odd).check, words)
+
+
+@pytest.mark.parametrize(
+    "part", ["model_index", "unet/config", "vae/config", "text_encoder/config", SCHEDULER]
+)
+def test_a_config_without_names_is_one_line(model, tmp_path, part):
+    odd = copied(model, tmp_path)
+    (odd / f"{part.removesuffix('.json')}.json").write_text("[]")
+    one_line(task(odd).check, "json: has no names and values; fetch the model again")
 
 
 def test_sdxl_given_to_sd15_is_one_line(tmp_path):
@@ -282,6 +322,42 @@ def test_the_card_carries_the_licence_of_the_weights_and_of_the_data(model, tmp_
     assert "licence of the data: " in (tmp_path / "c/README.md").read_text()
 
 
+@pytest.mark.parametrize(
+    "data, found",
+    [
+        (["Apache-2.0"], "apache-2.0"),
+        (["none: random numbers"], "apache-2.0"),
+        (["CC BY 4.0", "Apache-2.0"], "cc-by-4.0"),
+        (["Apache-2.0", "several, one for each photograph"], "other"),
+        (["CC BY 4.0", "CC BY-NC-SA 4.0"], "other"),
+        (["", "Apache-2.0"], "unknown"),
+    ],
+)
+def test_weights_of_ours_carry_the_licence_of_the_data(data, found):
+    assert weights_licence(*data) == found
+
+
+@pytest.mark.parametrize(
+    "name, over, found, words",
+    [
+        ("nets", dict(world="digits"), "cc-by-4.0", "CC BY 4.0"),
+        ("nets", dict(world="scenes", share=0.001), "apache-2.0", "Apache-2.0"),
+        ("nets", dict(world="photos", share=0.001), "other", "several"),
+        ("vae", dict(share=0.001), "other", "several"),
+        ("flow_dit", dict(data="digits"), "cc-by-4.0", "CC BY 4.0"),
+        ("flow_dit", dict(data="photos", vae="tiny-vae"), "other", "several"),
+        ("flow_dit", dict(data="synthetic"), "apache-2.0", "none"),
+        ("sd15", dict(data="scenes"), "apache-2.0", "Apache-2.0"),
+        ("sd15", dict(data="photos"), "other", "several"),
+    ],
+)
+def test_every_card_says_under_which_terms_its_model_is(name, over, found, words):
+    "faults.md G: all said Apache, whatever the pictures were."
+    module = task_module(name)
+    card = module.Task(resolve(module.Config, overrides=over)).card()
+    assert card["license"] == found and words in card["data"]
+
+
 @pytest.mark.parametrize("name", KNOWN_LICENCES)
 def test_published_families_are_known_by_name(name, tmp_path):
     assert "openrail" in licence_of(name + "-5", tmp_path)
@@ -313,3 +389,89 @@ def test_exports_are_in_the_layout_that_both_versions_of_transformers_read(model
     assert whole(texts).input_ids == slow(texts).input_ids
     new = tiny_sd.make_pipeline(tmp_path / "new")
     assert all(k.startswith("text_model.") for k in load_file(new / "text_encoder/model.safetensors"))
+
+
+# ---- any config
+
+
+NUMBERS = st.one_of(
+    st.integers(-2, 12),
+    st.sampled_from([0.5, -0.5, 1e300]),
+    st.none(),
+    st.booleans(),
+    st.text(max_size=3),
+    st.lists(st.integers(0, 20), max_size=3),
+)
+ENTRIES = {
+    "unet/config.json": (
+        "in_channels out_channels cross_attention_dim sample_size block_out_channels layers_per_block "
+        "attention_head_dim norm_num_groups down_block_types up_block_types mid_block_type act_fn "
+        "transformer_layers_per_block class_embed_type num_class_embeds addition_embed_type "
+        "encoder_hid_dim encoder_hid_dim_type time_cond_proj_dim _class_name new"
+    ),
+    "vae/config.json": "latent_channels scaling_factor shift_factor block_out_channels latents_mean _class_name",
+    "text_encoder/config.json": "hidden_size d_model vocab_size num_hidden_layers",
+    SCHEDULER: (
+        "num_train_timesteps beta_start beta_end beta_schedule prediction_type trained_betas "
+        "rescale_betas_zero_snr timestep_spacing steps_offset _class_name"
+    ),
+    "model_index.json": "scheduler unet text_encoder text_encoder_2 transformer _class_name",
+}
+ODD = st.one_of(
+    *(
+        st.tuples(
+            st.just(file), st.dictionaries(st.sampled_from(names.split()), NUMBERS, min_size=1, max_size=2)
+        )
+        for file, names in ENTRIES.items()
+    ),
+    st.tuples(
+        st.sampled_from(sorted(ENTRIES)),
+        st.sampled_from(
+            ["", "{", "[]", "null", "3", '{"a": NaN}', "[" * 9999, '{"a": 1, "a": 2}', "\0", "{}"]
+        ),
+    ),
+    st.tuples(
+        st.sampled_from(["unet", "vae", "scheduler", "tokenizer", "text_encoder", *ENTRIES]), st.none()
+    ),
+)
+
+
+@pytest.fixture(scope="module")
+def few(built):
+    from tiny_models import tiny_sd15
+
+    return built(tiny_sd15)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@settings(max_examples=60, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(odd=ODD)
+def test_any_config_is_one_line_or_trains_a_step(few, scenes, tmp_path_factory, odd):
+    file, what = odd
+    place = tmp_path_factory.mktemp("odd") / "m"
+    shutil.copytree(few, place, copy_function=os.link)
+    path = place / file
+    if what is None:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    else:
+        text = json.dumps(json.loads(path.read_text()) | what) if isinstance(what, dict) else what
+        path.unlink()
+        path.write_text(text)
+    one = task(place, data=str(scenes / "data"), from_scratch=True)
+    try:
+        one.check()
+        trains_a_step(one)
+    except UserError as e:
+        assert "\n" not in str(e) and len(str(e)) < 700
+    finally:
+        shutil.rmtree(place)
+
+
+def trains_a_step(one):
+    module = one.build()
+    x0 = torch.zeros(2, one.latents.channels, one.latents.side, one.latents.side)
+    captions = one.captions.tokens(["a cat", "a dog"])
+    batch = {"x0": x0, "tokens": captions, "text_encoder.hidden": module.empty.expand(2, *module.empty.shape)}
+    loss, _ = module(batch, Draws(0, 0, range(2), device=torch.device("cpu")))
+    loss.sum().backward()
+    one.pipeline(module)

@@ -595,3 +595,19 @@ def test_a_killed_reader_is_one_line(tmp_path):
     assert re.fullmatch(r"a process that reads data ended .*lower --num-workers.*\n", done.stdout), (
         done.stdout
     )
+
+
+def test_compiling_that_cannot_work_is_refused_before_a_model_is_built(tmp_path, monkeypatch):
+    "No C++ compiler, no Triton, a Python that torch does not know."
+
+    def compile(_):
+        def call(*_):
+            raise RuntimeError("No working C++ compiler found\nin cpp.cxx")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(ToyTask, "build", lambda self: pytest.fail("it was built"))
+    with pytest.raises(UserError, match="--compile: does not work here .*No working C.* compiler") as e:
+        run(tmp_path / "run", compile=True)
+    assert "\n" not in str(e.value)

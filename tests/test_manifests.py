@@ -55,6 +55,7 @@ def test_every_data_set_has_a_valid_manifest():
         "photos",
         "faces",
         "scenes",
+        "emoji",
     } <= set(m.shipped())
     for name in m.shipped():
         one = m.check_manifest(m.load_manifest(name), name)
@@ -104,6 +105,8 @@ STEPS = [
     ("digits", "parquet", "digits OUT --layout parquet", "data/train-00000-of-00001.parquet"),
     ("photos", "tables", "photos OUT --crops 1", "images/temple-0-00.png"),
     ("photos", "prepared", "unsplash photos-tables OUT --size 32", "failures.jsonl"),
+    ("emoji", "captions", "emoji OUT --train 20", "failures.jsonl"),
+    ("emoji", "table", "emoji OUT --layout table --train 20", "photos.tsv000"),
 ]
 
 
@@ -186,7 +189,7 @@ def test_manifests_are_found_by_name_or_path(tmp_path):
 
 def test_an_installed_package_carries_the_manifests(tmp_path):
     pytest.importorskip("setuptools")
-    for name in ("setup.py", "settings.ini", "README.md", "pyproject.toml"):
+    for name in ("setup.py", "settings.ini", "README.md", "pyproject.toml", "MANIFEST.in"):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("sdcourse", "data_manifests"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -214,6 +217,9 @@ print(sdcourse.__file__, len(shipped()), load_manifest('celeba')['count'])
         str(len(m.shipped())),
         "202599",
     ], said.stderr
+    pictures = tmp_path / "out/sdcourse/pictures"
+    listed = m.load_manifest("emoji")["layouts"]["shipped"]["files"]
+    assert {p.name: p.stat().st_size for p in pictures.iterdir()} == {e["path"]: e["size"] for e in listed}
 
 
 # ---- names

@@ -199,7 +199,8 @@ def test_what_survives_is_said_and_struck_off(tiny, monkeypatch):
     found = in_python(RUN, tiny)
     assert found["code"] == 1 and {*found["alive"]} == {"three", "five"}
     assert found["table"] == f"{found['key']} sdcourse/__init__.py: two\n"
-    assert found["counts"] == {"passed": 0, "failed": 2, "caught": 1, "total": 3, "kept": 5}
+    counts = {"passed": 0, "failed": 2, "caught": 1, "total": 3, "kept": 5}
+    assert found["counts"] == counts | {"names": ["survived: three", "survived: five"]}
 
 
 def test_nothing_is_written_in_ci(tmp_path, monkeypatch):

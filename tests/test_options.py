@@ -80,6 +80,16 @@ IDLE = dict(
         gradient_checkpointing=[({}, True, "network is small")],
         compile=[({}, True, "network is small")],
     ),
+    contrast=dict(
+        beta2=[(SGD, 0.9, "with --optimizer torch.optim.SGD")],
+        lr_end=[(dict(lr_schedule="constant"), 1e-5, "--lr-schedule constant")],
+        gradient_checkpointing=[({}, True, "networks are small")],
+        compile=[({}, True, "networks are small")],
+        **{
+            name: [(dict(model="{encoders}"), value, ", which has its own")]
+            for name, value in dict(width=64, layers=(1, 1), side=32, patch=4, words=9).items()
+        },
+    ),
 )
 
 # options that count in every setting
@@ -104,6 +114,7 @@ ALWAYS = dict(
     ),
     nets=ENGINE | set("compile world widths depths patch share".split()),
     vae=ENGINE | set("widths layers latent_channels side beta share".split()),
+    contrast=ENGINE | set("model kind share".split()),
 )
 ROWS = [(t, o, row) for t, table in IDLE.items() for o, rows in table.items() for row in rows]
 
@@ -117,7 +128,14 @@ def test_every_option_stands_in_the_table(task):
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory, scenes):
-    return dict(scenes=scenes, cache=latents_folder(tmp_path_factory.mktemp("cache") / "z"))
+    from sdcourse.models.tiny_clip import make_contrast, save_contrast
+    from sdcourse.models.tiny_sd import make_tokenizer
+
+    words = make_tokenizer(["a red ring"])
+    encoders = tmp_path_factory.mktemp("encoders")
+    save_contrast(make_contrast("clip", words, width=32, layers=(1, 1)), words, encoders)
+    cache = latents_folder(tmp_path_factory.mktemp("cache") / "z")
+    return dict(scenes=scenes, cache=cache, encoders=encoders)
 
 
 def checked(task, over, given=()):
@@ -162,6 +180,8 @@ def test_the_command_line_refuses_in_one_line(tmp_path, capsys):
 
 # ---- shapes
 
+LEAST = dict(num_inference_steps=0, num_samples=-5, image_size=0, seed=-1, batch_size=0, max_samples=-1)
+
 
 @pytest.mark.parametrize(
     "task, over, words",
@@ -197,6 +217,19 @@ def test_the_command_line_refuses_in_one_line(tmp_path, capsys):
             dict(data="synthetic", latent=(8, 8), vae="tiny-vae"),
             "decodes 4 channels, and .* has 8",
         ),
+        ("flow_dit", dict(guidance_scale=-1.0), "--guidance-scale -1.0: must be at least 0"),
+        ("sd15", dict(guidance_scale=-1.0), "--guidance-scale -1.0: must be at least 0"),
+        ("flow_dit", dict(data=""), "--data : no such folder"),
+        ("flow_dit", dict(data="/no/such"), "--data /no/such: no such folder"),
+        ("sd15", dict(data=""), "--data: is empty; give a data folder"),
+        ("sd15", dict(model=""), "--model '': no name; give a folder"),
+        *(
+            (t, dict(encode_batch=n), f"encode.batch {n}: must be")
+            for t in ("sd15", "flow_dit")
+            for n in (0, -1)
+        ),
+        *((t, {o: v}, f"{v}: must be") for t in ("sd15", "flow_dit") for o, v in LEAST.items()),
+        *(("sd15", dict(buckets=True, bucket_step=n), f"bucket.step {n}: must be") for n in (0, -16)),
         ("sd15", dict(num_inference_steps=1001), "--num-inference-steps 1001: more than the 1000 steps"),
     ],
 )

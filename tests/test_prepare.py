@@ -282,6 +282,7 @@ TINY = {  # set: (arguments, what comes before it); small worlds for every comma
     "photos": "photos OUT --crops 1",
     "unsplash": "unsplash photos OUT --size 32",
     "scenes": "scenes OUT --train 30 --val 4 --test 4 --size 32",
+    "emoji": "emoji OUT --train 20",
 }
 
 
@@ -345,9 +346,12 @@ def test_every_set_stops_goes_on_and_refuses_other_options(worlds, tmp_path, nam
     assert drop(tmp_path / "o") == drop(worlds / name)
     capsys.readouterr()
     assert cli.main(argv) == 0 and "there already" in capsys.readouterr().out
-    other = {"digits": ["--scale", "2"], "unsplash": ["--size", "33"], "imagenet": ["--size", "9"]}.get(
-        name, ["--seed", "1"]
-    )
+    other = {
+        "digits": ["--scale", "2"],
+        "unsplash": ["--size", "33"],
+        "imagenet": ["--size", "9"],
+        "emoji": ["--train", "21"],
+    }.get(name, ["--seed", "1"])
     with pytest.raises(UserError, match=f"{other[0][2:]}: .* -> {other[1]}"):
         raise_from([*argv, *other], capsys)
     with pytest.raises(UserError, match="did you mean"):

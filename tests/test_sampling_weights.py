@@ -239,7 +239,7 @@ def test_a_resume_with_other_weights_is_refused(whole, tmp_path):
     before = (whole / "w.json").read_text()
     try:
         table(whole / "w.json", one_more=1)
-        with pytest.raises(UserError, match=r"other files \(weights_sha256 differs\)") as e:
+        with pytest.raises(UserError, match=r"was trained with other weights_sha256: ") as e:
             resume(whole / "w.json")
         assert "\n" not in str(e.value) and not (tmp_path / "run/config.yaml").exists()
         assert resume(whole / "w.json", force=True).step == 15
@@ -251,7 +251,7 @@ def test_checkpoints_of_before_know_no_files(whole):
     "What an older version wrote has no entry; without weights it goes on."
     task = Weighted(WeightedConfig())
     loop._same_files({"state": {}}, task)
-    with pytest.raises(UserError, match="weights_sha256 differs"):
+    with pytest.raises(UserError, match="other weights_sha256"):
         loop._same_files({"state": {"fixed": {"weights_sha256": "ab"}}}, task)
 
 
@@ -259,6 +259,6 @@ def test_the_file_is_remembered(tmp_path):
     ids = flow_dit().dataset("train").ids
     task = flow_dit(weights=str(table(tmp_path / "w.json", ids)))
     want = SamplingWeights(tmp_path / "w.json").sha256
-    assert task.fixed() == {"weights_sha256": want} and task.facts()["weights_sha256"] == want
+    assert task.fixed()["sampling weights"] == want and task.facts()["weights_sha256"] == want
     (tmp_path / "w.json").unlink()
-    assert task.fixed() == {"weights_sha256": want}  # of the bytes that were read
+    assert task.fixed()["sampling weights"] == want  # of the bytes that were read

@@ -36,6 +36,7 @@ def test_every_combination_once():
         (["--vary", "lr=1,1"], "twice"),
         (["--vary", "lr=1", "--vary", "lr=2"], "lr is there twice"),
         ([], "nothing varies"),
+        (["--vary", "out=a,b"], "--vary out: each run has a folder of its own"),
         (["--vary", "lr=1,2", "--index", "2"], "0 to 1; submit with --array=0-1"),
     ],
 )
@@ -43,6 +44,14 @@ def test_what_is_wrong_is_refused_before_anything_trains(tmp_path, capsys, words
     assert main(["sweep", *WORDS, *words, "--out", str(tmp_path / "s")]) == 2
     err = capsys.readouterr().err
     assert text in err and err.count("\n") == 1 and not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("out", ["file", "file/s"])
+def test_a_file_in_the_way_of_a_sweep_is_said_before_it_begins(tmp_path, capsys, out):
+    (tmp_path / "file").touch()
+    assert main(["sweep", *WORDS, "--vary", "lr=1", "--out", str(tmp_path / out), "--run"]) == 2
+    err = capsys.readouterr().err
+    assert "file is a file; choose another folder" in err and err.count("\n") == 1
 
 
 def test_a_sweep_on_a_laptop(tmp_path, capsys):

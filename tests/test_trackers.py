@@ -16,6 +16,7 @@ from sdcourse.engine.trackers import (
     Tracker,
     check_tracker,
     model_card,
+    check_hub,
     push_to_hub,
     read_metrics,
     tracker,
@@ -360,9 +361,21 @@ class Api:
         self.calls.append(("upload", kw))
 
 
-def test_push_uploads_export_and_card_with_the_token_of_the_environment(tmp_path, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "secret")
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    "A hub that can be reached, and a home folder where nobody has logged in: the file for the token."
+    place = tmp_path / "token"
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(place))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
+    return place
+
+
+@pytest.mark.parametrize("login", [True, False])
+def test_push_uploads_export_and_card_with_the_token_of_the_environment(tmp_path, monkeypatch, hub, login):
+    "Or with that of hf auth login."
+    hub.write_text("secret") if login else monkeypatch.setenv("HF_TOKEN", "secret")
+    check_hub("digits")
     assert push_to_hub(tmp_path, "digits")
     token, create, model, rest = Api.last.calls
     assert token[1] == "secret" and create[1] == "digits" and create[2] == dict(exist_ok=True, private=True)
@@ -372,21 +385,27 @@ def test_push_uploads_export_and_card_with_the_token_of_the_environment(tmp_path
     )
 
 
-@pytest.mark.parametrize("token", ["", "secret"])
-def test_a_failed_push_is_a_warning_that_says_how_to_repeat(tmp_path, monkeypatch, caplog, token):
+def test_a_push_that_cannot_work_is_refused_before_the_training(tmp_path, monkeypatch, hub):
+    from toy import run
+
+    for offline, words in ((False, "no token; run hf auth login, or set HF_TOKEN"), (True, "HF_HUB_OFFLINE")):
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", offline)
+        with pytest.raises(UserError, match=f"^--push-to-hub me/x: {words}"):
+            run(tmp_path / "run", push_to_hub="me/x")
+    assert not (tmp_path / "run").exists()
+    check_hub("")  # nobody asks for it
+
+
+def test_a_failed_push_is_a_warning_that_says_how_to_repeat(tmp_path, monkeypatch, caplog):
     class Down(Api):
         def create_repo(self, *_, **__):
             raise ConnectionError("hub\nis down")
 
-    monkeypatch.setenv("HF_TOKEN", token)
+    monkeypatch.setenv("HF_TOKEN", "secret")
     monkeypatch.setattr("huggingface_hub.HfApi", Down)
     with caplog.at_level(logging.WARNING, "sdcourse"):
         assert push_to_hub(tmp_path, "digits") is None
-    assert (
-        "hf upload digits" in caplog.text
-        and ("hub is down" if token else "HF_TOKEN") in caplog.text
-        and "secret" not in caplog.text
-    )
+    assert "hf upload digits" in caplog.text and "hub is down" in caplog.text and "secret" not in caplog.text
 
 
 def test_track_needs_no_torch():

@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 
 from .encoder import Encoder
-from ..core import UserError, log, nearest, read_json
-from ..models.files import files_id, first_line, local_folder, model_folder, weights_id
+from ..core import UserError, log, nearest
+from ..models.files import files_id, first_line, local_folder, model_folder, read_config, weights_id
 
 # %% ../../nbs/cache/02_text.ipynb #b0409561
 TEXT_ENCODERS = { # class: its tokenizer
@@ -53,7 +53,7 @@ def _parts_of_list(where):
         name = f"text_encoder_{i}" if i > 1 else "text_encoder"
         tokens = local_folder(tokenizer)
         folder = model_folder(encoder)
-        classes = read_json(folder / "config.json").get("architectures") or ["?"]
+        classes = read_config(folder / "config.json").get("architectures") or ["?"]
         parts.append((name, tokens, folder, classes[0]))
     return parts
 
@@ -62,15 +62,15 @@ def _parts_of_pipeline(root):
         layout = "a pipeline with tokenizer/ and text_encoder/"
         raise UserError(f"{root}: no model_index.json; expected {layout}, "
             "or a list of (tokenizer, text encoder) folders")
-    index = read_json(root / "model_index.json")
-    pipeline = index.get("_class_name", "")
+    index = read_config(root / "model_index.json")
+    pipeline = str(index.get("_class_name", ""))
     layer = next((layer for start, layer in PIPELINES if pipeline.startswith(start)), None)
     parts = []
     for name in sorted(index):
         if not name.startswith("text_encoder"): continue
-        if isinstance(index[name], list) and index[name][1]:
+        if isinstance(index[name], list) and len(index[name]) == 2 and index[name][1]:
             tokens = root / name.replace("text_encoder", "tokenizer")
-            parts.append((name, tokens, root / name, index[name][1]))
+            parts.append((name, tokens, root / name, str(index[name][1])))
     return parts, layer
 
 # %% ../../nbs/cache/02_text.ipynb #7180a4b3

@@ -185,10 +185,12 @@ def _shared(task, config, cfg, words):
 def _task_of(task, cfg):
     "The task, with as many steps as are taken."
     module = task_module(task)
-    words = shlex.split(cfg.options)
+    try: words = shlex.split(cfg.options)
+    except ValueError as e: raise UserError(f"--options {cfg.options}: {e}; mend the quotes") from None
     chosen = parse_args(module.Config, words, f"sdcourse bench {task} --options")[0]
     steps = 1 + cfg.warmup + 2 * cfg.steps
     over = dict(batch_size=cfg.batch, max_steps=steps, warmup_steps=0, device=cfg.device)
+    if "share" in kinds(module.Config): over["share"] = 0.01 # of pictures that would first have to be drawn
     return module.Task(replace(chosen, **over, **_shared(task, module.Config, cfg, words)))
 
 def bench(

@@ -10,13 +10,16 @@ __all__ = ['NEEDED', 'LONGEST', 'GenerateOptions', 'rows_of_data', 'rows_of_file
 import hashlib, json, re
 from collections import Counter
 from dataclasses import dataclass, replace
+from inspect import signature
 from pathlib import Path
 from typing import Literal
 
-from .export import newest, restored
+from .export import newest, restored, task_of
 from ..config import NonNegative, Positive, fixed, load_config
 from ..core import UserError, atomic_path, differences, nearest, read_json, write_json, write_text
+from ..engine.optim import odd_tensor
 from ..engine.order import image_generators, key, permutation
+from ..engine.run_folder import DRAWING
 from ..engine.work import JobOptions, LongWork, run_work
 from ..models.files import DTYPES, files_id, local_folder, quiet
 
@@ -193,7 +196,8 @@ def open_pipeline(
     if cfg.negative_prompt and isinstance(pipe, FlowDiTPipeline):
         raise UserError("--negative-prompt: this model draws classes; leave it out")
     if cfg.lora: _add_lora(pipe, cfg)
-    if cfg.sampler and not isinstance(pipe, FlowDiTPipeline): _set_sampler(pipe, cfg.sampler)
+    _check_weights(pipe, path, cfg)
+    if not isinstance(pipe, FlowDiTPipeline): _set_steps(pipe, cfg)
     lora = files_id(_lora_files(cfg.lora))[:16] if cfg.lora else ""
     return pipe, dict(pipeline=type(pipe).__name__, weights=files_id(files)[:16], lora=lora)
 
@@ -213,20 +217,18 @@ def as_the_run_says(
     source, # as for `open_pipeline`
     cfg: GenerateOptions, # what was given
 ): # (options, other arguments of the pipeline)
-    "Guidance, steps and sampler of the run that a pipeline or a checkpoint comes from, where none are given."
+    "Guidance, steps, sampler and size of the run that a model comes from, where none are given."
     told = _told(_folder_of(source))
+    if cfg.lora: told |= _told(_place_of(cfg.lora))
     own = GenerateOptions()
-    names = ("guidance_scale", "num_inference_steps", "sampler")
+    names = ("guidance_scale", "num_inference_steps", "sampler", "size")
     lacking = {k: told[k] for k in names if told.get(k) is not None and getattr(cfg, k) == getattr(own, k)}
     interval = tuple(told.get("guidance_interval", (0., 1.)))
     return replace(cfg, **lacking), {} if interval == (0., 1.) else dict(guidance_interval=interval)
 
-def _told(path): # options of the run, {} where no run is known
-    path = path.absolute()
-    if path.name == "export": file = path.parent/"config.yaml"
-    elif path.parent.name == "checkpoints": file = path.parent.parent/"config.yaml"
-    else: return {}
-    return load_config(file).get("config", {}) if file.is_file() else {}
+def _told(path): # how the run draws, {} where no run is known
+    if (path/DRAWING).is_file(): return load_config(path/DRAWING)
+    return task_of(path).drawing() if (path/"state.json").is_file() else {}
 
 def _checkpoint(path, cfg, device):
     "The pipeline of a checkpoint, by its task."
@@ -260,11 +262,38 @@ def _load(path, cfg):
 
 def _brief(e): return " ".join(str(e).split())[:160]
 
-def _set_sampler(pipe, name):
+def _check_weights(pipe, path, cfg):
+    "`UserError` for weights that draw nothing but black pictures."
+    for name, part in pipe.components.items():
+        odd = odd_tensor(part) if hasattr(part, "named_parameters") else ""
+        remedy = "use another model" if cfg.precision == "fp32" else "try --precision fp32"
+        if odd: raise UserError(f"{path}: {odd} of its {name} is not finite in {cfg.precision}; {remedy}")
+
+def _set_steps(pipe, cfg):
+    "Exchange the sampler of a pipeline of diffusers; `UserError` for one, or for steps, that cannot work."
+    if cfg.sampler: pipe.scheduler = _sampler(cfg.sampler, pipe.scheduler.config)
+    most = len(getattr(pipe.scheduler, "alphas_cumprod", ())) # a flow has none, and any number of steps
+    if 0 < most < cfg.num_inference_steps:
+        what = f"more than the {most} steps that the model was trained with"
+        raise UserError(f"--num-inference-steps {cfg.num_inference_steps}: {what}; give fewer")
+
+def _sampler(name, config): # with the schedule of the model's own sampler
     import diffusers
-    known = [n for n in dir(diffusers) if n.endswith("Scheduler")]
-    if not hasattr(diffusers, name): raise UserError(f"--sampler {name}: {nearest(name, known)}")
-    pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
+    names = [n for n in dir(diffusers) if n.endswith("Scheduler")]
+    if name not in names: raise UserError(f"--sampler {name}: {nearest(name, names)}")
+    kind = getattr(diffusers, name)
+    try: found = kind.from_config(config)
+    except ImportError as e: raise UserError(f"--sampler {name}: {_brief(e)}") from None
+    knows = signature(kind).parameters
+    flow = "beta_start" not in config
+    fits = {"use_flow_sigmas", "shift"} & knows.keys() if flow else "beta_start" in knows
+    if not fits:
+        what = "a flow, and this sampler knows none" if flow else "of noise, and this sampler is for others"
+        raise UserError(f"--sampler {name}: the model is {what}; try another one")
+    return found
+
+def _place_of(lora): # the folder of a LoRA
+    return Path(lora) if Path(lora).is_dir() else Path(lora).parent
 
 def _lora_files(where):
     where = Path(where)
@@ -272,8 +301,8 @@ def _lora_files(where):
 
 def _add_lora(pipe, cfg):
     "Put a LoRA into a pipeline, at its strength."
-    where = Path(cfg.lora)
-    place, options = (where, {}) if where.is_dir() else (where.parent, {"weight_name": where.name})
+    place = _place_of(cfg.lora)
+    options = {} if Path(cfg.lora).is_dir() else {"weight_name": Path(cfg.lora).name}
     options |= dict(local_files_only=True, use_safetensors=True)
     try:
         pipe.load_lora_weights(str(place), adapter_name="lora", **options)
@@ -303,7 +332,9 @@ def draw(
         return pipe([r["label"] for r in rows], **options).images
     if cfg.negative_prompt: options["negative_prompt"] = [cfg.negative_prompt] * len(rows)
     if cfg.size: options |= dict(height=cfg.size, width=cfg.size)
-    out = pipe(prompt=[r["text"] for r in rows], **options)
+    try: out = pipe(prompt=[r["text"] for r in rows], **options)
+    except ValueError as e: # what a pipeline says of its arguments
+        raise UserError(f"{type(pipe).__name__} does not draw so: {_brief(e)}") from None
     if any(getattr(out, "nsfw_content_detected", None) or []):
         raise UserError(f"{rows[0]['id']} …: the safety checker blackened pictures")
     return out.images

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..config import parse_args
-from ..core import UserError, read_json, write_json, write_text
+from ..core import UserError, check_place, read_json, write_json, write_text
 from ..engine.stop import StopFlag
 from ..engine.work import Owner
 from ..train.__main__ import task_module, train_task
@@ -77,7 +77,9 @@ def plan_sweep(
     config = task_module(task).Config
     args, rest = ask.parse_known_args(rest)
     args.out = args.out or f"runs/sweep-{task}"
+    check_place("--out", args.out)
     found = combinations(args.vary)
+    if "out" in found[0]: raise UserError("--vary out: each run has a folder of its own; give --out FOLDER")
     words = [[task, *rest, *_words_of(c, args.out)] for c in found]
     for w in words: parse_args(config, w[1:], f"sdcourse sweep {task}")[0].check()
     if args.index is not None and not 0 <= args.index < len(found):

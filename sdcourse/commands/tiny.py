@@ -32,6 +32,7 @@ def halve(
 
 # %% ../../nbs/commands/03_tiny.ipynb #de304efa
 QUALITY = { # task: module:function of (name, root) -> what a model of it reaches on held-out data
+    "contrast": "sdcourse.train.contrast:contrast_quality",
     "nets": "sdcourse.evaluation.judges:judge_quality",
     "sd15": "sdcourse.evaluation.adherence:adherence_quality",
     "vae": "sdcourse.train.vae:vae_quality",

@@ -13,6 +13,7 @@ from array import array
 from collections import Counter, OrderedDict
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from urllib.parse import quote, unquote
 
@@ -20,7 +21,8 @@ import numpy as np
 
 from ..config import NonNegative, Options, Positive
 from sdcourse.core import (
-    UserError, atomic_path, disk_error, parse_json, progress, read_json, text_lines, write_json, write_text,
+    UserError, atomic_path, disk_error, parse_json, progress, read_json, sha256, text_lines, write_json,
+    write_text,
 )
 from .images import SUFFIXES, UNREAD, BadImage, open_image, plain_bytes
 from .manifests import described, digest, is_hidden, is_inside, leave_out, shown, split_of
@@ -460,10 +462,20 @@ class TarSource(Source):
 
     def where(self, i): return f"{self.set.id(i)} of {self.set.folder/self._tar(i)}"
 
+    @cached_property
+    def read_whole(self): return {} # tar -> its SHA-256 now, of those that are younger than their sums
+
+    def _known(self, tar):
+        "Whether a tar still is what the manifest says, as it also is after a copy."
+        if tar not in self.sums: return False
+        path = self.set.folder/tar
+        if is_older(path, self.set.folder): return True
+        if tar not in self.read_whole: self.read_whole[tar] = sha256(path)
+        return self.read_whole[tar] == self.sums[tar]["sha256"]
+
     def digest(self, i):
         tar = self._tar(i)
-        known = tar in self.sums and is_older(self.set.folder/tar, self.set.folder)
-        if not known: return f"sha256:{sum_of(self, i)}"
+        if not self._known(tar): return f"sha256:{sum_of(self, i)}"
         offset, size = self.set.spans["image"][i].tolist()
         return f"tar:{self.sums[tar]['sha256']}:{offset}:{size}"
 

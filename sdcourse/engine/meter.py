@@ -28,6 +28,7 @@ class Meter:
         norm, # [], gradient norm
         bad, # [], bool: this step was skipped
         step: int, # its number
+        *, searching=False, # [], bool: only because the loss scale of fp16 was too large
     ):
         "Add one optimizer step; a bad one only counts as bad."
         bucket = (t * BUCKETS).long().clamp(0, BUCKETS - 1)
@@ -35,9 +36,13 @@ class Meter:
         self.losses[0] += torch.where(here, loss[:, None].double(), 0.).sum(0)
         self.losses[1] += here.sum(0)
         self.norms += torch.stack([torch.where(bad, 0., norm).double(), (~bad).double()])
-        row = (self.bad[1] + 1) * bad
+        self._count(bad, torch.as_tensor(searching, device=bad.device), step)
+
+    def _count(self, bad, searching, step):
+        "A bad step prolongs the row, unless fp16 looked for its loss scale."
+        row = torch.where(searching, self.bad[1], (self.bad[1] + 1) * bad)
         most = torch.maximum(self.bad[2], row)
-        last = torch.where(bad, float(step), self.bad[3])
+        last = torch.where(bad & ~searching, float(step), self.bad[3])
         self.bad = torch.stack([self.bad[0] + bad, row, most, last])
 
     def read(self,

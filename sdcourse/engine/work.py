@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import Free, NonNegative, Options
-from ..core import UserError, log, progress, use_cpu
+from ..core import UserError, check_place, log, progress, use_cpu
 
 # %% ../../nbs/engine/10_work.ipynb #bf010845
 @dataclass
@@ -206,6 +206,7 @@ def run_work(
 ) -> int: # exit code: 0 when all is done, or when a file STOP ended it
     "Do what is left of a long work, on all ranks."
     from sdcourse.engine.dist import job # torch: whoever only owns a folder needs none
+    check_place("OUT", out)
     limits = dict(max_seconds=cfg.max_seconds, margin=cfg.stop_before, hang_seconds=cfg.hang_seconds)
     with job(out, device=cfg.device, **limits) as j, ExitStack() as held:
         use_cpu(cfg.threads, j.ranks.device.type)

@@ -8,7 +8,7 @@ __all__ = ['EvaluateOptions', 'names_of', 'same_ids', 'blocks_of', 'paired_diffe
            'evaluate_models']
 
 # %% ../../nbs/evaluation/08_report.ipynb #5b92b85b
-import json, os, re, signal
+import json, re, signal
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from ..config import Free, NonNegative, Positive, load_config
-from ..core import UserError, progress, read_json, use_cpu, write_json, write_text
+from ..core import UserError, check_place, progress, read_json, use_cpu, write_json, write_text
 from ..engine.work import JobOptions
 from .distances import Number, paired, spread
 from .metrics import METRICS, Case, extractor_of, features_over, measure
@@ -50,7 +50,7 @@ class EvaluateOptions(JobOptions):
         super().check()
         for name, hint in (("out", "give a folder to make"), ("reference", "give what real pictures are")):
             if not getattr(self, name): raise UserError(f"--{name} is missing: {hint}")
-        _check_place("--out", Path(self.out))
+        check_place("--out", self.out)
         if Path(self.out).is_dir() and any(Path(self.out).iterdir()):
             raise UserError(f"--out {self.out}: is not empty; choose another folder")
         if self.save_stats: _check_file("--save-stats", Path(self.save_stats))
@@ -58,20 +58,13 @@ class EvaluateOptions(JobOptions):
             raise UserError(f"--table {','.join(self.table)}: give two options, for rows and for columns")
 
 
-def _check_place(option, folder):
-    "`UserError` unless the folder is there, or can be made, and can be written to."
-    at = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
-    if not at.is_dir(): raise UserError(f"{option} {folder}: {at} is a file; choose another folder")
-    if not os.access(at, os.W_OK | os.X_OK):
-        raise UserError(f"{option} {folder}: {at} cannot be written to; choose another folder")
-
 def _check_file(option, file):
     "`UserError` unless statistics can be written there."
     if file.suffix != ".npz": raise UserError(f"{option} {file}: statistics end in .npz; give FILE.npz")
     if file.is_dir(): raise UserError(f"{option} {file}: is a folder; give a file")
     if not file.absolute().parent.is_dir():
         raise UserError(f"{option} {file}: there is no folder {file.parent}; make it first")
-    _check_place(option, file.parent)
+    check_place(option, file.parent)
 
 # %% ../../nbs/evaluation/08_report.ipynb #4d7db4ca
 def names_of(

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PICKLES', 'DTYPES', 'CLIPS', 'files_id', 'weight_files', 'weights_id', 'local_folder', 'model_folder', 'exact',
-           'first_line', 'quiet', 'load_frozen', 'load_shipped', 'vae_facts', 'vae_folder', 'as_before']
+           'first_line', 'quiet', 'load_frozen', 'load_shipped', 'read_config', 'vae_facts', 'vae_folder', 'as_before']
 
 # %% ../../nbs/models/01_files.ipynb #19229979
 import hashlib, json, re, sys
@@ -62,6 +62,7 @@ def local_folder(
     where, # a folder, a shipped model such as tiny-sd15, or owner/name of a model in the local hub cache
 ) -> Path: # a folder that exists
     "Where a model lies; the network is never asked."
+    if not str(where): raise UserError("'': no name; give a folder, a shipped model or a hub name")
     if Path(where).is_dir(): return Path(where)
     if str(where) in MODELS: return shipped_folder(str(where))
     if not re.fullmatch(r"[\w][\w.-]*/[\w][\w.-]*", str(where)): raise UserError(f"{where}: no such folder")
@@ -185,11 +186,19 @@ def load_shipped(
     return model
 
 # %% ../../nbs/models/01_files.ipynb #17291a3a
+def read_config(
+    path, # config.json of a model, or another JSON file of its folder
+) -> dict: # its content
+    "Read a JSON file whose content has names; `UserError` for any other."
+    found = read_json(path)
+    if not isinstance(found, dict): raise UserError(f"{path}: has no names and values; fetch the model again")
+    return found
+
 def vae_facts(
     folder, # of an AutoencoderKL
 ) -> dict: # channels, shift, scale, down (pixels per latent)
     "What its config says, without loading it."
-    found = read_json(Path(folder) / "config.json")
+    found = read_config(Path(folder) / "config.json")
     kind = found.get("_class_name")
     if kind != "AutoencoderKL":
         said = kind or found.get("model_type")
@@ -200,12 +209,18 @@ def vae_facts(
     # the defaults of diffusers; sd-vae-ft-mse is published without scaling_factor
     usual = {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None}
     found = usual | {"block_out_channels": (64,)} | found
-    return dict(
+    levels = found["block_out_channels"]
+    facts = dict(
         channels=found["latent_channels"],
         shift=found["shift_factor"] or 0.,
         scale=found["scaling_factor"],
-        down=2 ** (len(found["block_out_channels"]) - 1),
+        down=2 ** (len(levels) - 1) if isinstance(levels, (list, tuple)) and levels else 0,
     )
+    odd = [k for k, v in facts.items() if type(v) not in (int, float) or k != "shift" and not v > 0]
+    if odd:
+        what = f"its {odd[0]} is {facts[odd[0]]!r}, expected a number"
+        raise UserError(f"{folder}: config.json: {what}; fetch the VAE again")
+    return facts
 
 def vae_folder(
     vae: str, # folder of an AutoencoderKL, of a pipeline that has one, or a hub name

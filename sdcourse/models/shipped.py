@@ -28,7 +28,7 @@ MODELS = {
     "tiny-scenes": Row("nets", "scenes", CLASSIFIER, 800_000, "reads drawn scenes and faces, 32 x 32"),
     "tiny-photos": Row("nets", "photos", CLASSIFIER, 650_000, "reads crops of nine photographs, 64 x 64"),
     "tiny-sd15": Row("sd15", "places scenes", "diffusers:StableDiffusionPipeline", 12_000_000, "draws captioned scenes, 32 x 32"),
-    "tiny-vae": Row("vae", "tiny", "diffusers:AutoencoderKL", 2_000_000, "encodes scenes, faces and photographs, 32 x 32"),
+    "tiny-vae": Row("vae", "worlds", "diffusers:AutoencoderKL", 2_000_000, "encodes scenes, faces and photographs, 32 x 32"),
 }
 LIMIT = 24_000_000 # bytes of all shipped models, now and later
 

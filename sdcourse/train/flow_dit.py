@@ -19,10 +19,10 @@ from ..cache.latents import TableLatents, latent_source
 from ..config import BelowOne, Free, NonNegative, Positive, TrainConfig
 from ..core import UserError
 from ..data.items import Items
-from ..data.sets.worlds import world_named
 from ..dataset import Transform
 from ..engine.order import drawn
 from ..models.files import vae_facts, vae_folder
+from ..models.home import weights_licence
 from .condition import Classes
 from .latent import LatentModule, LatentTask, PictureOptions, SampleOptions
 from .objective import Flow, FlowOptions
@@ -222,10 +222,8 @@ def facts(self: Task): return super(Task, self).facts() | dict(classes=len(self.
 
 @patch
 def card(self: Task):
-    licence = self.latents.licence or "see the data set"
-    data = self.config.data
-    made_here = data == "synthetic" or world_named(data)
-    data = f"{data}: {len(self.classes)} classes; licence: {licence}"
+    licence = self.latents.licence
+    data = f"{self.config.data}: {len(self.classes)} classes; licence: {licence or 'see the data set'}"
     usage = USAGE.format(name=self.classes[0], w=self.config.guidance_scale)
     return dict(data=data, usage=usage, tags=("flow-matching", "dit"),
-                license="apache-2.0" if made_here else "unknown")
+                license=weights_licence(licence))

@@ -16,9 +16,11 @@ from torch import nn
 
 from ..config import Positive, Range, TrainConfig
 from ..core import UserError
+from ..data.manifests import load_manifest
 from ..data.sets.labelled import SIDES, labelled, questions
 from ..engine.loop import Task as BaseTask
 from ..evaluation.judges import read, right
+from ..models.home import weights_licence
 
 # %% ../../nbs/train/05_judge.ipynb #f0250ae5
 def _turned(x, u): # digits: turned and shifted a little
@@ -161,17 +163,23 @@ class Task(BaseTask):
         asked = questions(self.config.world)
         return right(read(module.net, test["pixels"], asked), test["labels"], asked)
 
+    @cached_property
+    def data_sha256(self): return self.sets["train"].fingerprint()
+    def fixed(self): return {"pictures": self.data_sha256}
+
     def facts(self):
-        train = self.sets["train"]
         return dict(
             data=self.config.world,
-            data_sha256=train.fingerprint(),
-            pictures=len(train),
+            data_sha256=self.data_sha256,
+            pictures=len(self.sets["train"]),
             questions=len(questions(self.config.world)),
         )
 
     def card(self):
         world = self.config.world
         made = "made by `sdcourse.data.sets.labelled`; the numbers are from pictures that were held out"
-        data = f"{world}: {len(self.sets['train']):,} pictures, {made}"
-        return dict(data=data, usage=_USAGE.format(world=world), tags=("convnext", "image-classification"))
+        drawn = ("scenes", "faces") if world == "scenes" else (world,)
+        licences = [load_manifest(name)["licence"]["name"] for name in drawn]
+        data = f"{world}: {len(self.sets['train']):,} pictures, {made}; licence: {', '.join(licences)}"
+        return dict(data=data, usage=_USAGE.format(world=world), tags=("convnext", "image-classification"),
+                    license=weights_licence(*licences))

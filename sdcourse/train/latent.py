@@ -7,6 +7,7 @@ __all__ = ['PictureOptions', 'BucketOptions', 'LoraOptions', 'SampleOptions', 'r
            'CaptionedTask']
 
 # %% ../../nbs/train/02_latent.ipynb #af92a4b4
+import hashlib, json
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +25,7 @@ from ..data.sampling_weights import SamplingWeights
 from ..data.sets.worlds import world_named
 from ..dataset import DataSet, Transform
 from ..engine.loop import Task
-from ..models.files import vae_facts
+from ..models.files import vae_facts, weights_id
 from .condition import Captions
 
 # %% ../../nbs/train/02_latent.ipynb #89c9f4e1
@@ -39,6 +40,9 @@ class PictureOptions:
     crop: Literal["center", "random", "none", "adm"] = "center" # of pictures that are encoded in each step (finetune-sd, MindONE: center)
     flip: bool = True # mirror half of the pictures (finetune-sd, MindONE)
     encode_batch: Positive[int] = 8 # pictures that go through the VAE together
+    refusals: ClassVar[tuple] = (
+        (lambda c: not c.data, "--data: is empty; give a data folder, tars, a hub name or a built-in world"),
+    )
 
 # %% ../../nbs/train/02_latent.ipynb #51893a12
 @dataclass
@@ -90,6 +94,9 @@ class SampleOptions:
         (("num_samples",), # recipes give it whatever the data are
          lambda c: not c.num_samples or world_named(c.data) or "num_samples" not in getattr(c, "given", ()),
          "where --data {c.data} is no built-in world"),
+    )
+    refusals: ClassVar[tuple] = (
+        (lambda c: c.guidance_scale < 0, "--guidance-scale {c.guidance_scale}: must be at least 0; 1: none"),
     )
 
 # %% ../../nbs/train/02_latent.ipynb #de14b724
@@ -154,8 +161,17 @@ class LatentTask(Task):
     def weights(self): # how often each picture is drawn; none: all alike
         return SamplingWeights(self.config.weights) if self.config.weights else None
 
+    @cached_property
+    def data_sha256(self): return self.latents.fingerprint()
+
+    @cached_property
+    def built_on(self): # part -> identity, of networks that were there before the training
+        return {"vae": weights_id(self.latents.vae)} if self.latents.vae else {}
+
     def fixed(self): # what a run may not change when it goes on
-        return {"weights_sha256": self.weights.sha256} if self.weights else {}
+        found = {"pictures": self.data_sha256}
+        if self.weights: found["sampling weights"] = self.weights.sha256
+        return found | {f"weights of {part}": known for part, known in self.built_on.items()}
 
     @cached_property
     def opened(self): return {} # split -> data set
@@ -172,19 +188,27 @@ class LatentTask(Task):
 
     def encode(self, batch, draws): return self.latents.encode(batch, draws, self.config.flip)
 
+    # options of its samples, where it has them
+    drawn_with = ("guidance_scale", "guidance_interval", "num_inference_steps", "sampler")
+
+    def drawing(self): # YAML knows no tuples
+        found = {k: getattr(self.config, k) for k in self.drawn_with if hasattr(self.config, k)}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in found.items()}
+
     def facts(self):
         known = dict(
             data=self.config.data,
-            data_sha256=self.latents.fingerprint(),
+            data_sha256=self.data_sha256,
             data_licence=self.latents.licence,
         )
-        return known | self.fixed()
+        return known | ({"weights_sha256": self.weights.sha256} if self.weights else {})
 
 # %% ../../nbs/train/02_latent.ipynb #d62d595b
 class CaptionedTask(LatentTask):
     "A task of captioned pictures and a pipeline in a folder; subclasses say `home` and its text encoders."
     text_parts = ("text_encoder",) # of the pipeline's folder
     text_columns = ("text_encoder.hidden",) # what the network takes of them
+    network_part = "unet" # of the pipeline's folder
     pictures_only = ("image_column", "crop") # --max-samples counts for captions too
 
     @cached_property
@@ -207,6 +231,19 @@ class CaptionedTask(LatentTask):
 
     @cached_property
     def captions(self): return Captions(self.home, self.text_parts, self.text_columns)
+
+    @cached_property
+    def built_on(self):
+        parts = (*self.text_parts, self.network_part, "vae")
+        return {part: weights_id(self.home/part) for part in parts}
+
+    @cached_property
+    def captions_sha256(self): # what is drawn has the captions of its world
+        texts = {} if self.data.pictures("train").drawn else self.texts("train")
+        prompts = self.config.prompts and Cache(self.config.prompts, "", kind="prompts").key
+        return hashlib.sha256(json.dumps([texts, prompts]).encode()).hexdigest()
+
+    def fixed(self): return super().fixed() | {"captions": self.captions_sha256}
 
     def check(self):
         for kind in ("latents", "prompts"): self._find(kind)
@@ -291,6 +328,8 @@ class CaptionedTask(LatentTask):
         train = self.data.pictures("train")
         texts = [] if train.drawn else [t for found in self.texts("train").values() for t in found]
         return super().facts() | dict(model=self.config.model, captions_cut=self.captions.count_cut(texts))
+
+    def drawing(self): return super().drawing() | dict(size=self.config.image_size)
 
     def sample(self, module, path):
         from sdcourse.plot import image_grid

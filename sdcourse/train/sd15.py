@@ -21,8 +21,10 @@ from torch import nn
 from ..config import Free, TrainConfig
 from ..core import UserError, read_json
 from ..engine.order import drawn
-from ..models.files import as_before, load_frozen, quiet, vae_facts, weights_id
-from ..models.home import licence_of, model_home, noise_of, unpacked, zero_terminal_snr
+from ..models.files import as_before, load_frozen, quiet, read_config, vae_facts, weights_id
+from sdcourse.models.home import (
+    check_parts, licence_of, model_home, noise_of, unpacked, weights_licence, zero_terminal_snr,
+)
 from ..models.lora import add_lora, save_lora
 from ..models.shipped import MODELS
 from .condition import CaptionOptions, dropped
@@ -128,7 +130,7 @@ class Task(CaptionedTask):
 
     @cached_property
     def own_noise(self): # what the model's scheduler says
-        return read_json(self.home/"scheduler"/"scheduler_config.json")
+        return read_config(self.home/"scheduler"/"scheduler_config.json")
 
     @cached_property
     def noise(self): # (abar, prediction)
@@ -139,8 +141,8 @@ class Task(CaptionedTask):
 
     @property
     def down(self): # pixels of one place in the smallest map of the UNet
-        levels = len(read_json(self.home/"unet"/"config.json")["block_out_channels"])
-        return self.vae["down"] * 2 ** (levels - 1)
+        widths = read_json(self.home/"unet"/"config.json").get("block_out_channels", range(4))
+        return self.vae["down"] * 2 ** (len(widths) - 1)
 
 # %% ../../nbs/03_sd15.ipynb #ae6f05d0
 @patch
@@ -148,6 +150,7 @@ def check(self: Task):
     cfg = self.config
     refuse(cfg)
     cfg.probabilities(len(self.noise[0]))
+    check_parts(self.home)
     abar, prediction = self.noise
     if abar[-1] == 0 and prediction != "v": raise _says_nothing(cfg.model, prediction)
     if cfg.dream and prediction == "v":
@@ -176,7 +179,6 @@ def _check_steps(cfg, most):
 def build(self: Task):
     cfg = self.config
     unet = self.unet()
-    self.autoencoder() # a weight that is not finite is found before the training
     if cfg.gradient_checkpointing: unet.enable_gradient_checkpointing()
     if cfg.lora_rank: add_lora(unet, rank=cfg.lora_rank, alpha=cfg.lora_alpha, modules=cfg.lora_modules)
     if cfg.channels_last: unet.to(memory_format=torch.channels_last)
@@ -306,9 +308,11 @@ def card(self: Task):
     abar, prediction = self.noise
     ending = f"leaves {abar[-1]:.2%} of the variance to the picture"
     if abar[-1] == 0: ending = "ends in pure noise"
+    of_data = self.latents.licence
+    ours = cfg.model in ("new", *MODELS)
     return dict(
-        data=f"{cfg.data}; {how} {cfg.model}; licence of the data: {self.latents.licence or 'not recorded'}",
-        license="apache-2.0" if cfg.model in ("new", *MODELS) else licence_of(cfg.model, self.home),
+        data=f"{cfg.data}; {how} {cfg.model}; licence of the data: {of_data or 'not recorded'}",
+        license=weights_licence(of_data) if ours else licence_of(cfg.model, self.home),
         sections={"Noise": NOISE.format(prediction=prediction, ending=ending)},
         usage=usage,
         tags=("stable-diffusion", "text-to-image", *["lora"] * lora),

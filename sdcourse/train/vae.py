@@ -17,8 +17,10 @@ from torch import nn
 from ..config import NonNegative, Positive, Range, TrainConfig
 from ..core import UserError
 from ..data.items import Items
+from ..data.manifests import load_manifest
 from ..data.sets.labelled import labelled
 from ..engine.loop import Task as BaseTask
+from ..models.home import weights_licence
 
 # %% ../../nbs/train/04_vae.ipynb #962562c9
 def worlds(
@@ -119,6 +121,13 @@ _USAGE = """from diffusers import AutoencoderKL
 
 AutoencoderKL.from_pretrained('export')"""
 
+_WORLDS = dict(
+    max_steps=9000, batch_size=32, lr=2e-3, lr_schedule="cosine", warmup_steps=100, ema_decay=0.999,
+    threads=1, log_every=100, checkpoint_every=500, validate_every=1500)
+_PRESETS = dict(
+    tiny=_WORLDS | dict(max_steps=1500, share=0.2), # to draw all pictures takes most of a minute
+    worlds=_WORLDS) # as shipped
+
 @dataclass
 class Config(TrainConfig):
     "Options of the autoencoder; see `TrainConfig` for those that all tasks share."
@@ -131,9 +140,7 @@ class Config(TrainConfig):
     effects: ClassVar[tuple] = (
         (("compile", "gradient_checkpointing"), lambda c: False, "for vae, whose network is small"),
     )
-    presets: ClassVar[dict] = dict(tiny=dict(
-        max_steps=9000, batch_size=32, lr=2e-3, lr_schedule="cosine", warmup_steps=100, ema_decay=0.999,
-        threads=1, log_every=100, checkpoint_every=500, validate_every=1500))
+    presets: ClassVar[dict] = _PRESETS
 
 # %% ../../nbs/train/04_vae.ipynb #da493b6d
 class Task(BaseTask):
@@ -187,11 +194,17 @@ class Task(BaseTask):
         module.vae.register_to_config(scaling_factor=measured_scale(module.vae, some))
         module.vae.save_pretrained(folder)
 
+    @cached_property
+    def data_sha256(self): return self.sets["train"].fingerprint()
+    def fixed(self): return {"pictures": self.data_sha256}
+
     def facts(self):
-        train = self.sets["train"]
-        return dict(data="scenes, faces, photos", data_sha256=train.fingerprint(), pictures=len(train))
+        pictures = len(self.sets["train"])
+        return dict(data="scenes, faces, photos", data_sha256=self.data_sha256, pictures=pictures)
 
     def card(self):
         what = f"scenes, faces and crops of photographs: {len(self.sets['train']):,} pictures"
         made = "made by `sdcourse.data.sets.labelled`; the numbers are from pictures that were held out"
-        return dict(data=f"{what}, {made}", usage=_USAGE, tags=("autoencoder",))
+        licences = [load_manifest(world)["licence"]["name"] for world in ("scenes", "faces", "photos")]
+        data = f"{what}, {made}; licences: {', '.join(licences)}"
+        return dict(data=data, usage=_USAGE, tags=("autoencoder",), license=weights_licence(*licences))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['RATES', 'ATTRIBUTES', 'LASTING', 'BEARDS', 'HAIR', 'MALE', 'TURN', 'SKINS', 'EYES', 'TINTS', 'CLOTHES', 'GROUNDS',
-           'LIPSTICKS', 'LANDMARKS', 'POINTS', 'BOX', 'people', 'Pen', 'mix', 'bent', 'mirror_points', 'pick', 'Look',
-           'draw_face', 'FacesOptions', 'wild_view', 'geometry', 'draw_picture', 'hq_numbers', 'tables',
-           'prepare_faces']
+           'LIPSTICKS', 'IN_WORDS', 'DETAILS', 'LANDMARKS', 'POINTS', 'BOX', 'people', 'Pen', 'mix', 'bent',
+           'mirror_points', 'pick', 'Look', 'draw_face', 'face_captions', 'FacesOptions', 'wild_view', 'geometry',
+           'draw_picture', 'hq_numbers', 'tables', 'prepare_faces']
 
 # %% ../../../nbs/data/sets/03_faces.ipynb #dcbc3ed4
 from dataclasses import dataclass
@@ -123,7 +123,7 @@ class Pen:
         colour, # RGB, or RGBA with alpha 0 … 255
     ):
         "A filled polygon."
-        self.draw.polygon([tuple(p) for p in self.to_sheet(points)], fill=tuple(int(c) for c in colour))
+        self.draw.polygon(self.to_sheet(points).ravel().tolist(), fill=tuple(int(c) for c in colour))
 
     def oval(self, x, y, rx, ry, colour):
         "A filled ellipse."
@@ -588,6 +588,48 @@ def draw_face(
     _front_hair(pen, k)
     if k.a["Wearing_Hat"]: _hat(pen, k)
     return pen.finish(0.045 if k.a["Blurry"] else 0)
+
+# %% ../../../nbs/data/sets/03_faces.ipynb #ae799183
+IN_WORDS = {
+    "Male": ("a woman", "a man"),
+    "Young": ("an older person", "a young person"),
+    "Smiling": ("a serious face", "a smiling face"),
+    "Mouth_Slightly_Open": ("a closed mouth", "an open mouth"),
+    "Eyeglasses": ("no glasses", "glasses"),
+    "Bald": ("hair on the head", "a bald head"),
+    "Bangs": ("a free forehead", "bangs"),
+    "Black_Hair": ("no black hair", "black hair"),
+    "Blond_Hair": ("no blond hair", "blond hair"),
+    "Brown_Hair": ("no brown hair", "brown hair"),
+    "Gray_Hair": ("no gray hair", "gray hair"),
+    "Wearing_Hat": ("no hat", "a hat"),
+    "Wearing_Lipstick": ("no lipstick", "lipstick"),
+    "No_Beard": ("a beard", "no beard"),
+} # attribute -> what is said when it is absent, and when it is there
+
+DETAILS = ("Mouth_Slightly_Open", "Eyeglasses", "Wearing_Hat", "Wearing_Lipstick", "No_Beard")
+
+def face_captions(
+    attributes: dict, # attribute -> bool
+    number: int = 0, # of the picture: which single facts are said
+) -> tuple: # five texts: terse, plain, complete, and two of a single fact
+    "What one portrait shows, in words."
+    def told(name): return IN_WORDS[name][bool(attributes[name])]
+    age = "a young" if attributes["Young"] else "an older"
+    terse = f"a portrait of {age} {told('Male').split()[-1]}"
+    hair = _hair(attributes)
+    plain = f"{terse} with {hair}, {told('Smiling')}"
+    rest = [told(k) for k in DETAILS]
+    names = list(IN_WORDS)
+    single = [f"a portrait: {told(names[(number + k) % len(names)])}" for k in (0, 5)]
+    complete = f"{plain.removeprefix('a portrait of ')}, {', '.join(rest)}"
+    return (terse, plain, complete, *single)
+
+def _hair(attributes):
+    "The hair in words."
+    if attributes["Bald"]: return "a bald head"
+    colour = next((IN_WORDS[k][1] for k in HAIR if attributes[k]), "hair of another colour")
+    return f"{colour} and bangs" if attributes["Bangs"] else colour
 
 # %% ../../../nbs/data/sets/03_faces.ipynb #62d8bb6b
 @dataclass

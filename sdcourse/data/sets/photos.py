@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NASA', 'CC0', 'CCBY', 'PHOTOGRAPHS', 'GAP', 'COLUMNS', 'Photograph', 'photograph_file', 'PhotosOptions', 'regions',
-           'crops', 'cut', 'table', 'prepare_photos']
+           'crops', 'cut', 'as_table', 'prepare_photos']
 
 # %% ../../../nbs/data/sets/02_photos.ipynb #269d1523
 import csv, io
@@ -205,14 +205,14 @@ def _row(crop):
         f"{crop['text']}; detail of: {photo.text}",
         photo.name, crop["text"], photo.licence, photo.people, crop["split"]]
 
-def table(
-    found: list, # what `crops` gives
+def as_table(
+    rows, # values in the order of `COLUMNS`
 ) -> str: # tab-separated text
-    "The rows of photos.tsv000."
+    "The text of photos.tsv000."
     out = io.StringIO()
     write = csv.writer(out, delimiter="\t", lineterminator="\n")
     write.writerow(COLUMNS)
-    write.writerows(map(_row, found))
+    write.writerows(rows)
     return out.getvalue()
 
 # %% ../../../nbs/data/sets/02_photos.ipynb #f1c9c0c2
@@ -242,7 +242,7 @@ def prepare_photos(
                         "pip install -c constraints.txt scikit-learn matplotlib scikit-image")
     jobs = [PictureJob("images", f"{c['id']}.png", {}, (c["path"], c["box"])) for c in found]
     here = sorted({c["photograph"].name for c in found})
-    def write_table(folder, _): write_text(folder / "photos.tsv000", table(found))
+    def write_table(folder, _): write_text(folder / "photos.tsv000", as_table(map(_row, found)))
     whole = build_folder(out, jobs, cut, options, name="photos", origin=_origin(found), flag=flag,
                   finish=write_table, photographs=here)
     if whole: _tell(out, found)
