@@ -189,7 +189,7 @@ PLANTED = {
         ('a run that was never started is finished', 'return f"at step {last[\'step\']}" if last else "not started"', 'return "finished"', 'test_a_run_that_is_missing_has_a_row_that_says_so'),
         ('a wrong value is found when its turn comes', '    for w in words: parse_args(', '    for w in words[:1]: parse_args(', 'test_what_is_wrong_is_refused_before_anything_trains'),
         ('sweep: a file in the way is found by the first run', '    check_place("--out", args.out)\n', '', 'test_a_file_in_the_way_of_a_sweep_is_said_before_it_begins'),
-        ('sweep: varies the folder that it gives itself', '    if "out" in found[0]: raise', '    if False: raise', 'test_what_is_wrong_is_refused_before_anything_trains'),
+        ('sweep: varies the folder that it gives itself', '        if name == "out": raise', '        if False: raise', 'test_what_is_wrong_is_refused_before_anything_trains'),
     ],
     ('slurm/job.sh', 'tests/test_slurm.py'): [
         ('a job is requeued twice', '  elif scontrol requeue "$job"; then\n', '  elif scontrol requeue "$job" & scontrol requeue "$job"; then\n', 'test_a_stop_in_the_middle_is_requeued_once_and_the_tracker_goes_on'),
@@ -778,6 +778,7 @@ PLANTED = {
         ('joined: always the first caption', 'key(self.seed, "caption", position) % len(texts)', '0', 'test_joined_sets_give_one_item_and_notice_strangers'),
         ('joined: a missing row is the last one', '    if lost.size:\n', '    if False:\n', 'test_joined_sets_give_one_item_and_notice_strangers'),
         ('cache: the fingerprint forgets the key', 'facts = [self.kind, self.key, self.columns,', 'facts = [self.kind, self.columns,', 'test_the_fingerprint_follows_key_and_rows'),
+        ('store: every caption is as long as the longest', 'dtype=object if index["kind"] == "prompts" else str)', 'dtype=str)', 'test_one_long_caption_does_not_make_all_rows_long'),
     ],
     ('sdcourse/engine/work.py', 'tests/test_store.py'): [
         ('cache: two commands write at once', '            if _lives(self.path, text, self.stop):', '            if False:', 'test_one_process_at_a_time_and_leftovers_go'),

@@ -213,3 +213,11 @@ def test_the_fingerprint_follows_key_and_rows(tmp_path):
         )
         == 4
     )
+
+
+def test_one_long_caption_does_not_make_all_rows_long(tmp_path):
+    "Case 36: 25,000 prompts, one of 20,000 characters, took 2 GB."
+    ids = ["x" * 20_000, *(f"a cat {i}" for i in range(999))]
+    cache = Cache(made(tmp_path / "p", ids, "", 1000, kind="prompts"), "")
+    assert cache.ids.nbytes < 100_000
+    assert cache[0]["id"] == ids[0] and cache.__getitems__([999, 1])["id"].tolist() == [ids[999], ids[1]]

@@ -182,7 +182,8 @@ class Cache:
         self.columns = index["columns"]
         self._shards = index["shards"]
         rows = planned(folder, index, split)
-        self.ids = np.array(list(rows), dtype=str)
+        # captions are ids of prompts: one long one would make an array of equal widths enormous
+        self.ids = np.array(list(rows), dtype=object if index["kind"] == "prompts" else str)
         self._where = np.array([w[1:] for w in rows.values()], dtype=np.int64).reshape(-1, 2)
         self._open = {} # number of a shard -> its tensors
         self._numbers = None # id -> number of the row, once somebody has asked
