@@ -161,8 +161,9 @@ def main(
         return 130
     except Exception as e:
         if not _is_memory(e): raise
-        print(f"error: not enough memory ({' '.join(str(e).split())[:160]}); do less at a time (--micro-batch, "
-              "--batch, --encode-batch), or choose a smaller model", file=sys.stderr)
+        why = " ".join(str(e).split())[:160]
+        remedy = "do less at a time (--micro-batch, --batch, --encode-batch), or choose a smaller model"
+        print(f"error: not enough memory ({why}); {remedy}", file=sys.stderr)
         return UserError.code
 
 def _is_memory(e): # torch has an exception of its own for GPUs, and none for CPUs

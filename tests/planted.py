@@ -205,7 +205,7 @@ PLANTED = {
         ('a run that was never started is finished', 'return f"at step {last[\'step\']}" if last else "not started"', 'return "finished"', 'test_a_run_that_is_missing_has_a_row_that_says_so'),
         ('a wrong value is found when its turn comes', '    for w in words: parse_args(', '    for w in words[:1]: parse_args(', 'test_what_is_wrong_is_refused_before_anything_trains'),
         ('sweep: a file in the way is found by the first run', '    check_place("--out", args.out)\n', '', 'test_a_file_in_the_way_of_a_sweep_is_said_before_it_begins'),
-        ('sweep: varies the folder that it gives itself', '    if "out" in found[0]: raise', '    if False: raise', 'test_what_is_wrong_is_refused_before_anything_trains'),
+        ('sweep: varies the folder that it gives itself', '        if name == "out": raise', '        if False: raise', 'test_what_is_wrong_is_refused_before_anything_trains'),
     ],
     ('slurm/job.sh', 'tests/test_slurm.py'): [
         ('a job is requeued twice', '  elif scontrol requeue "$job"; then\n', '  elif scontrol requeue "$job" & scontrol requeue "$job"; then\n', 'test_a_stop_in_the_middle_is_requeued_once_and_the_tracker_goes_on'),

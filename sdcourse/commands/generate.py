@@ -332,12 +332,15 @@ def draw(
         return pipe([r["label"] for r in rows], **options).images
     if cfg.negative_prompt: options["negative_prompt"] = [cfg.negative_prompt] * len(rows)
     if cfg.size: options |= dict(height=cfg.size, width=cfg.size)
-    try: out = pipe(prompt=[r["text"] for r in rows], **options)
-    except ValueError as e: # what a pipeline says of its arguments
-        raise UserError(f"{type(pipe).__name__} does not draw so: {_brief(e)}") from None
+    out = _asked(pipe, prompt=[r["text"] for r in rows], **options)
     if any(getattr(out, "nsfw_content_detected", None) or []):
         raise UserError(f"{rows[0]['id']} …: the safety checker blackened pictures")
     return out.images
+
+def _asked(pipe, **options):
+    try: return pipe(**options)
+    except ValueError as e: # what a pipeline says of its arguments
+        raise UserError(f"{type(pipe).__name__} does not draw so: {_brief(e)}") from None
 
 def classes_of(pipe) -> tuple: # names by number; empty for a model of texts
     "The classes that a pipeline knows."

@@ -31,6 +31,7 @@ def combinations(
         if name in axes or len(set(values)) < len(values):
             twice = name if name in axes else "a value"
             raise UserError(f"--vary {text}: {twice} is there twice")
+        if name == "out": raise UserError("--vary out: each run has a folder of its own; give --out FOLDER")
         axes[name] = values
     if not axes: raise UserError("nothing varies: give --vary lr=1e-4,3e-4")
     return [dict(zip(axes, values)) for values in itertools.product(*axes.values())]
@@ -77,9 +78,7 @@ def plan_sweep(
     config = task_module(task).Config
     args, rest = ask.parse_known_args(rest)
     args.out = args.out or f"runs/sweep-{task}"
-    check_place("--out", args.out)
     found = combinations(args.vary)
-    if "out" in found[0]: raise UserError("--vary out: each run has a folder of its own; give --out FOLDER")
     words = [[task, *rest, *_words_of(c, args.out)] for c in found]
     for w in words: parse_args(config, w[1:], f"sdcourse sweep {task}")[0].check()
     if args.index is not None and not 0 <= args.index < len(found):
@@ -192,6 +191,7 @@ def sweep(
 ) -> int: # exit code
     "`sdcourse sweep TASK --vary lr=1e-4,3e-4`"
     args, found, words = plan_sweep(argv)
+    check_place("--out", args.out)
     command = "sdcourse sweep " + " ".join(a for a in argv if a not in ("--run", "--table"))
     if args.index is not None:
         print("\n".join(words[args.index]))

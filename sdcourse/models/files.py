@@ -216,11 +216,14 @@ def vae_facts(
         scale=found["scaling_factor"],
         down=2 ** (len(levels) - 1) if isinstance(levels, (list, tuple)) and levels else 0,
     )
-    odd = [k for k, v in facts.items() if type(v) not in (int, float) or k != "shift" and not v > 0]
-    if odd:
-        what = f"its {odd[0]} is {facts[odd[0]]!r}, expected a number"
-        raise UserError(f"{folder}: config.json: {what}; fetch the VAE again")
+    _check_numbers(folder, facts)
     return facts
+
+def _check_numbers(folder, facts): # a shift may be 0 or less
+    odd = [k for k, v in facts.items() if type(v) not in (int, float) or k != "shift" and not v > 0]
+    if not odd: return
+    what = f"its {odd[0]} is {facts[odd[0]]!r}, expected a number"
+    raise UserError(f"{folder}: config.json: {what}; fetch the VAE again")
 
 def vae_folder(
     vae: str, # folder of an AutoencoderKL, of a pipeline that has one, or a hub name

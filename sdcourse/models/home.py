@@ -99,7 +99,8 @@ def check_parts(
         kind = getattr(diffusers, read_config(root/"model_index.json")["scheduler"][1])
         with quiet(): kind.from_pretrained(root/"scheduler")
     except Exception as e:
-        raise UserError(f"--model {root}: its {part} does not work ({first_line(e)}); fetch it again") from None
+        what = f"its {part} does not work ({first_line(e)})"
+        raise UserError(f"--model {root}: {what}; fetch it again") from None
 
 # %% ../../nbs/models/02_home.ipynb #79b5ef4a
 def noise_of(
@@ -126,14 +127,18 @@ def noise_of(
     if prediction not in list(kinds):
         what = f"prediction {prediction} is not supported, only {', '.join(kinds)}"
         raise UserError(f"scheduler_config.json: {what}")
+    return _schedule(found), kinds[prediction]
+
+def _schedule(found): # the entries of scheduler_config.json, with the defaults of diffusers
     ends = dict(start=found["beta_start"], end=found["beta_end"])
     try:
-        abar = alphas_cumprod(found["num_train_timesteps"], schedule=schedule, **ends)
+        abar = alphas_cumprod(found["num_train_timesteps"], schedule=found["beta_schedule"], **ends)
         if found.get("rescale_betas_zero_snr"): abar = zero_terminal_snr(abar)
-        if not 0 <= abar.min() < abar.max() < 1: raise ValueError("its noise does not grow from little to much")
+        if not 0 <= abar.min() < abar.max() < 1: raise ValueError("its noise does not grow")
     except (TypeError, ValueError, RuntimeError, IndexError) as e:
-        raise UserError(f"scheduler_config.json: makes no schedule ({first_line(e)}); fetch it again") from None
-    return abar, kinds[prediction]
+        why = first_line(e)
+        raise UserError(f"scheduler_config.json: makes no schedule ({why}); fetch it again") from None
+    return abar
 
 def zero_terminal_snr(
     abar, # share of signal variance after each step, [T], falling
