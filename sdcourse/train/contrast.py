@@ -209,8 +209,8 @@ from transformers import AutoModel, AutoTokenizer
 model, tokenizer = AutoModel.from_pretrained('export'), AutoTokenizer.from_pretrained('export')"""
 
 _COMMON = dict(
-    max_steps=3000, batch_size=128, lr=1e-3, lr_schedule="cosine", warmup_steps=200, weight_decay=0.1,
-    ema_decay=0.998, threads=1, log_every=50, checkpoint_every=200, validate_every=1000)
+    max_steps=1500, batch_size=128, lr=1e-3, lr_schedule="cosine", warmup_steps=100, weight_decay=0.1,
+    ema_decay=0.998, threads=1, log_every=50, checkpoint_every=100, validate_every=500)
 
 @dataclass
 class Config(TrainConfig):
@@ -228,7 +228,10 @@ class Config(TrainConfig):
         (("width", "layers", "side", "patch", "words"), lambda c: not c.model,
          "with --model {c.model}, which has its own"),
     )
-    presets: ClassVar[dict] = dict(tiny=_COMMON, siglip=_COMMON | dict(kind="siglip"))
+    presets: ClassVar[dict] = dict(
+        tiny=_COMMON | dict(max_steps=600, batch_size=64, share=0.05),
+        worlds=_COMMON, # as shipped
+        worlds_siglip=_COMMON | dict(kind="siglip"))
 
 # %% ../../nbs/train/06_contrast.ipynb #d331078e
 def tokens_of(
