@@ -317,7 +317,7 @@ class TrainConfig(Options):
     stop_before: Free[NonNegative[float]] = 60.0 # save and stop so long before the end of a SLURM job, seconds; a tenth of the job at most
     requeue_code: Free[int] = 0 # exit code of a run that was stopped before its end, but not by a file STOP; slurm/train.sbatch sets 75
     hang_seconds: Free[NonNegative[float]] = 1800.0 # end a launcher's processes when no rank makes progress for so long, seconds; 0: never
-    batch_size: Positive[int] = 128 # images per optimizer step over all ranks (DiT and SiT: 256)
+    batch_size: Annotated[int, Range(above=0, most=2**20)] = 128 # images per optimizer step over all ranks (DiT and SiT: 256)
     micro_batch: Free[NonNegative[int]] = 0 # images per forward pass on one device; 0: no accumulation
     optimizer: str = "adamw" # adamw, or the import path of a class: package.Class
     lr: Positive[float] = 1e-4 # peak learning rate (DiT, SiT)

@@ -229,6 +229,7 @@ def test_a_typo_in_a_preset_is_found():
         (dict(resume="nevr"), "--resume"),
         (dict(push_to_hub="a/b/c"), "--push-to-hub"),
         (dict(batch_size="8" * 9 + "x"), "--batch-size"),
+        (dict(batch_size=2**21), "--batch-size"),
     ],
 )
 def test_check_names_the_option(bad, option):
