@@ -43,7 +43,7 @@ PLANTED = {
     ('sdcourse/train/contrast.py', 'tests/test_contrast.py'): [
         ('contrast: a shared caption is a mistake', 'x.masked_fill(same, -torch.inf)', 'x', 'test_a_caption_that_two_pictures_share_is_no_mistake'),
         ('contrast: ranks compare with their own pictures', 'every = gathered if self.training else own_rows', 'every = own_rows', 'test_two_ranks_compare_with_all_pictures_of_the_batch[clip]'),
-        ('contrast: ranks look for partners in the first rows', 'torch.distributed.get_rank() * len(x)', '0', 'test_two_ranks_compare_with_all_pictures_of_the_batch[siglip]'),
+        ('contrast: ranks look for partners in the first rows', 'me.rank * len(x)', '0', 'test_two_ranks_compare_with_all_pictures_of_the_batch[siglip]'),
         ('contrast: always the first caption', 'which = (draws.uniform("caption") * batch["captions"]).long()', 'which = torch.zeros(len(x), dtype=torch.long)', 'test_each_visit_draws_one_of_the_captions'),
         ('contrast: the caption of another picture counts', '(nearest == torch.arange(len(texts)))', '(nearest >= 0)', 'test_a_caption_is_nearest_to_its_own_picture'),
         ('contrast: rare attributes count little', 'right[truth == side].mean()', 'right.mean()', 'test_faces_with_and_without_count_half_each'),

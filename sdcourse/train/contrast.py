@@ -24,6 +24,7 @@ from ..data.sets.captioned import SHARES, captioned, squares_of
 from ..data.sets.faces import IN_WORDS
 from ..data.sets.labelled import FACES
 from ..data.sets.worlds import world_named
+from ..engine.dist import launched
 from ..engine.loop import Task as BaseTask
 from ..models.files import model_folder, quiet, weights_id
 from ..models.tiny_clip import HEAD_WIDTH, make_contrast, save_contrast
@@ -72,9 +73,10 @@ def gathered(
     x, # [b, ...] of this rank
 ): # ([n, ...] of all ranks, place of the first own row)
     "The rows of all ranks, with gradients to each."
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1: return x, 0
+    me = launched()
+    if me.world == 1: return x, 0
     from torch.distributed.nn.functional import all_gather
-    return torch.cat(all_gather(x)), torch.distributed.get_rank() * len(x)
+    return torch.cat(all_gather(x)), me.rank * len(x)
 
 def own_rows(x): # as `gathered`
     "The rows of this rank: ranks validate at their own pace."
@@ -262,7 +264,6 @@ class Task(BaseTask):
         if cfg.micro_batch and cfg.micro_batch < cfg.batch_size:
             why = "each picture is compared with all of its batch"
             raise UserError(f"--micro-batch {cfg.micro_batch}: {why}; leave it out, or lower --batch-size")
-        from sdcourse.engine.dist import launched
         if cfg.batch_size % launched().world:
             what = f"--batch-size {cfg.batch_size}: {launched().world} ranks have to share it evenly"
             raise UserError(f"{what}; give a multiple")
