@@ -38,7 +38,7 @@ def test_every_shipped_file_is_in_the_manifest_and_small():
         assert (
             size <= row.largest
             and size == known[name]["bytes"]
-            and known[name]["seconds"] < 75 * 60
+            and known[name]["seconds"] < 3 * 3600
             and known[name]["metrics"]
         )
         assert all(
@@ -317,7 +317,7 @@ def test_wrong_words_are_one_line():
     for words, text in (
         (["bild"], "did you mean 'build'"),
         (["build", "tiny-digts"], "did you mean 'tiny-digits'"),
-        (["build"], "valid: tiny-digits"),
+        (["build"], "valid: tiny-clip"),
     ):
         with pytest.raises(UserError, match=text):
             cli.run(["tiny", *words])

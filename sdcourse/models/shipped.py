@@ -24,6 +24,7 @@ class Row:
 
 CLASSIFIER = "transformers:AutoModelForImageClassification"
 MODELS = {
+    "tiny-clip": Row("contrast", "worlds", "transformers:CLIPModel", 7_000_000, "knows pictures and words of all worlds, 64 x 64"),
     "tiny-digits": Row("nets", "tiny", CLASSIFIER, 250_000, "reads handwritten digits, 8 x 8"),
     "tiny-scenes": Row("nets", "scenes", CLASSIFIER, 800_000, "reads drawn scenes and faces, 32 x 32"),
     "tiny-photos": Row("nets", "photos", CLASSIFIER, 650_000, "reads crops of nine photographs, 64 x 64"),

@@ -27,6 +27,7 @@ from ..data.sets.worlds import world_named
 from ..engine.dist import launched
 from ..engine.loop import Task as BaseTask
 from ..models.files import model_folder, quiet, weights_id
+from ..models.home import weights_licence
 from ..models.tiny_clip import HEAD_WIDTH, make_contrast, save_contrast
 from ..models.tiny_sd import LENGTH, make_tokenizer
 
@@ -322,14 +323,23 @@ class Task(BaseTask):
 
     def facts(self):
         train = self.sets["train"]
-        return dict(data=", ".join(SHARES), data_sha256=train.fingerprint(), pictures=len(train))
+        return dict(data=", ".join(SHARES), data_sha256=self.data_sha256, pictures=len(train))
+
+    @cached_property
+    def data_sha256(self): return self.sets["train"].fingerprint()
 
     def fixed(self): # what a run may not change when it goes on
-        return {"model_sha256": weights_id(self.shipped["folder"])} if self.config.model else {}
+        began = weights_id(self.shipped["folder"]) if self.config.model else ""
+        return {"pictures": self.data_sha256, "model": began}
 
     def card(self):
         n = len(self.sets["train"])
         what = f"scenes, faces, emoji in two styles and crops of photographs: {n:,} pictures"
         made = "made by `sdcourse.data.sets.captioned`; the numbers are from pictures that were held out"
-        tags = (self.config.kind, "zero-shot-image-classification")
-        return dict(data=f"{what}, {made}", usage=_USAGE, tags=tags)
+        licences = [world_named(name).open("test").licence for name in SHARES]
+        return dict(
+            data=f"{what}, {made}; licences: {', '.join(dict.fromkeys(licences))}",
+            usage=_USAGE,
+            tags=(self.config.kind, "zero-shot-image-classification"),
+            license=weights_licence(*licences),
+        )
