@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -541,6 +542,11 @@ def test_the_pictures_of_a_run_are_those_of_its_guidance_and_interval(run, tmp_p
     ):
         assert generate(source, tmp_path / out, options(**some, **over)) == 0
     assert drawn(tmp_path / "b") == drawn(tmp_path / "c") != drawn(tmp_path / "a")
+    strong = yaml.safe_load(text) | dict(guidance_scale=3.5)
+    file.write_text(yaml.safe_dump(strong | dict(guidance_interval=[0.01, 0.02])))  # no step is in it
+    assert generate(tmp_path / "r", tmp_path / "d", options(**some)) == 0
+    assert generate(run, tmp_path / "e", options(**some, guidance_scale=1.0)) == 0
+    assert drawn(tmp_path / "d") == drawn(tmp_path / "e")
     file.unlink()  # of no run: the pipeline's own
     assert as_the_run_says(tmp_path / "r/export", options()) == (options(), {})
 
