@@ -1,6 +1,6 @@
 """A local HTTP server that does everything wrong, by path; and the pictures that it sends."""
 
-import http.server, io, threading
+import http.server, io, os, threading
 from collections import Counter
 from contextlib import contextmanager
 
@@ -205,3 +205,14 @@ def hostile_server(secret="", bomb=b"", handler=Handler):
         server.release.set()
         server.shutdown()
         server.server_close()
+
+
+def lay_what_is_no_file(folder, kind):
+    "Beside the pictures: a pipe, a link to a device, or a name that is not UTF-8."
+    if kind == "pipe":
+        os.mkfifo(folder / "c.png")
+    elif kind == "device":
+        (folder / "z.png").symlink_to("/dev/zero")
+    else:
+        with open(os.fsencode(folder) + b"/bad\xff\xfe.png", "wb") as file:
+            file.write(picture(format="PNG"))

@@ -55,6 +55,9 @@ PLANTED = {
         ('tiny_clip: no words for transformers 4', '    as_before(folder)\n', '', 'test_what_is_left_is_read_by_transformers'),
         ('tiny_clip: other means than in training', 'image_mean=[0.5] * 3', 'image_mean=[0.48, 0.46, 0.41]', 'test_what_is_left_is_read_by_transformers'),
     ],
+    ('sdcourse/data/scan.py', 'tests/test_reported.py'): [
+        ('reported: a profile is not said', 'if has_colours(im): yield "colours"', 'if False: yield "colours"', 'test_a_profile_is_odd_and_not_bad'),
+    ],
     ('README.md', 'tests/test_floors.py'): [
         ('readme: a module has no line', '  - [meter](', '  [meter](', 'test_readme_shows_a_line_for_each_module'),
     ],

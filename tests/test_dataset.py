@@ -2,7 +2,7 @@
 cannot be trusted is refused by name.
 """
 
-import csv, hashlib, io, json, os, re, shutil
+import csv, hashlib, io, json, re, shutil
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from PIL import Image
 from torch import nn
 
 import toy
-from hostile import picture
+from hostile import lay_what_is_no_file, picture
 from nobody import OpenFolder, as_nobody
 from sdcourse import cli
 from sdcourse.core import UserError
@@ -1184,12 +1184,7 @@ def test_ids_are_texts_or_numbers(tmp_path, id):
 @pytest.mark.parametrize("kind", ["pipe", "device", "name"])
 def test_pipes_devices_and_names_that_are_not_text(tmp_path, kind):
     lay(tmp_path, "a.png")
-    if kind == "pipe":
-        os.mkfifo(tmp_path / "c.png")
-    elif kind == "device":
-        (tmp_path / "z.png").symlink_to("/dev/zero")
-    else:
-        shutil.copy(tmp_path / "a.png", os.fsencode(tmp_path) + b"/bad\xff\xfe.png")
+    lay_what_is_no_file(tmp_path, kind)
     refused(tmp_path, "UTF-8" if kind == "name" else "no plain file")
 
 
