@@ -1195,6 +1195,7 @@ PLANTED = {
     ],
     ('sdcourse/models/tiny_sd.py', 'tests/test_sd15.py'): [
         ('tiny sd: the tokenizer does not know its limit', ', model_max_length=LENGTH)', ')', 'test_tokenizer_is_clips_own'),
+        ('tiny sd: equally frequent pairs are merged by chance', 'special_tokens=ending,', 'special_tokens=[],', 'test_equally_frequent_pairs_are_merged_in_the_same_order'),
         ('tiny sd: weights do not depend on the seed', 'torch.manual_seed(seed)', 'torch.manual_seed(0)', 'test_the_same_seed_gives_the_same_bytes'),
     ],
     ('sdcourse/train/sd15.py', 'tests/test_sd15.py'): [

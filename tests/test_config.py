@@ -73,7 +73,7 @@ def test_help_page_names_default_of_the_preset_type_and_source(capsys):
     page = " ".join(capsys.readouterr().out.split())
     assert e.value.code == 0
     about = "images per optimizer step over all ranks (DiT and SiT: 256)"
-    assert f"{about} [a whole number, greater than 0; default 256]" in page
+    assert f"{about} [a whole number, greater than 0 and at most 1048576; default 256]" in page
     assert (
         "default 0.002" in page
         and "one of tiny/2, XL/2; default 'XL/2'" in page

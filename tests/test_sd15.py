@@ -184,6 +184,15 @@ def test_tokenizer_is_clips_own(model):
     assert max(len(ids) for ids in there(tiny_sd.sample_captions()).input_ids) <= 32
 
 
+def test_equally_frequent_pairs_are_merged_in_the_same_order():
+    "Each makes its own random hashes: without fixed numbers two of them agree by luck."
+    words = [a + b for a in "abcdefgh" for b in "abcdefgh"] * 2
+    orders = {tuple(sorted(tiny_sd.make_tokenizer(words).get_vocab().items())) for _ in range(4)}
+    assert len(orders) == 1
+    merges = tiny_sd.make_tokenizer(words, words=10)
+    assert len(merges) == 512 + 10 + 2
+
+
 def test_the_same_seed_gives_the_same_bytes(tmp_path, model):
     from sdcourse.models.files import weights_id
 

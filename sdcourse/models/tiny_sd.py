@@ -38,16 +38,17 @@ def make_tokenizer(
     from transformers import CLIPTokenizer
     base = CLIPTokenizer()
     alphabet = _bytes()
+    ending = [c + "</w>" for c in alphabet] # bytes that end a word
     trainer = trainers.BpeTrainer(
         vocab_size=512 + words,
         min_frequency=2,
         end_of_word_suffix="</w>",
+        special_tokens=ending, # named first: equally frequent pairs are merged by their numbers
         initial_alphabet=alphabet,
         show_progress=False,
     )
     base._tokenizer.train_from_iterator(texts, trainer)
     merges = [tuple(m) for m in json.loads(base._tokenizer.to_str())["model"]["merges"]]
-    ending = [c + "</w>" for c in alphabet] # bytes that end a word
     merged = ["".join(m) for m in merges]
     names = [*alphabet, *ending, *merged, "<|startoftext|>", "<|endoftext|>"]
     vocab = {name: i for i, name in enumerate(dict.fromkeys(names))}
