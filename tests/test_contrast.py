@@ -10,6 +10,7 @@ from sdcourse import guard  # noqa: F401
 from sdcourse.config import resolve
 from sdcourse.core import UserError
 from sdcourse.data.sets import captioned as worlds
+from sdcourse.data.sets.faces import IN_WORDS, face_captions
 from sdcourse.engine.checkpoint import latest_checkpoint, load_checkpoint
 from sdcourse.engine.loop import train
 from sdcourse.engine.order import Draws
@@ -55,6 +56,7 @@ def test_two_ranks_compare_with_all_pictures_of_the_batch(tmp_path, kind):
 import sdcourse.guard
 from sdcourse.config import resolve
 from sdcourse.data.sets import captioned as worlds
+from sdcourse.data.sets.faces import IN_WORDS, face_captions
 worlds.SHARES = {{"scenes": (8, 8)}}
 from sdcourse.train import contrast
 cfg = resolve(contrast.Config, overrides=dict(out=str(over.pop("out")), **{same!r}))
@@ -78,7 +80,11 @@ def test_a_caption_that_two_pictures_share_is_no_mistake():
     torch.manual_seed(0)
     tokens = torch.tensor([[[5, 6]], [[5, 6]], [[7, 8]]])
     batch = dict(
-        pixels=torch.randint(0, 255, (3, 3, 8, 8), dtype=torch.uint8), tokens=tokens, captions=torch.ones(3)
+        pixels=torch.randint(0, 255, (3, 3, 8, 8), dtype=torch.uint8),
+        tokens=tokens,
+        captions=torch.ones(3),
+        wrong=tokens,
+        wrongs=torch.zeros(3),
     )
 
     class Net(torch.nn.Module):
@@ -87,7 +93,7 @@ def test_a_caption_that_two_pictures_share_is_no_mistake():
 
         def forward(self, input_ids, pixel_values):
             text = torch.nn.functional.one_hot(input_ids[:, 0] - 5, 3).double()
-            image = torch.ones(len(text), 3, dtype=torch.double)
+            image = torch.ones(len(pixel_values), 3, dtype=torch.double)
             return type("Seen", (), dict(image_embeds=image, text_embeds=text))
 
     draws = Draws(0, 0, range(3), dtype=torch.float64, scope="validate")
@@ -96,6 +102,55 @@ def test_a_caption_that_two_pictures_share_is_no_mistake():
         [2.0, 3.0], dtype=torch.double
     ).log()  # of the choices: two captions, three for the last
     assert torch.allclose(loss, log[[0, 0, 1]], atol=1e-9)
+    # one caption more, which fits as well as all others do, for the last picture only
+    batch["wrongs"][2] = 1
+    loss, _ = contrast.Contrast(Net(), "clip").eval()(batch, draws)
+    assert torch.allclose(loss, (log[[0, 0, 1]] + torch.tensor([2.0, 2.0, 4.0]).log()) / 2, atol=1e-9)
+    far = contrast.Contrast(Net(), "siglip").eval()
+    more = far(batch, draws)[0]
+    batch["wrongs"][2] = 0
+    less = far(batch, draws)[0]
+    scale = torch.tensor(1.0).exp().double()
+    assert torch.allclose(
+        more - less, torch.tensor([0.0, 0.0, 1.0]).double() * torch.log1p(scale.exp()), atol=1e-6
+    )
+
+
+def test_wrong_captions_are_wrong_in_little():
+    "Of its role with another gender or skin; of a face one fact turned around. None is of a held-out concept."
+    every = worlds.world_named("emoji:3d").open("train").rows(range(2663))
+    rows = [row for row in every if row["subgroup"] in ("person-role", "food-fruit")]
+    said = worlds.said_of(rows, range(len(rows)))
+    known = {text: row for row in rows for text in row["texts"]}
+    for row, these in zip(rows, said):
+        assert these.texts == tuple(row["texts"]) and not set(these.texts) & set(these.wrong)
+        for other in map(known.__getitem__, these.wrong):
+            same, kind = row["facts"].get("role"), row["subgroup"]
+            assert other["facts"].get("role") == same and (same or other["subgroup"] == kind)
+    dark = [s.wrong for r, s in zip(rows, said) if r["facts"].keys() >= {"gender", "tone"}]
+    assert len(dark) > 100 and sum(len(w) == worlds.NEGATIVES for w in dark) > 0.9 * len(dark)
+
+    face = worlds.world_named("faces").open("train").rows([3])
+    (these,) = worlds.said_of(face, [3])
+    facts = face[0]["attributes"]
+    assert len(these.wrong) == worlds.NEGATIVES and not set(these.texts) & set(these.wrong)
+    turned = {text for k in IN_WORDS for text in face_captions(facts | {k: not facts[k]}, 3)}
+    single = {f"a portrait: {no if facts[k] else yes}" for k, (no, yes) in IN_WORDS.items()}
+    assert set(these.wrong) <= turned | single
+
+
+def test_the_nearest_relatives_come_first():
+    "A woman with dark skin is first told from a man with dark skin, not from a man with light skin."
+    rows = worlds.world_named("emoji:3d").open("train").rows(range(2663))
+    said = worlds.said_of(rows, range(len(rows)))
+    known = {text: row["facts"] for row in rows for text in row["texts"]}
+    alike = lambda a, b: sum(a.get(k) != b.get(k) for k in worlds.PARTS)
+    people = [(r, s) for r, s in zip(rows, said) if r["facts"].keys() >= {"role", "gender", "tone"}]
+    assert len(people) > 100
+    for row, these in people[:100]:
+        family = [r for r in rows if r["facts"].get("role") == row["facts"]["role"] and r is not row]
+        given = sorted(alike(row["facts"], known[text]) for text in these.wrong)
+        assert given == sorted(alike(row["facts"], r["facts"]) for r in family)[: worlds.NEGATIVES]
 
 
 def test_each_visit_draws_one_of_the_captions(tmp_path):
@@ -120,11 +175,11 @@ def test_what_is_left_is_read_by_transformers(tmp_path):
     assert not info["missing_keys"] and not info["unexpected_keys"]
     names = {line.split(".")[0] for line in json_keys(folder)}
     assert names == {"text_model", "vision_model", "visual_projection", "text_projection", "logit_scale"}
-    items, texts = t.worlds["train"]
+    items, said = t.worlds["train"]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     seen = AutoImageProcessor.from_pretrained(folder)(items.tensors["pixels"][0], return_tensors="pt")
     assert torch.allclose(seen.pixel_values[0], items.tensors["pixels"][0] / 127.5 - 1, atol=1e-5)
-    ids = tokenizer(texts[0][0], padding="max_length", return_tensors="pt").input_ids
+    ids = tokenizer(said[0].texts[0], padding="max_length", return_tensors="pt").input_ids
     assert torch.equal(ids[0], t.sets["train"].tensors["tokens"][0, 0])
 
 

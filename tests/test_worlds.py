@@ -66,6 +66,20 @@ def test_columns_of_a_world():
     assert splits("faces") == ("train", "val", "test")
 
 
+def test_scenes_and_emoji_together_are_those_of_each():
+    both, parts = pictures("drawings", "val"), [pictures(name, "val") for name in ("scenes", "emoji:3d")]
+    assert list(both.ids) == [i for part in parts for i in part.ids]
+    n = len(parts[0])
+    for i, (part, j) in {3: (0, 3), n + 5: (1, 5)}.items():
+        a, b = both.row(i), parts[part].row(j)
+        assert (a["texts"], a["complete"]) == (b["texts"], b["complete"]), i
+        a, b = (d.squares([k], Transform(64)) for d, k in ((both, i), (parts[part], j)))
+        assert torch.equal(a, b)
+    train = pictures("drawings")
+    scenes = set(train.ids) & set(pictures("scenes").ids)
+    assert len(scenes) == 5000 and len(train) == 5000 + len(pictures("emoji:3d"))
+
+
 def test_classes_of_a_world():
     data = pictures("digits", "test")
     batch = Squares(data, Transform(8)).__getitems__([0, 7])

@@ -20,7 +20,7 @@ from torch import nn
 from ..config import Positive, Range, TrainConfig
 from ..core import UserError, read_json
 from ..data.items import Items
-from ..data.sets.captioned import SHARES, captioned, squares_of
+from ..data.sets.captioned import SHARES, captioned, squares_of, told_of
 from ..data.sets.faces import IN_WORDS
 from ..data.sets.labelled import FACES
 from ..data.sets.worlds import world_named
@@ -37,10 +37,12 @@ def softmax_loss(
     back, # the same for captions of this rank x pictures of all, [b,n]
     same, # bool [b,n]: other places with the same caption
     first: int = 0, # column of row 0's partner
+    wrong=None, # logits of a caption that is wrong in little, -inf where there is none, [b]
 ): # [b]
     "CLIP's: each picture picks its caption, and each caption its picture."
     own = first + torch.arange(len(fits), device=fits.device)
     rows, columns = (x.masked_fill(same, -torch.inf) for x in (fits, back))
+    if wrong is not None: rows = torch.cat([rows, wrong[:, None]], 1)
     ways = [F.cross_entropy(x, own, reduction="none") for x in (rows, columns)]
     return (ways[0] + ways[1]) / 2
 
@@ -48,12 +50,14 @@ def sigmoid_loss(
     fits, # logits, pictures of this rank x captions of all, [b,n]
     same, # bool [b,n]: other places with the same caption
     first: int = 0, # column of row 0's partner
+    wrong=None, # as for `softmax_loss`
 ): # [b]
     "SigLIP's: does this pair belong together?"
     own = torch.zeros_like(same)
     own.diagonal(first).fill_(True)
     signs = own.to(fits.dtype) * 2 - 1
-    return -F.logsigmoid(signs * fits).masked_fill(same, 0.).sum(1)
+    every = -F.logsigmoid(signs * fits).masked_fill(same, 0.).sum(1)
+    return every if wrong is None else every + F.softplus(wrong)
 
 # %% ../../nbs/train/06_contrast.ipynb #169b842d
 SHIFT = 4 # pixels, at most
@@ -99,18 +103,28 @@ class Contrast(nn.Module):
         which = (draws.uniform("caption") * batch["captions"]).long()
         return x, batch["tokens"][torch.arange(len(x)), which]
 
+    def tempting(self, batch, draws): # which pictures have captions wrong in little [b]; one of each, tokens
+        some = batch["wrongs"] > 0
+        which = (draws.uniform("wrong") * batch["wrongs"]).long()
+        return some, batch["wrong"][torch.arange(len(some)), which][some]
+
     def forward(self, batch, draws): # loss [b], t [b]
         x, ids = self.pairs(batch, draws)
-        seen = self.net(input_ids=ids, pixel_values=x)
+        some, tempting = self.tempting(batch, draws)
+        seen = self.net(input_ids=torch.cat([ids, tempting]), pixel_values=x)
         scale = self.net.logit_scale.clamp(max=HOTTEST).exp()
-        image, text = scale * seen.image_embeds, seen.text_embeds
+        image = scale * seen.image_embeds
+        text, beside = seen.text_embeds.split([len(ids), len(tempting)])
         every = gathered if self.training else own_rows
         texts, first = every(text)
         same = (ids[:, None] == every(ids)[0]).all(-1)
         same.diagonal(first).fill_(False)
-        fits = image @ texts.T
-        if self.kind == "siglip": loss = sigmoid_loss(fits + self.net.logit_bias, same, first)
-        else: loss = softmax_loss(fits, text @ every(image)[0].T, same, first)
+        bias = self.net.logit_bias if self.kind == "siglip" else 0.
+        fits = image @ texts.T + bias
+        wrong = fits.new_full((len(x),), -torch.inf)
+        wrong[some] = (image[some] * beside).sum(1) + bias
+        if self.kind == "siglip": loss = sigmoid_loss(fits, same, first, wrong)
+        else: loss = softmax_loss(fits, text @ every(image)[0].T, same, first, wrong)
         return loss, torch.zeros_like(loss)
 
 # %% ../../nbs/train/06_contrast.ipynb #f18484fd
@@ -233,7 +247,8 @@ class Config(TrainConfig):
     )
     presets: ClassVar[dict] = dict(
         tiny=_COMMON | dict(max_steps=600, batch_size=64, share=0.05),
-        worlds=_COMMON, # as shipped
+        worlds=_COMMON,
+        near=_COMMON | dict(lr=5e-4), # goes on from the one before
         worlds_siglip=_COMMON | dict(kind="siglip"))
 
 # %% ../../nbs/train/06_contrast.ipynb #d331078e
@@ -243,9 +258,10 @@ def tokens_of(
 ): # (int64 [n,most captions,LENGTH], how many of them each has, [n])
     "All captions as tokens; a picture with fewer has empty rows at the end."
     counts = torch.tensor([len(t) for t in texts])
+    tokens = torch.full((len(texts), max(1, int(counts.max())), LENGTH), tokenizer.pad_token_id)
+    if not counts.any(): return tokens, counts
     options = dict(padding="max_length", truncation=True, max_length=LENGTH, return_tensors="pt")
     flat = tokenizer([text for some in texts for text in some], **options).input_ids
-    tokens = torch.full((len(texts), int(counts.max()), LENGTH), tokenizer.pad_token_id)
     tokens[torch.arange(tokens.shape[1])[None] < counts[:, None]] = flat
     return tokens, counts
 
@@ -286,15 +302,17 @@ class Task(BaseTask):
         if self.config.model:
             from transformers import AutoTokenizer
             return AutoTokenizer.from_pretrained(self.shipped["folder"])
-        texts = [text for some in self.worlds["train"][1] for text in some]
+        texts = [text for said in self.worlds["train"][1] for text in said.texts]
         return make_tokenizer(texts, words=self.config.words)
 
     @cached_property
     def sets(self):
         found = {}
-        for split, (items, texts) in self.worlds.items():
-            tokens, captions = tokens_of(self.tokenizer, texts)
-            found[split] = Items(items.tensors | dict(tokens=tokens, captions=captions))
+        for split, (items, said) in self.worlds.items():
+            tokens, captions = tokens_of(self.tokenizer, [s.texts for s in said])
+            wrong, wrongs = tokens_of(self.tokenizer, [s.wrong for s in said])
+            words = dict(tokens=tokens, captions=captions, wrong=wrong, wrongs=wrongs)
+            found[split] = Items(items.tensors | words)
         return found
 
     def dataset(self, split): return self.sets["train" if split == "train" else "val"]
@@ -312,10 +330,10 @@ class Task(BaseTask):
 
     def sample(self, module, path): # held-out pictures above, below each the picture its caption finds
         from sdcourse.plot import image_grid
-        items, texts = self.worlds["val"]
+        items, said = self.worlds["val"]
         some = torch.linspace(0, len(items) - 1, 16).round().long().unique()
         images = encoded(module.net, self.tokenizer, items.tensors["pixels"])
-        words = encoded(module.net, self.tokenizer, texts=[max(texts[i], key=len) for i in some.tolist()])
+        words = encoded(module.net, self.tokenizer, texts=[max(said[i].texts, key=len) for i in some.tolist()])
         found = (words @ images.T).argmax(1)
         image_grid(items.tensors["pixels"][torch.cat([some, found])], ncols=len(some)).save(path)
 
@@ -333,13 +351,6 @@ class Task(BaseTask):
         return {"pictures": self.data_sha256, "model": began}
 
     def card(self):
-        n = len(self.sets["train"])
-        what = f"scenes, faces, emoji in two styles and crops of photographs: {n:,} pictures"
-        made = "made by `sdcourse.data.sets.captioned`; the numbers are from pictures that were held out"
-        licences = [world_named(name).open("test").licence for name in SHARES]
-        return dict(
-            data=f"{what}, {made}; licences: {', '.join(dict.fromkeys(licences))}",
-            usage=_USAGE,
-            tags=(self.config.kind, "zero-shot-image-classification"),
-            license=weights_licence(*licences),
-        )
+        data, licences = told_of(len(self.sets["train"]))
+        tags = (self.config.kind, "zero-shot-image-classification")
+        return dict(data=data, usage=_USAGE, tags=tags, license=weights_licence(*licences))

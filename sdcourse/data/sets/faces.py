@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['RATES', 'ATTRIBUTES', 'LASTING', 'BEARDS', 'HAIR', 'MALE', 'TURN', 'SKINS', 'EYES', 'TINTS', 'CLOTHES', 'GROUNDS',
            'LIPSTICKS', 'IN_WORDS', 'DETAILS', 'LANDMARKS', 'POINTS', 'BOX', 'people', 'Pen', 'mix', 'bent',
-           'mirror_points', 'pick', 'Look', 'draw_face', 'face_captions', 'FacesOptions', 'wild_view', 'geometry',
-           'draw_picture', 'hq_numbers', 'tables', 'prepare_faces']
+           'mirror_points', 'pick', 'Look', 'draw_face', 'face_captions', 'wrong_face_captions', 'FacesOptions',
+           'wild_view', 'geometry', 'draw_picture', 'hq_numbers', 'tables', 'prepare_faces']
 
 # %% ../../../nbs/data/sets/03_faces.ipynb #dcbc3ed4
 from dataclasses import dataclass
@@ -624,6 +624,21 @@ def face_captions(
     single = [f"a portrait: {told(names[(number + k) % len(names)])}" for k in (0, 5)]
     complete = f"{plain.removeprefix('a portrait of ')}, {', '.join(rest)}"
     return (terse, plain, complete, *single)
+
+def wrong_face_captions(
+    attributes: dict, # attribute -> bool
+    number: int = 0, # of the picture: which facts are wrong
+    count: int = 8, # of texts
+) -> tuple: # of texts, a half about a single fact
+    "Captions with one mistake each."
+    names = list(IN_WORDS)
+    names = names[number % len(names):] + names[:number % len(names)]
+    single = [f"a portrait: {IN_WORDS[k][not attributes[k]]}" for k in names]
+    true = face_captions(attributes, number)[:3]
+    flipped = [face_captions(attributes | {k: not attributes[k]}, number)[:3] for k in names]
+    changed = [b for texts in flipped for a, b in zip(true, texts) if a != b]
+    half = count // 2
+    return (*single[:half], *changed[:count - half])
 
 def _hair(attributes):
     "The hair in words."
