@@ -295,6 +295,24 @@ def test_readme_links_lead_somewhere():
     assert "make train" in text and "make test" in text
 
 
+def broken_links(nb):
+    "Links in the text of a notebook that lead to no file."
+    cells = json.loads(nb.read_text(encoding="utf-8"))["cells"]
+    text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    links = [
+        l.split("#")[0] for l in re.findall(r"\]\(([^)\s]+)\)", text) if not re.match(r"https?:|#|mailto:", l)
+    ]
+    return [l for l in links if not (nb.parent / l).exists()]
+
+
+def test_links_of_notebooks_lead_somewhere(tmp_path):
+    found = {str(p.relative_to(ROOT)): broken_links(p) for p in (ROOT / "nbs").rglob("*.ipynb")}
+    assert not {k: v for k, v in found.items() if v}
+    moved = tmp_path / "moved.ipynb"
+    moved.write_text(json.dumps({"cells": [{"cell_type": "markdown", "source": ["[a](gone.ipynb#b)"]}]}))
+    assert broken_links(moved) == ["gone.ipynb"]
+
+
 # ---- make
 def make(*args):
     "As a person would call it, also when this runs under a `make` that hands its flags down."
