@@ -1582,7 +1582,7 @@ PLANTED = {
     ],
     ('sdcourse/caption/land.py', 'tests/test_caption.py'): [
         ('caption: an altered picture is signed', '        if sha256(path) not in (entry["sha256"], ours.get(name)):', '        if False:', 'test_an_altered_picture_is_not_signed'),
-        ('caption: a column of another origin is overwritten', '                if name in whole.open(split).columns and name not in ours:', '                if False:', 'test_a_column_of_another_origin_is_not_overwritten'),
+        ('caption: a column of another origin is overwritten', '            if name in whole.open(split).columns and name not in ours:', '            if False:', 'test_a_column_of_another_origin_is_not_overwritten'),
         ('caption: the manifest is out of step', '    _sign(whole, sums)\n', '', 'test_captions_land_beside_those_that_were_there'),
         ('caption: classes are hidden', '        if not _tables_of(whole, split) and whole.open(split).classes:', '        if False:', 'test_folders_of_classes_are_not_hidden'),
     ],
