@@ -1,5 +1,5 @@
 #!/bin/bash
-# Cache, train, generate, evaluate: four jobs, each of which starts when the one before has ended well.
+# Caption, cache, train, generate, evaluate: five jobs, each of which starts when the one before has ended well.
 #
 #   slurm/pipeline.sh slurm/pipeline.example.env
 #
@@ -9,10 +9,10 @@ set -euo pipefail
 [ -e slurm/job.sh ] || { echo "error: $PWD has no slurm/job.sh: call it from the folder that holds slurm/" >&2; exit 2; }
 if [ $# != 1 ] || [ ! -r "$1" ]; then echo "error: slurm/pipeline.sh FILE: give a readable file such as slurm/pipeline.example.env, got ${*:-nothing}" >&2; exit 2; fi
 
-SBATCH=() CACHE=() TRAIN=() GENERATE=() EVALUATE=()
+SBATCH=() CAPTION=() CACHE=() TRAIN=() GENERATE=() EVALUATE=()
 # shellcheck source=/dev/null
 . "$1"
-[ $((${#CACHE[@]} + ${#TRAIN[@]} + ${#GENERATE[@]} + ${#EVALUATE[@]})) -gt 0 ] || { echo "error: $1 sets none of CACHE, TRAIN, GENERATE and EVALUATE" >&2; exit 2; }
+[ $((${#CAPTION[@]} + ${#CACHE[@]} + ${#TRAIN[@]} + ${#GENERATE[@]} + ${#EVALUATE[@]})) -gt 0 ] || { echo "error: $1 sets none of CAPTION, CACHE, TRAIN, GENERATE and EVALUATE" >&2; exit 2; }
 
 before=
 # submit STEP WORDS...: the step's job waits for the one before
@@ -24,6 +24,7 @@ submit() {
   before=${before%%;*}
   echo "$step $before"
 }
+submit caption "${CAPTION[@]}"
 submit cache "${CACHE[@]}"
 submit train "${TRAIN[@]}"
 submit generate "${GENERATE[@]}"

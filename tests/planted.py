@@ -1577,4 +1577,46 @@ PLANTED = {
     ('sdcourse/data/scan.py', 'tests/test_counted.py'): [
         ('X2: an old list of bad pictures is used', '    if found["files"] != fingerprint(files):', '    if False:', 'test_nothing_is_left_out_without_a_count_and_remedies_work'),
     ],
+    ('sdcourse/caption/table.py', 'tests/test_caption.py'): [
+        ('caption: a row counts as done whatever it depends on', '    return all(row.get(name) == wanted[name] for name in DECIDES)', '    return True', 'test_what_changed_is_written_again_and_nothing_else'),
+        ('caption: the batch is no part of the origin', '"decoding", "batch", "code", "input")', '"decoding", "code", "input")', 'test_what_changed_is_written_again_and_nothing_else'),
+        ('caption: what a killed start wrote is lost', '        for path in paths: table.add(read_lines(path))\n', '', 'test_killed_five_times_it_ends_with_the_same_table'),
+    ],
+    ('sdcourse/caption/write.py', 'tests/test_caption.py'): [
+        ('caption: the last batch is short', 'return items + items[-1:] * (batch - len(items))', 'return items', 'test_what_changed_is_written_again_and_nothing_else'),
+        ('caption: half of a unit is kept', '            if not go_on(len(some)): return\n', '            if not go_on(len(some)): break\n', 'test_a_stop_within_a_unit_leaves_no_part_of_it'),
+        ('caption: a picture that changed meanwhile is captioned', '        if i is None or self.input(data, i) != row[1]:', '        if i is None:', 'test_a_picture_that_changes_meanwhile_is_refused'),
+        ('caption: rows of pictures that are gone stay', '            for key in gone: del table.rows[key]\n', '', 'test_what_changed_is_written_again_and_nothing_else'),
+        ('caption: broken pictures are not counted', '        leave_out(self.job.source, bad, every, "pictures cannot be read and have no caption")\n', '', 'test_many_broken_pictures_stop_it_before_anything_lands'),
+    ],
+    ('sdcourse/caption/land.py', 'tests/test_caption.py'): [
+        ('caption: an altered picture is signed', '        if sha256(path) not in (entry["sha256"], ours.get(name)):', '        if False:', 'test_an_altered_picture_is_not_signed'),
+        ('caption: a column of another origin is overwritten', '            if name in whole.open(split).columns and name not in ours:', '            if False:', 'test_a_column_of_another_origin_is_not_overwritten'),
+        ('caption: the manifest is out of step', '    _sign(whole, sums)\n', '', 'test_captions_land_beside_those_that_were_there'),
+        ('caption: classes are hidden', '        if not _tables_of(whole, split) and whole.open(split).classes:', '        if False:', 'test_folders_of_classes_are_not_hidden'),
+    ],
+    ('sdcourse/caption/models.py', 'tests/test_captioners.py'): [
+        ('blip: a tower of zeros captions', '    if largest > 1e-6: return\n', '    return\n', 'test_models_that_cannot_caption_are_one_line'),
+        ('blip: words of another model', '    if largest >= words:', '    if False:', 'test_models_that_cannot_caption_are_one_line'),
+        ('blip: features that are not finite are captioned', '        if self.bad.any():', '        if False:', 'test_features_that_overflow_are_named'),
+        ('blip: rows draw from their place in the batch', '        seeds = [key(cfg.seed, "caption", name) % 2**63 for name in names]', '        seeds = [key(cfg.seed, "caption", i) % 2**63 for i in range(len(names))]', 'test_draws_depend_on_the_row_and_on_nothing_else'),
+        ('blip2: the prompt stands in the answer', '        self.skip = len(row) if model.config.use_decoder_only_language_model else 0', '        self.skip = 0', 'test_a_prompt_is_no_part_of_the_answer'),
+        ('blip2: an old checkpoint gets no image token', '    if number < words: return number\n', '    if number < 0: return number\n', 'test_an_old_checkpoint_without_an_image_token_gets_one'),
+    ],
+    ('sdcourse/caption/rewrite.py', 'tests/test_rewrite.py'): [
+        ('llama3: rows are padded behind their last word', '        words.padding_side = "left"', '        words.padding_side = "right"', 'test_answers_are_those_of_the_model_alone_at_any_batch'),
+        ('llama3: a draft ends the message', '.replace("<|", "< |").replace("|>", "| >")', '', 'test_a_draft_cannot_end_the_message'),
+        ('llama3: what is wrong stays', '        again = [i for i, f in enumerate(faults) if f]', '        again = []', 'test_what_is_wrong_is_asked_once_more_and_then_written_by_rule'),
+    ],
+    ('sdcourse/caption/read.py', 'tests/test_read.py'): [
+        ('read: denials are not heard', '    return bool(re.search(rf"\\b(?:{_DENY})\\b", clause))', '    return False', 'test_a_person_reads_the_same_in_a_sentence'),
+        ('read: a denial reaches over its clause', '    clause = before[max(ends, default=0):]', '    clause = before', 'test_a_person_reads_the_same_in_a_sentence'),
+        ('read: who says both is right', '        elif said[name] == {value}: found.kept.append(name)', '        elif value in said[name]: found.kept.append(name)', 'test_facts_are_kept_lost_contradicted_and_invented'),
+    ],
+    ('sdcourse/caption/facts.py', 'tests/test_read.py'): [
+        ('facts: who is attractive must be said', 'if _is_said(n, v) and n not in left_out}', 'if _is_said(n, v)}', 'test_facts_are_kept_lost_contradicted_and_invented'),
+    ],
+    ('sdcourse/caption/report.py', 'tests/test_read.py'): [
+        ('report: what is lost does not count', '        asked = c["kept"] + c["lost"] + c["contradicted"]', '        asked = c["kept"] + c["contradicted"]', 'test_the_report_counts_what_a_person_counts'),
+    ],
 }

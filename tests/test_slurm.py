@@ -493,7 +493,7 @@ def test_a_pipeline_without_words_is_refused(slurm, tmp_path):
     for words, text in (
         ([], "give a readable file"),
         ([tmp_path / "no"], "give a readable file"),
-        ([tmp_path / "env"], "sets none of CACHE"),
+        ([tmp_path / "env"], "sets none of CAPTION"),
     ):
         done = subprocess.run(
             ["slurm/pipeline.sh", *words], cwd=ROOT, capture_output=True, text=True, timeout=30

@@ -379,3 +379,104 @@ def thin_sd15(folder):
     from sdcourse.models.tiny_sd import make_pipeline
 
     return make_pipeline(folder, width=32, channels=(16, 32))
+
+
+def _preprocessor(folder, size, name="BlipImageProcessor"):
+    steps = dict(
+        image_processor_type=name,
+        do_resize=True,
+        do_normalize=True,
+        do_rescale=True,
+        do_convert_rgb=True,
+        rescale_factor=1 / 255,
+        image_mean=[0.48, 0.46, 0.41],
+        image_std=[0.27, 0.26, 0.28],
+        size={"height": size, "width": size},
+        resample=3,
+    )
+    (Path(folder) / "preprocessor_config.json").write_text(json.dumps(steps))
+
+
+def word_tokenizer(folder, specials, *, template=None, **named):
+    "One word, one number; `named` are its special tokens."
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = [*specials, *dict.fromkeys(WORDS)]
+    made = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    found = PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>", **named)
+    if template:
+        found.chat_template = template
+    found.save_pretrained(folder)
+    return len(words)
+
+
+def tiny_blip(folder):
+    "BLIP with a BERT tokenizer."
+    from transformers import BertTokenizer, BlipConfig, BlipForConditionalGeneration
+
+    torch.manual_seed(0)
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", *dict.fromkeys(WORDS)]
+    BertTokenizer(vocab={w: i for i, w in enumerate(words)}).save_pretrained(folder)
+    small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    text = small | dict(vocab_size=len(words), encoder_hidden_size=16, max_position_embeddings=64)
+    text |= dict(bos_token_id=5, sep_token_id=3, pad_token_id=0, eos_token_id=3)
+    vision = small | dict(image_size=16, patch_size=8, initializer_range=0.02)
+    config = BlipConfig(text_config=text, vision_config=vision, projection_dim=16)
+    large(BlipForConditionalGeneration(config)).save_pretrained(folder)
+    _preprocessor(folder, 16)
+    return Path(folder)
+
+
+def tiny_blip2(folder, *, text="t5", image_token=True, queries=4):
+    "BLIP-2 with a T5 or an OPT; without image_token, as it was saved by older versions."
+    from transformers import Blip2Config, Blip2ForConditionalGeneration
+
+    torch.manual_seed(0)
+    small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    special = ["<pad>", "</s>", "<unk>"] + ["<image>"] * image_token
+    words = word_tokenizer(folder, special, pad_token="<pad>", eos_token="</s>")
+    if text == "t5":
+        said = dict(
+            model_type="t5", vocab_size=words + 2, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2
+        )
+        said |= dict(num_decoder_layers=2, decoder_start_token_id=0, pad_token_id=0, eos_token_id=1)
+    else:
+        said = dict(model_type="opt", vocab_size=words + 2, hidden_size=16, ffn_dim=32, num_hidden_layers=2)
+        said |= dict(num_attention_heads=2, max_position_embeddings=128, word_embed_proj_dim=16)
+        said |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=1)
+    config = Blip2Config(
+        vision_config=small | dict(image_size=16, patch_size=8, initializer_range=0.02),
+        qformer_config=small | dict(encoder_hidden_size=16, vocab_size=30),
+        text_config=said,
+        num_query_tokens=queries,
+        image_token_index=3 if image_token else None,
+    )
+    model = Blip2ForConditionalGeneration(config)
+    with torch.no_grad():
+        model.query_tokens.normal_()
+    large(model).save_pretrained(folder)
+    _preprocessor(folder, 16)
+    return Path(folder)
+
+
+CHAT = (
+    "{% for m in messages %}<|{{ m.role }}|> {{ m.content }} <|end|> {% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|> {% endif %}"
+)
+
+
+def tiny_llama(folder, *, template=CHAT):
+    "A Llama with a chat template and without a token for padding, as it is published."
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    special = ["<unk>", "<s>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    words = word_tokenizer(folder, special, template=template, bos_token="<s>", eos_token="<|end|>")
+    small = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2)
+    config = LlamaConfig(
+        vocab_size=words, bos_token_id=1, eos_token_id=2, max_position_embeddings=1024, **small
+    )
+    large(LlamaForCausalLM(config), 3.0).save_pretrained(folder)
+    return Path(folder)

@@ -42,6 +42,7 @@ def block(cell):
 FLOORS = (
     "commands",
     "train",
+    "caption",
     "evaluation",
     "cache",
     "models",
