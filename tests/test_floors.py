@@ -26,6 +26,7 @@ KNOWS = {  # from the ground up: floor or module at the top, and what it may kno
     "dataset": "core engine data data.sets",
     "cache": "core config engine data data.sets models dataset",
     "evaluation": "core config plot engine data data.sets models dataset cache",
+    "attention": "core",
     "train": "core config plot diffusion cli engine data data.sets models dataset cache evaluation",
     "commands": "core config guard engine data models dataset evaluation train",
     "check": "config diffusion data models train",

@@ -42,6 +42,7 @@ def block(cell):
 FLOORS = (
     "commands",
     "train",
+    "attention",
     "evaluation",
     "cache",
     "models",
