@@ -205,18 +205,24 @@ def test_two_users_of_one_network_do_not_meet(built):
     taps, seen, gate = {}, {}, threading.Barrier(2, timeout=60)
 
     def user(name, steps):
-        with torch.no_grad(), Tap(network, steps=steps) as taps[name]:
-            gate.wait()
-            seen[name] = [run() for _ in range(2)]
-            gate.wait()
+        with torch.no_grad():
+            with Tap(network, steps=steps) as taps[name]:
+                gate.wait()
+                seen[name] = [run() for _ in range(2)]
+                gate.wait()
+                if name == "b":
+                    gate.wait()
+                    seen[name].append(run())
+            if name == "a":  # goes first
+                gate.wait()
 
-    threads = [threading.Thread(target=user, args=a) for a in (("a", [0]), ("b", [0, 1]))]
+    threads = [threading.Thread(target=user, args=a) for a in (("a", [0]), ("b", [0, 1, 2]))]
     for t in threads:
         t.start()
     for t in threads:
         t.join()
-    assert [len(taps[n].calls) for n in "ab"] == [2, 4] and [taps[n].passes for n in "ab"] == [2, 2]
-    assert torch.equal(seen["a"][0], seen["b"][1]) and F.scaled_dot_product_attention is OWN
+    assert [len(taps[n].calls) for n in "ab"] == [2, 6] and [taps[n].passes for n in "ab"] == [2, 3]
+    assert torch.equal(seen["a"][0], seen["b"][2]) and F.scaled_dot_product_attention is OWN
 
 
 def test_another_network_and_a_tap_in_use_are_not_seen(built):

@@ -64,7 +64,8 @@ def test_two_blobs_are_split_exactly():
 
 
 def test_the_best_threshold_is_the_best_of_all():
-    a = graph_of(clouds(9, 6, spread=1.0), width=0.3)
+    size = np.geomspace(0.1, 3, 15)
+    a = graph_of(clouds(9, 6, spread=1.0), width=0.3) * np.outer(size, size)
     side, price = two_way(a)
 
     def cost(mask):
@@ -146,6 +147,7 @@ def test_agreement_beyond_chance_counts_pairs(labels):
 
 def test_each_region_has_its_best_segment():
     assert segments_iou([0, 0, 0, 1], [0, 0, 1, 1]) == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert segments_iou([0, 1, 2, 2], [0, 0, 0, 0]) == 0.5
     found = stability([[0, 1, 1, 0], [1, 0, 0, 1], [0, 0, 1, 1]])
     assert found["n"] == 3 and found["least"] < 0 < found["value"] + 0.5 < 1
 
