@@ -43,6 +43,7 @@ FLOORS = (
     "commands",
     "train",
     "caption",
+    "attention",
     "evaluation",
     "cache",
     "models",
