@@ -28,8 +28,9 @@ def nearest(
     names, # the valid names
 ) -> str: # "did you mean …?" with the closest name, or the list of valid ones
     "A hint for a misspelt `name`."
-    close = difflib.get_close_matches(name, [str(n) for n in names], n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"valid: {', '.join(map(str, names)) or 'none'}"
+    known = {str(n).lower(): str(n) for n in names}
+    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
+    return f"did you mean {known[close[0]]!r}?" if close else f"valid: {', '.join(map(str, names)) or 'none'}"
 
 # %% ../nbs/90_core.ipynb #d61108b3
 def named(

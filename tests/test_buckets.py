@@ -139,6 +139,29 @@ def test_too_small_is_said(data):
     assert len(Bucketed(pictures(data), bucket_sizes(128, step=32), upscale=3.0)) == 11
 
 
+@pytest.mark.parametrize("buckets", [False, True])
+@pytest.mark.parametrize("column, mean", [("", (255, 0, 0)), ("target", (0, 0, 255))])
+def test_the_column_of_pictures_reaches_the_training(tmp_path, built, buckets, column, mean):
+    "faults.md C: each row names a red and a blue picture."
+    import tiny_models
+    from sdcourse.config import resolve
+    from sdcourse.train import sd15
+
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        for colour in ("red", "blue"):
+            Image.new("RGB", (32, 32), colour).save(tmp_path / split / f"{colour}.png")
+        row = dict(file_name="red.png", target="blue.png", text="a cat")
+        (tmp_path / split / "metadata.jsonl").write_text(json.dumps(row) + "\n")
+    how = dict(model=str(built(tiny_models.thin_sd15)), data=str(tmp_path), image_size=32, flip=False)
+    how |= dict(buckets=buckets, image_column=column) | (dict(bucket_step=8) if buckets else {})
+    task = sd15.Task(resolve(sd15.Config, overrides=how))
+    task.check()
+    for split in ("train", "validate"):
+        seen = task.dataset(split).__getitems__([(0, 0)])["image"].float()
+        assert seen.mean((0, 2, 3)).tolist() == list(mean)
+
+
 def test_it_trains(tmp_path, data, built):
     from sdcourse.config import resolve
     from sdcourse.engine.loop import train

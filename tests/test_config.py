@@ -397,6 +397,21 @@ def written(tmp_path, text):
         ("lr: 2020-13-45\n", ["a.yaml"]),
         ("lr: 1e-3\n".encode("utf-16"), ["UTF-8"]),
         ("? [a, b]\n: 1\n", ["a.yaml"]),
+        ("lr:\t1e-3\n", ["not valid YAML", "line 1"]),
+        ("out: 2020-01-02\n", ["out: expected text"]),
+        ("lr: null\n", ["lr: expected a number", "None"]),
+        ("lr: .nan\n", ["lr: expected a number", "nan"]),
+        ("lr: .inf\n", ["lr: expected a number", "inf"]),
+        ("seed: {a: 1}\n", ["seed: expected a whole number"]),
+        ("out: [a]\n", ["out: expected text"]),
+        ("lr: !!python/object/apply:os.system ['exit 3']\n", ["not valid YAML", "line 1"]),
+        ("lr: 1e-3\n---\nseed: 1\n", ["not valid YAML", "single document"]),
+        ("", ["mapping of options"]),
+        ("lr: *x\n", ["not valid YAML", "undefined alias"]),
+        ("max_steps: 1e5\n", ["max_steps: expected a whole number", "1e5"]),
+        ("LR: 1e-3\n", ["LR: unknown option", "'lr'"]),
+        ("batch-size: 3\n", ["batch-size: unknown option", "'batch_size'"]),
+        ('out: "C:\\x"\n', ["not valid YAML", "line 1"]),
     ],
 )
 def test_files_that_are_refused_in_one_line(tmp_path, text, words):
@@ -414,6 +429,10 @@ def test_files_that_are_refused_in_one_line(tmp_path, text, words):
         ("out: ~/runs/x\n", "out", os.path.expanduser("~/runs/x")),
         ("out: C:\\runs\n", "out", "C:\\runs"),
         ("force: yes\n", "force", True),
+        ("force: off\n", "force", False),
+        ("lr: 1e-4\n", "lr", 1e-4),
+        ("lr: &x 3e-4\nweight_decay: *x\n", "weight_decay", 3e-4),
+        ("<<: {lr: 3e-4}\n", "lr", 3e-4),
         ("config: {lr: 3e-4}\nversions: {}\nthreads: 3\nworld: 1\n", "lr", 3e-4),
         (f"seed: {2**64 - 1}\n", "seed", 2**64 - 1),
     ],
@@ -424,6 +443,10 @@ def test_files_that_are_read_as_they_look(tmp_path, text, name, value):
         assert getattr(resolve(Config, file=path), name) == value
     else:
         assert "base" in refusal(resolve, Config, file=path)
+
+
+def test_a_folder_is_no_file_of_options(tmp_path):
+    assert "cannot be read; give an existing YAML file" in refusal(resolve, Config, file=tmp_path)
 
 
 def test_a_merge_key_may_be_overridden(tmp_path):
@@ -497,6 +520,12 @@ def test_resume_with_no_checkpoint_says_what_to_give(tmp_path, name):
     (tmp_path / name / "manifest.json").write_text("{}")
     with pytest.raises(UserError, match="is no checkpoint.*give a folder RUN/checkpoints/step-…"):
         TrainConfig(resume=str(tmp_path / name)).check()
+
+
+@pytest.mark.parametrize("word", ["latest", "AUTO"])
+def test_other_words_for_a_checkpoint_say_which_there_are(word):
+    said = refusal(Config(resume=word).check)
+    assert f"--resume {word}: no such folder; use auto, never or a checkpoint folder" in said
 
 
 def test_resume_with_a_run_says_what_to_give(tmp_path):

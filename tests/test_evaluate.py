@@ -24,6 +24,7 @@ from sdcourse.evaluation.distances import kid, prdc
 from sdcourse.evaluation.metrics import (
     METRICS,
     Case,
+    _cut_note,
     clip_cosines,
     extractor_of,
     features_over,
@@ -234,6 +235,11 @@ def test_clip_score_is_transformers_cosine(tmp_path):
         for k in range(3)
     ]
     got = clip_cosines(folder, images, words, batch=2)
+    longer = ["a red cat with glasses and a hat on the lake", "a red cat with glasses and a hat on the tree"]
+    beyond = clip_cosines(folder, images[:1] * 2, longer)
+    assert beyond[0] == beyond[1]  # what CLIP does not read changes nothing, and is said
+    assert _cut_note(folder, [*longer, *words]).startswith("2 of 5 captions are longer than CLIP's 8")
+    assert _cut_note(folder, words) == ""
     from transformers import AutoImageProcessor
 
     model, tok, look = (

@@ -228,6 +228,29 @@ def test_a_small_disk(small_disk):
     assert step_of(small_disk / "run") == 4 and latest_checkpoint(small_disk / "run/checkpoints")[1] == []
 
 
+def test_a_disk_that_fills_in_the_middle_of_a_run(small_disk, monkeypatch):
+    "faults.md F: another program takes the room after the first save; both older checkpoints stay."
+    import toy
+    from sdcourse.core import UserError
+    from sdcourse.engine import loop
+
+    step, film = loop.step, small_disk / "film"
+
+    def filling(run):
+        step(run)
+        if run.step == 10:
+            film.write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 2_000))
+
+    monkeypatch.setattr(loop, "step", filling)
+    with pytest.raises(UserError, match="step-00000012: not saved .*older checkpoints are intact"):
+        toy.run(small_disk / "run", max_steps=16, checkpoint_every=4, keep=2, log_every=100)
+    monkeypatch.undo()
+    assert [p.name[-1] for p in sorted((small_disk / "run/checkpoints").glob("step-*"))] == ["4", "8"]
+    assert step_of(small_disk / "run") == 8
+    film.unlink()
+    assert toy.run(small_disk / "run", max_steps=16, checkpoint_every=4, keep=2, log_every=100).step == 16
+
+
 def test_a_run_that_fitted_on_a_disk_can_be_resumed_on_it(small_disk):
     "faults.md F: its own old checkpoints are not asked for again; room for one more is."
     from toy import run

@@ -3,6 +3,7 @@ ranks, and refusals.
 """
 
 import hashlib
+import io
 import json
 import os
 import signal
@@ -587,3 +588,70 @@ def test_prompts_of_a_file_are_its_lines(tmp_path):
     assert module._lines(tmp_path / "p.txt") == ["a cat", "two \u2028 parts\x0c of one"]
     with pytest.raises(UserError, match="--more /dev/zero: cannot be read"):
         module._lines("/dev/zero")
+
+
+# ---- faults.md A 6 and 7: a picture that goes, or is another one, while a cache is made and afterwards
+def replaced(place, kind):
+    "A folder of bitmaps or a tar of stored PNGs; a function that puts another picture of the same length."
+    from test_scan import sample_tar
+
+    def bytes_of(seed):
+        im = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8))
+        out = io.BytesIO()
+        im.save(out, "BMP") if kind == "folder" else im.save(out, "PNG", compress_level=0)
+        return out.getvalue()
+
+    def lay(first):
+        datas = [bytes_of(seed) for seed in (first, 1, 2)]
+        if kind == "tar":
+            sample_tar(place / "train-0.tar", datas)
+        else:
+            for i, data in enumerate(datas):
+                (place / f"{i}.bmp").write_bytes(data)
+
+    place.mkdir()
+    lay(0)
+    if kind == "tar":
+        assert cli.run(["shards", str(place), str(place)]) == 0
+    return lay
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+def test_a_replaced_picture_of_the_same_length_is_computed_again(world, tmp_path, kind):
+    lay = replaced(tmp_path / "d", kind)
+    sizes = {p: p.stat().st_size for p in (tmp_path / "d").iterdir()}
+    assert cache("latents", tmp_path / "d", tmp_path / "z", options(world[1])) == 0
+    old = Cache(tmp_path / "z")
+    old = dict(zip(old.ids.tolist(), old.__getitems__(range(3))["mean"]))
+    lay(7)
+    assert sizes == {p: p.stat().st_size for p in sizes}
+    assert cache("latents", tmp_path / "d", tmp_path / "z", options(world[1])) == 0
+    now = Cache(tmp_path / "z")
+    now = dict(zip(now.ids.tolist(), now.__getitems__(range(3))["mean"]))
+    assert [torch.equal(now[k], old[k]) for k in sorted(old)] == [False, True, True]
+
+
+def test_what_a_scan_leaves_out_is_no_dead_end(world, tmp_path, capsys):
+    "Case 6: the commands that the messages name, in turn; the plan that was made before is mended."
+    from test_scan import sample_tar
+
+    home, out = tmp_path / "d", tmp_path / "z"
+    replaced(home, "tar")
+    datas = [p.read_bytes() for p in sorted((world[0] / "train").glob("*.png"))[:12]]
+    sample_tar(home / "train-0.tar", [*datas[:5], datas[5][:200], *datas[6:]])
+    assert cli.run(["shards", str(home), str(home)]) == 0
+    with pytest.raises(UserError, match="train-0/5 .*sdcourse scan .* lists such pictures"):
+        cache("latents", home, out, options(world[1]))
+    assert cli.run(["scan", str(home), "--limit", "0.2"]) == 0
+    assert cache("latents", home, out, options(world[1])) == 0
+    assert sorted(Cache(out).ids) == sorted(f"train-0/{i}" for i in range(12) if i != 5)
+
+
+def test_a_split_that_is_left_out_is_not_waited_for(world, tmp_path):
+    assert cache("latents", world[0], tmp_path / "z", options(world[1])) == 0
+    for name in ("val-00000", "train-00001"):
+        (tmp_path / f"z/{name}.safetensors").unlink()
+    assert cache("latents", world[0], tmp_path / "z", options(world[1], splits=("train",))) == 0
+    assert len(Cache(tmp_path / "z").ids) == 24
+    assert cache("latents", world[0], tmp_path / "z", options(world[1])) == 0
+    assert len(Cache(tmp_path / "z", "val").ids) == 6

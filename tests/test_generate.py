@@ -5,6 +5,7 @@ stops and the kills.
 import hashlib
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -685,6 +686,12 @@ def test_captions_and_ids_of_a_data_set(data, sd15, tmp_path):
         ("p/1", "a blue cat", "p_1.png"),
         ("p/2", "a green cat", "p_2.png"),
     ]
+    odd = shutil.copytree(data, tmp_path / "odd") / "test/metadata.jsonl"
+    odd.write_text(odd.read_text().replace("a blue", "a\u2028b\x85c"), encoding="utf-8")
+    how = options(classes=(), data=str(tmp_path / "odd"), size=32, num_inference_steps=1)
+    assert generate(sd15, tmp_path / "drawn", how) == 0  # case 55: what is drawn can be judged
+    drawn_rows = pictures(tmp_path / "drawn", "test").rows(range(3))
+    assert [r["texts"] for r in drawn_rows] == [["a red cat"], ["a\u2028b\x85c cat"], ["a green cat"]]
     few, all_ = (plan_pictures(options(classes=(), data="digits", max_samples=n), DIGITS) for n in (5, 0))
     assert len(few) == 5 and len(all_) == 360 and [r for r in all_ if r in few] == few
 

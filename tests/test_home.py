@@ -215,6 +215,17 @@ def test_sdxl_given_to_sd15_is_one_line(tmp_path):
     one_line(task(tiny_sdxl(tmp_path)).check, "with text_encoder_2; sd15 trains")
 
 
+def test_sd3_given_to_sd15_is_one_line(tmp_path):
+    "Its parts have other names, and no fetching would bring a unet."
+    index = dict(_class_name="StableDiffusion3Pipeline", transformer=["diffusers", "SD3Transformer2DModel"])
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    one_line(task(tmp_path).check, "is a StableDiffusion3Pipeline with transformer; sd15 trains")
+
+
+def test_one_part_of_a_pipeline_is_one_line(model):
+    one_line(task(model / "unet").check, "unet: no model_index.json; give the folder of a pipeline")
+
+
 @pytest.mark.parametrize("suffix", [".ckpt", ".CKPT", ".pt", ".bin", ".pkl"])
 def test_a_pickle_that_is_there(tmp_path, suffix):
     path = tmp_path / f"model{suffix}"
@@ -287,6 +298,78 @@ def test_a_file_without_one_of_its_parts(one_file, model, begins, what):
     save_file(kept or {"w": torch.zeros(1)}, one_file)
     said = one_line(task(one_file, model_config=str(model)).check, what)
     assert "give" in said and "…" not in said
+
+
+def in_open_clip(name, tensors, heads):
+    "The tensors of a text encoder in the layout of Stable Diffusion 2."
+    found, rest = {}, {}
+    for k, v in tensors.items():
+        k = k.removeprefix("text_model.")
+        if m := re.match(r"encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(weight|bias)", k):
+            rest.setdefault((m[1], m[3]), {})[m[2]] = v
+            continue
+        k = re.sub(r"^encoder\.layers", "transformer.resblocks", k).replace("self_attn", "attn")
+        k = k.replace("layer_norm", "ln_").replace("mlp.fc1", "mlp.c_fc").replace("mlp.fc2", "mlp.c_proj")
+        k = k.replace("final_ln_", "ln_final").replace("embeddings.token", "token")
+        found[name + k.replace("embeddings.position_embedding.weight", "positional_embedding")] = v
+    for (layer, kind), parts in rest.items():
+        joined = torch.cat([parts[p] for p in "qkv"])
+        found[f"{name}transformer.resblocks.{layer}.attn.in_proj_{kind}"] = joined
+    return found
+
+
+@pytest.mark.parametrize("kind", ["half", "average", "more", "open clip"])
+def test_a_file_as_people_share_it(one_file, model, kind):
+    "Halves are trained in float32; an average and other things are passed over; SD 2 has names of its own."
+    plain = load_file(one_file)
+    shared = dict(plain)
+    if kind == "half":
+        shared = {k: v.half() for k, v in plain.items()}
+    elif kind == "average":
+        network = {k.removeprefix("model."): v for k, v in plain.items() if k.startswith("model.")}
+        shared |= {"model_ema." + k.replace(".", ""): v + 1 for k, v in network.items()}
+    elif kind == "more":
+        shared |= {
+            "model_ema.decay": torch.ones(1),
+            "betas": torch.ones(1000),
+            "first_stage_model.loss.x": torch.ones(2),
+        }
+    else:
+        begin = "cond_stage_model.transformer."
+        text = {k.removeprefix(begin): v for k, v in plain.items() if k.startswith(begin)}
+        shared = {k: v for k, v in plain.items() if not k.startswith(begin)}
+        shared |= in_open_clip("cond_stage_model.model.", text, 2)
+    save_file({k: v.contiguous() for k, v in shared.items()}, one_file)
+    a, b = task(one_file, model_config=str(model), train_text=True), task(model, train_text=True)
+    a.check()
+    got, wanted = a.build().state_dict(), b.build().state_dict()
+    if kind == "half":
+        wanted = {k: v.half().float() for k, v in wanted.items()}
+    assert same(
+        {k: got[k] for k in wanted if k != "empty"}, {k: v for k, v in wanted.items() if k != "empty"}
+    )
+    assert {v.dtype for v in got.values() if v.is_floating_point()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        ("average", "holds no UNet"),
+        ("prefix", "holds no Stable Diffusion"),
+        ("empty", "holds no Stable Diffusion"),
+        ("nothing", "is no safetensors file"),
+    ],
+)
+def test_a_file_that_is_none_of_ours(one_file, model, kind, words):
+    plain = load_file(one_file)
+    found = dict(
+        average={re.sub(r"^model\.", "model_ema.", k): v for k, v in plain.items()},
+        prefix={"module." + k: v for k, v in plain.items()},
+    )
+    save_file(found.get(kind, {}), one_file)
+    if kind == "nothing":
+        one_file.write_bytes(b"")
+    one_line(task(one_file, model_config=str(model)).check, words)
 
 
 def test_a_file_that_is_cut_off(one_file, model):

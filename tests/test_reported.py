@@ -1,10 +1,13 @@
 """Inputs of public bug reports that no other file of tests holds: each with what must come of it."""
 
 import io
+import json
+import struct
+import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms, PngImagePlugin
 
 from hostile import lay_what_is_no_file
 from sdcourse import cli
@@ -123,3 +126,114 @@ def test_exif_turns_pictures_of_every_format(format, orientation):
     assert found.size == ((48, 64) if orientation > 4 else (64, 48))
     exif[0x0112] = 99
     assert open_image(stored(NOISE, format, exif=exif, **options)).size == (64, 48)
+
+
+# ---- case 42
+XMP = (
+    '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    '<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+)
+
+
+def sixteen_bits(kind, channels):
+    "A PNG of one colour with sixteen bits per channel: 0xc0ff, and an opaque alpha where it has one."
+    row = struct.pack(">H", 0xC0FF) * (channels - (kind in (4, 6))) + b"\xff\xff" * (kind in (4, 6))
+    parts = {
+        b"IHDR": struct.pack(">IIBBBBB", 8, 8, 16, kind, 0, 0, 0),
+        b"IDAT": zlib.compress((b"\0" + row * 8) * 8),
+        b"IEND": b"",
+    }
+    found = [
+        struct.pack(">I", len(v)) + k + v + struct.pack(">I", zlib.crc32(k + v)) for k, v in parts.items()
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(found)
+
+
+def with_xmp():
+    info = PngImagePlugin.PngInfo()
+    info.add_itxt("XML:com.adobe.xmp", XMP)
+    return stored(NOISE, "PNG", pnginfo=info)
+
+
+def in_lab():
+    profiles = (ImageCms.createProfile(name) for name in ("sRGB", "LAB"))
+    return stored(ImageCms.profileToProfile(NOISE, *profiles, outputMode="LAB"), "TIFF")
+
+
+def numbered(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return stored(NOISE, "JPEG", exif=exif, quality=95)
+
+
+TWO = dict(save_all=True, append_images=[Image.new("RGB", NOISE.size)])
+KINDS = {  # name: bytes, size, what the scan says
+    "deep__png": (sixteen_bits(6, 4), (8, 8), "deep"),
+    "grey__png": (sixteen_bits(4, 2), (8, 8), "deep"),
+    "plain__png": (sixteen_bits(2, 3), (8, 8), "deep"),
+    "xmp__png": (with_xmp(), (48, 64), "turned"),
+    "xmp__webp": (stored(NOISE, "WEBP", xmp=XMP.encode(), lossless=True), (48, 64), "turned"),
+    "odd__jpg": (numbered(99), (64, 48), ""),
+    "lab__tif": (in_lab(), (64, 48), ""),
+    "phone__jpg": (stored(NOISE, "MPO", **TWO), (64, 48), ""),
+    "film__gif": (stored(NOISE, "GIF", **TWO), (64, 48), "frames"),
+    "film__png": (stored(NOISE, "PNG", **TWO), (64, 48), "frames"),
+    "film__webp": (stored(NOISE, "WEBP", lossless=True, **TWO), (64, 48), "frames"),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_a_picture_is_is_seen_and_said(tmp_path, name):
+    "Case 42: it is read as it is meant, and the list says what was done with it, nothing else."
+    data, size, said = KINDS[name]
+    seen = open_image(data)
+    assert seen.mode == "RGB" and seen.size == size
+    if said == "deep":
+        assert np.unique(seen).tolist() == [0xC0]
+    elif "film" in name or "lab" in name:
+        apart = np.abs(np.asarray(seen, dtype=int) - np.asarray(NOISE)).mean()
+        assert apart < (25 if "gif" in name else 4)
+    laid(tmp_path, **{name: data})
+    listed = scanned(tmp_path, "--limit", "1")[1]
+    kinds = {e["kind"] for e in listed["bad"] + listed["odd"]} - {"palette"}
+    assert kinds == ({said} if said else set())
+
+
+# ---- case 9
+def test_half_a_character_in_a_table_goes_into_tars(tmp_path):
+    (tmp_path / "in/train").mkdir(parents=True)
+    laid(tmp_path / "in/train", a__png=stored(NOISE, "PNG"))
+    (tmp_path / "in/train/metadata.jsonl").write_text('{"file_name": "a.png", "text": "cut \\ud83d"}\n')
+    assert cli.main(["shards", str(tmp_path / "in"), str(tmp_path / "tars")]) == 0
+    assert pictures(tmp_path / "tars").row(0)["texts"] == ["cut \ufffd"]
+
+
+# ---- case 45
+IN, OUT = "{in}", "{in}/file/x/y"
+BELOW = {
+    "cache": ["cache", "latents", IN, OUT, "--model", "tiny-vae"],
+    "shards": ["shards", IN, OUT],
+    "scan": ["scan", IN, "--out", OUT],
+    "scan over a file": ["scan", IN, "--out", "{in}/file"],
+    "prepare": ["prepare", "scenes", OUT, "--train", "1"],
+    "copy-images": ["copy-images", IN, OUT, "--split", "train"],
+    "evaluate": ["evaluate", IN, "--reference", IN, "--split", "train", "--out", OUT],
+    "index over a file": ["shards", "{in}/tars", "{in}/file"],
+    "index over a cache": ["shards", "{in}/tars", "{in}/cache"],
+}
+
+
+@pytest.mark.parametrize("name", BELOW)
+def test_a_file_in_the_way_is_one_line_and_stays(tmp_path, capsys, name):
+    "What is in the place of OUT or above it belongs to somebody else; the same command again would not help."
+    for folder in ("train", "tars", "cache"):
+        (tmp_path / folder).mkdir()
+    laid(tmp_path / "train", a__png=stored(NOISE, "PNG"))
+    laid(tmp_path, file=b"a thesis")
+    laid(tmp_path / "cache", index__json=json.dumps(dict(format=1, kind="latents", shards=[])).encode())
+    laid(tmp_path / "tars", a__tar=b"")
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    assert cli.main([word.replace("{in}", str(tmp_path)) for word in BELOW[name]]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "choose another" in said and "again" not in said, said
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before

@@ -720,6 +720,52 @@ def test_dream_is_refused_for_a_model_of_v(scenes, model2):
         sd15.Task(config("", model=str(model2), data=str(scenes / "data"), dream=True)).check()
 
 
+def captioned(place, texts, file="{}.png"):
+    from PIL import Image
+
+    (place / "train").mkdir(parents=True)
+    rows = [dict(file_name=file.format(i), text=t) for i, t in enumerate(texts)]
+    for i in range(len(texts)):
+        Image.new("RGB", (32, 32), (i, 9, 9)).save(place / f"train/{i}.png")
+    (place / "train/metadata.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    return place
+
+
+@pytest.mark.parametrize(
+    "val, words",
+    [
+        ("", "its split val is empty"),
+        (json.dumps(dict(file_name="0.png", text="")) + "\n", "0 has no caption"),
+    ],
+)
+def test_what_is_wrong_with_held_out_pictures_is_said_first(tmp_path, model, val, words):
+    "It came as a warning at each validation, hours later."
+    from PIL import Image
+
+    data = captioned(tmp_path, ["a cat"])
+    (data / "val").mkdir()
+    (data / "val/metadata.jsonl").write_text(val)
+    if val:
+        Image.new("RGB", (32, 32)).save(data / "val/0.png")
+    with pytest.raises(UserError, match=words):
+        sd15.Task(config("", model=str(model), data=str(data))).check()
+
+
+def test_prompts_that_lack_held_out_captions_are_said_first(tmp_path, model, scenes):
+    common = ["--model", str(model), "--dtype", "fp32", "--encode-batch", "4", "--splits", "train"]
+    assert cli.run(["cache", "prompts", str(scenes / "data"), str(tmp_path / "p"), *common]) == 0
+    with pytest.raises(UserError, match="has no row for .* run sdcourse cache again"):
+        how = dict(model=str(model), data=str(scenes / "data"), prompts=str(tmp_path / "p"))
+        sd15.Task(config("", **how)).check()
+
+
+def test_folders_as_windows_writes_them_are_said_in_clear_words(tmp_path, model):
+    data = captioned(tmp_path, ["a cat"], file="sub\\{}.png")
+    with pytest.raises(UserError, match="outside its folder; write / between folders") as e:
+        sd15.Task(config("", model=str(model), data=str(data))).check()
+    assert "\n" not in str(e.value)
+
+
 def test_pictures_without_captions_are_refused(tmp_path, model):
     from PIL import Image
 

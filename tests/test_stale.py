@@ -115,6 +115,21 @@ def test_a_resume_on_something_else_is_refused(tmp_path, world, what):
         assert "--force to go on" in said or "sdcourse cache again" in said
 
 
+def test_a_resume_with_one_picture_more_is_refused(tmp_path, world):
+    table = world / "data/train/metadata.jsonl"
+    more = table.with_name("more.png")
+
+    def add(path):
+        shutil.copy(sorted(path.parent.glob("*.png"))[0], more)
+        row = json.loads(path.read_text().splitlines()[0]) | dict(file_name="more.png", id="more")
+        path.write_text(path.read_text() + json.dumps(row) + "\n")
+
+    with changed(table, add):
+        with pytest.raises(UserError, match="other pictures and other captions: .*--force to go on"):
+            train(task(world, "online", tmp_path / "run"))
+        more.unlink()
+
+
 def test_caches_made_again_from_other_pictures_or_captions_are_refused(tmp_path, world):
     common = ["--model", str(world / "sd"), "--encode-batch", "4", "--dtype"]
     places = dict(latents=world / "z", prompts=world / "p")

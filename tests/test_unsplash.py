@@ -733,3 +733,16 @@ def test_colours_are_converted_before_their_profile_is_dropped():
         assert b"ICC_PROFILE" not in stored
         a, b = (im.resize((1, 1)).getpixel((0, 0)) for im in (before, after))
         assert max(abs(x - y) for x, y in zip(a, b)) <= 3
+
+
+def test_a_table_that_names_a_pipe_and_a_device_is_prepared_without_them(tmp_path, capsys):
+    "Case 57: it waited for ever and filled the memory."
+    local_table(tmp_path / "in", 6)
+    os.mkfifo(tmp_path / "in/ff")
+    with open(tmp_path / "in/photos.tsv000", "a") as table_:
+        table_.write("pipe\tfile:ff\tx\nzero\tfile:///dev/zero\ty\n")
+    words = ["prepare", "unsplash", str(tmp_path / "in"), str(tmp_path / "out"), "--workers", "1"]
+    assert cli.main([*words, "--max-failed", "0.5"]) == 0
+    said = capsys.readouterr()
+    assert "2 failed: the file cannot be read (no plain file)" in said.out + said.err
+    assert sum(len(rows(tmp_path / "out", split)) for split in ("train", "val", "test")) == 6

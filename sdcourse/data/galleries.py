@@ -12,7 +12,7 @@ from pathlib import Path
 from ..core import UserError, disk_error, write_json
 from .images import BadImage
 from .manifests import shown, split_of
-from .scan import BAD, FolderGallery, Gallery, Journal, Part, Scan, scan
+from .scan import BAD, FolderGallery, Gallery, Journal, Part, Scan, check_list, scan
 from .shards import TarSet, TarsSet, kind_of
 from .sources import FETCH, HubSet, HubSource, picture_columns, row_name
 
@@ -89,6 +89,7 @@ def scan_folder(
     from sdcourse.engine.stop import StopFlag
     warnings.simplefilter("ignore") # Pillow's remarks on broken metadata; what matters is in the list
     out = cfg.out or Path(folder)/"scan.json"
+    if cfg.out: check_list(cfg.out)
     try:
         pictures = gallery(folder)
         with StopFlag(folder, cfg.max_seconds) as flag, Journal(f"{out}.partial", cfg) as journal:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMATS', 'SUFFIXES', 'UNREAD', 'MAX_PIXELS', 'MAX_TEXT', 'POINTER', 'MARK', 'START_OF_SCAN', 'END_OF_IMAGE',
            'TABLES_OF_CODES', 'FRAMES', 'HOLE', 'SAME', 'BadImage', 'plain_bytes', 'read_header', 'has_colours',
-           'to_rgb', 'is_turned', 'open_image', 'shrink', 'image_bytes', 'centre_crop']
+           'is_transparent', 'has_more', 'to_rgb', 'is_turned', 'open_image', 'shrink', 'image_bytes', 'centre_crop']
 
 # %% ../../nbs/data/00_images.ipynb #10979db9
 import errno, io, math, os, re, stat
@@ -200,6 +200,20 @@ def _in_srgb(im, profile):
     im.info.pop("icc_profile", None)
     return im
 
+def is_transparent(
+    im, # a PIL image
+) -> bool: # whether something may shine through it
+    "True for a picture with an alpha channel or a transparent colour."
+    return im.mode[-1] in "Aa" or "transparency" in im.info
+
+def has_more(
+    im, # from `read_header`
+) -> bool: # whether its file holds more pictures
+    "True for an animation and for several pages, of which the first one is taken."
+    if im.format == "JPEG": return False # of a phone, whose second one is the same or how far things are
+    try: return getattr(im, "is_animated", False)
+    except Exception: return True # a hostile second one
+
 def to_rgb(
     im, # a PIL image
     upright: bool = True, # turn it as its EXIF note says, and convert its colours to sRGB as its ICC profile says
@@ -212,7 +226,7 @@ def to_rgb(
     profile = im.info.get("icc_profile") if upright else None
     if im.mode == "F": raise BadImage("deep", "floating-point pixels have no agreed range")
     if im.mode.startswith("I"): im = Image.fromarray((np.asarray(im).clip(0, 65535) >> 8).astype(np.uint8))
-    if "A" in im.mode or "a" in im.mode or "transparency" in im.info:
+    if is_transparent(im):
         im = im.convert("RGBA")
         im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
     return _in_srgb(im.convert("RGB"), profile)
@@ -222,8 +236,9 @@ def is_turned(
     data: bytes, # the file
 ) -> bool: # whether its EXIF note says so
     "True for a picture that is stored lying on its side or mirrored."
-    if im.format == "PNG" and b"eXIf" not in data: return False # asking a PNG would decode it
-    return im.getexif().get(0x0112, 1) != 1
+    if im.format == "PNG" and not re.search(b"eXIf|tiff:Orientation", data):
+        return False # asking a PNG would decode it
+    return im.getexif().get(0x0112, 1) in range(2, 9) # others mean nothing
 
 def open_image(
     source, # a path, or the bytes of a file

@@ -301,6 +301,7 @@ class _TableCheck:
         self.prefix = "" if folder == "." else f"{folder}/"
         self.lacking = set() # columns that were reported
         self.named = set() # files that a row names, relative to the data folder
+        self.also = set() # those that another of its columns names, such as a picture to learn from it
 
     def columns_of(self, line, row):
         "What a row lacks, and no earlier row lacked."
@@ -314,6 +315,8 @@ class _TableCheck:
         if self.key is None or self.key not in row: return
         target = named_file(row[self.key])
         path = self.prefix + target
+        texts = (self.prefix + value for value in row.values() if isinstance(value, str))
+        self.also.update(name for name in texts if name in self.found)
         if not target: yield f"altered: {self.table} (line {line}: its {self.key} is no name of a file)"
         elif not is_inside(target):
             remedy = "; write / between folders" if "\\" in target else ""
@@ -326,6 +329,7 @@ class _TableCheck:
         "Pictures beside the table that no row names."
         if self.key is None: return
         pictures = {n for n in self.found if n.startswith(self.prefix) and n.lower().endswith(SUFFIXES)}
+        pictures -= self.also
         for n in sorted(pictures - self.named): yield f"extra: {shown(n)} (no row in {self.table})"
 
 def check_rows(

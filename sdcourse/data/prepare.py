@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..config import Free, NonNegative, Options, Share
 from ..core import (
-    UserError, atomic_path, differences, disk_error, fsync_path, progress, read_json, write_json)
+    UserError, atomic_path, check_place, differences, disk_error, fsync_path, progress, read_json, write_json)
 from .manifests import check_manifest, inventory, shown
 from .parallel import in_parallel
 from ..engine.work import OWNER, Owner
@@ -58,6 +58,7 @@ class Work:
                 self.whole = True
                 self._let_go()
                 return self
+            check_place("OUT", self.folder.parent)
             self.folder.mkdir(parents=True, exist_ok=True)
             self._begin()
         except OSError as e:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BAD', 'ODD', 'COLOUR', 'Scan', 'look', 'near_duplicates', 'Part', 'examine', 'fingerprint', 'Gallery',
-           'FolderGallery', 'only_pictures', 'Journal', 'scan', 'excluded', 'tell_listed']
+           'FolderGallery', 'only_pictures', 'Journal', 'scan', 'excluded', 'check_list', 'tell_listed']
 
 # %% ../../nbs/data/03_scan.ipynb #0b33280d
 import hashlib, json, os
@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 from ..config import NonNegative, Options, Range, Share
-from ..core import UserError, log, progress, read_json
+from ..core import UserError, check_place, log, progress, read_json
 from sdcourse.data.images import (
-    FORMATS, MAX_PIXELS, SUFFIXES, BadImage, has_colours, is_turned, open_image, plain_bytes, read_header,
+    FORMATS, MAX_PIXELS, SUFFIXES, BadImage, has_colours, has_more, is_transparent, is_turned, open_image,
+    plain_bytes, read_header,
 )
 from .manifests import split_of, unread, walk
 from .parallel import in_parallel
@@ -40,6 +41,7 @@ ODD = { # kind: meaning; these are used
     "colours": "converted to sRGB from its ICC profile",
     "grey": "one channel",
     "palette": "at most 256 colours",
+    "frames": "the first of several pictures in one file is taken",
 }
 
 @dataclass
@@ -126,7 +128,8 @@ def _header_faults(im, data, name, cfg):
     if _deep(im, data): yield "deep", "more than eight bits per channel"
 
 def _oddities(im, data):
-    if "A" in im.mode or "a" in im.mode or "transparency" in im.info: yield "alpha"
+    if is_transparent(im): yield "alpha"
+    if has_more(im): yield "frames"
     if is_turned(im, data): yield "turned"
     if has_colours(im): yield "colours"
     if im.mode in ("1", "L", "LA"): yield "grey"
@@ -378,6 +381,18 @@ def _list_in(path):
         if named and found["files"] and found["share"] <= 1 and found["limit"] >= 0: return found
     except (TypeError, KeyError): pass
     raise UserError(f"{path}: is no list of sdcourse scan; remove it, and scan the folder again")
+
+def check_list(
+    out, # --out
+):
+    "`UserError` where a list cannot be written, or would replace what is none."
+    out = Path(out)
+    check_place("--out", out.parent)
+    try:
+        if os.path.lexists(out): _list_in(out)
+    except (UserError, OSError):
+        what = "is there and is no list of sdcourse scan"
+        raise UserError(f"--out {out}: {what}; choose another name") from None
 
 def tell_listed(
     folder, # of a data set

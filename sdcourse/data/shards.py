@@ -21,8 +21,8 @@ import numpy as np
 
 from ..config import NonNegative, Options, Positive
 from sdcourse.core import (
-    UserError, atomic_path, disk_error, parse_json, progress, read_json, sha256, text_lines, write_json,
-    write_text,
+    UserError, atomic_path, check_place, disk_error, parse_json, progress, read_json, sha256, text_lines,
+    write_json, write_text,
 )
 from .images import SUFFIXES, UNREAD, BadImage, open_image, plain_bytes
 from .manifests import described, digest, is_hidden, is_inside, leave_out, shown, split_of
@@ -612,6 +612,8 @@ def index_folder(
 ) -> int: # 0
     "Index tars that somebody else made; they stay where they are."
     out = Path(out)
+    check_place("OUT", out)
+    if (kind := _cache_in(out)): raise UserError(f"{out}: is a cache of {kind}; choose another OUT")
     out.mkdir(parents=True, exist_ok=True)
     tars, left = _index_all(folder, out)
     count = sum(t["samples"] for t in tars)
@@ -621,6 +623,12 @@ def index_folder(
     where = " (left_out in index.json)" if left else ""
     print(f"{out}: {count:,} samples in {len(tars)} tars, {len(left):,} members left out{where}")
     return 0
+
+def _cache_in(folder):
+    "The kind of cache whose index.json an index of tars would replace; empty: there is none."
+    path = folder/"index.json"
+    found = read_json(path) if path.is_file() else {}
+    return found.get("kind", "") if isinstance(found, dict) else ""
 
 def _index_all(folder, out):
     "(entries of index.json, what is left out) of all tars; the index of each is written."

@@ -149,6 +149,8 @@ class LatentTask(Task):
             where = f"--{self.latents_option} {getattr(self.config, self.latents_option)}"
             raise UserError(f"{where}: {self.latents.unmirrored}")
         if self.weights: self.weights.check(self.items("train").ids)
+        if hasattr(type(self), "classes"): self.latents.classes # the network is told them
+        self.dataset("validate") # what is wrong with it would come at the first validation
 
     # options that count where pictures are encoded in each step
     pictures_only = ("max_samples", "image_column", "crop")
@@ -251,7 +253,8 @@ class CaptionedTask(LatentTask):
         prompts = self.config.prompts
         self._check_size()
         if prompts: same_text(Cache(prompts, "", kind="prompts"), self.home)
-        if not self.data.pictures("train").drawn: self.texts("train") # what is drawn has captions
+        for split in {"train", "val"} & set(self.data.splits): # what is drawn has captions
+            if not self.data.pictures(split).drawn: self.texts(split)
         if self.config.latents: self.items("train") # each of its pictures has captions
 
     def _check_size(self): # a model would learn pictures of another size than it is then asked for
