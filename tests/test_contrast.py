@@ -117,7 +117,7 @@ def test_a_caption_that_two_pictures_share_is_no_mistake():
 
 
 def test_wrong_captions_are_wrong_in_little():
-    "Of its role with another gender or skin; of a face one fact turned around. None is of a held-out concept."
+    "Of its role with another gender or skin; of a face one fact turned around; none of a held-out concept."
     every = worlds.world_named("emoji:3d").open("train").rows(range(2663))
     rows = [row for row in every if row["subgroup"] in ("person-role", "food-fruit")]
     said = worlds.said_of(rows, range(len(rows)))
@@ -144,7 +144,7 @@ def test_the_nearest_relatives_come_first():
     rows = worlds.world_named("emoji:3d").open("train").rows(range(2663))
     said = worlds.said_of(rows, range(len(rows)))
     known = {text: row["facts"] for row in rows for text in row["texts"]}
-    alike = lambda a, b: sum(a.get(k) != b.get(k) for k in worlds.PARTS)
+    alike = lambda a, b: sum(a.get(k) != b.get(k) for k in worlds.OF_PEOPLE)
     people = [(r, s) for r, s in zip(rows, said) if r["facts"].keys() >= {"role", "gender", "tone"}]
     assert len(people) > 100
     for row, these in people[:100]:

@@ -203,7 +203,7 @@ def test_of_a_large_set_a_part_is_looked_at(dit_world, monkeypatch):
 def test_drawn_pictures_are_remembered(module):
     cfg = resolve(module.Config, preset="tiny", overrides=dict(share=0.01))
     task = module.Task(cfg)
-    assert task.fixed() == {"pictures": task.facts()["data_sha256"]}
+    assert task.fixed()["pictures"] == task.facts()["data_sha256"]
 
 
 def test_a_vae_that_encodes_in_each_step_is_remembered(dit_world):

@@ -140,12 +140,12 @@ def load_model(
 ): # the model, frozen
     "Load a captioner; dtypes are chosen while loading, because parts of BLIP-2 have to stay float32."
     if precision in DTYPES: return load_frozen(cls, folder, dtype=DTYPES[precision], device=device)
-    try: import bitsandbytes # noqa: F401
-    except ImportError:
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+    if not is_bitsandbytes_available():
         how = "pip install bitsandbytes, on a machine with a GPU"
         what = "needs the package bitsandbytes"
-        raise UserError(f"--precision {precision}: {what}: {how}, or use bf16") from None
-    from transformers import BitsAndBytesConfig
+        raise UserError(f"--precision {precision}: {what}: {how}, or use bf16")
     small = BitsAndBytesConfig(load_in_8bit=precision == "int8", load_in_4bit=precision == "nf4",
                                bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
     how = dict(quantization_config=small, device_map={"": str(device)}, local_files_only=True)

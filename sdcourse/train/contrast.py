@@ -87,6 +87,12 @@ def own_rows(x): # as `gathered`
     "The rows of this rank: ranks validate at their own pace."
     return x, 0
 
+def _alike(ids, every, first):
+    "Where another place has the same caption."
+    same = (ids[:, None] == every).all(-1)
+    same.diagonal(first).fill_(False)
+    return same
+
 class Contrast(nn.Module):
     "Two encoders and the question which caption belongs to which picture."
     def __init__(self,
@@ -108,22 +114,23 @@ class Contrast(nn.Module):
         which = (draws.uniform("wrong") * batch["wrongs"]).long()
         return some, batch["wrong"][torch.arange(len(some)), which][some]
 
+    def vectors(self, x, ids, tempting): # of pictures, scaled; of their captions; of those that are wrong
+        seen = self.net(input_ids=torch.cat([ids, tempting]), pixel_values=x)
+        scale = self.net.logit_scale.clamp(max=HOTTEST).exp()
+        return scale * seen.image_embeds, *seen.text_embeds.split([len(ids), len(tempting)])
+
     def forward(self, batch, draws): # loss [b], t [b]
         x, ids = self.pairs(batch, draws)
         some, tempting = self.tempting(batch, draws)
-        seen = self.net(input_ids=torch.cat([ids, tempting]), pixel_values=x)
-        scale = self.net.logit_scale.clamp(max=HOTTEST).exp()
-        image = scale * seen.image_embeds
-        text, beside = seen.text_embeds.split([len(ids), len(tempting)])
+        image, text, beside = self.vectors(x, ids, tempting)
         every = gathered if self.training else own_rows
         texts, first = every(text)
-        same = (ids[:, None] == every(ids)[0]).all(-1)
-        same.diagonal(first).fill_(False)
+        same = _alike(ids, every(ids)[0], first)
+        fits = image @ texts.T
+        wrong = torch.full_like(fits[:, 0], -torch.inf)
+        wrong[some] = (image[some] * beside).sum(1)
         bias = self.net.logit_bias if self.kind == "siglip" else 0.
-        fits = image @ texts.T + bias
-        wrong = fits.new_full((len(x),), -torch.inf)
-        wrong[some] = (image[some] * beside).sum(1) + bias
-        if self.kind == "siglip": loss = sigmoid_loss(fits, same, first, wrong)
+        if self.kind == "siglip": loss = sigmoid_loss(fits + bias, same, first, wrong + bias)
         else: loss = softmax_loss(fits, text @ every(image)[0].T, same, first, wrong)
         return loss, torch.zeros_like(loss)
 
@@ -333,7 +340,8 @@ class Task(BaseTask):
         items, said = self.worlds["val"]
         some = torch.linspace(0, len(items) - 1, 16).round().long().unique()
         images = encoded(module.net, self.tokenizer, items.tensors["pixels"])
-        words = encoded(module.net, self.tokenizer, texts=[max(said[i].texts, key=len) for i in some.tolist()])
+        longest = [max(said[i].texts, key=len) for i in some.tolist()]
+        words = encoded(module.net, self.tokenizer, texts=longest)
         found = (words @ images.T).argmax(1)
         image_grid(items.tensors["pixels"][torch.cat([some, found])], ncols=len(some)).save(path)
 

@@ -124,7 +124,8 @@ class Config(TrainConfig):
     share: Annotated[float, Range(above=0, most=1)] = 1.0 # of the training pictures, for a try
     effects: ClassVar[tuple] = (
         (("compile", "gradient_checkpointing"), lambda c: False, "for vae, whose network is small"),
-        (("widths", "layers", "latent_channels"), lambda c: not c.model, "with --model {c.model}, which has its own"),
+        (("widths", "layers", "latent_channels"), lambda c: not c.model,
+         "with --model {c.model}, which has its own"),
     )
     presets: ClassVar[dict] = _PRESETS
 
