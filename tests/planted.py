@@ -58,6 +58,24 @@ PLANTED = {
     ('sdcourse/data/scan.py', 'tests/test_reported.py'): [
         ('reported: a profile is not said', 'if has_colours(im): yield "colours"', 'if False: yield "colours"', 'test_a_profile_is_odd_and_not_bad'),
     ],
+    ('sdcourse/data/sets/folder.py', 'tests/test_folder.py'): [
+        ('folder: what looks alike is divided', 'Photo(id, n, t, first.get(n, n), s)', 'Photo(id, n, t, n, s)', 'test_pictures_that_look_alike_are_on_one_side'),
+        ('folder: own splits are mixed', '[split_of(n.split("/")[0]) if "/" in n else "" for n in names]', '["" for n in names]', 'test_captions_of_a_table_and_splits_that_are_there'),
+        ('folder: a caption is lost with a duplicate', 'mark_equal(sorted(names, key=partial(_without_text, folder)), facts)', 'mark_equal(names, facts)', 'test_of_equal_pictures_that_with_a_caption_stays'),
+        ('folder: pictures without a caption are taken silently', '    if not lacking: return texts\n', '    return texts\n', 'test_captions_are_never_guessed'),
+        ('folder: small pictures are enlarged', 'min_side=cfg.size if cfg.square else 4', 'min_side=4', 'test_squares_are_cut_and_never_enlarged'),
+        ('folder: whole pictures are stored anew', 'return stored if kind == suffix else', 'return', 'test_a_picture_that_is_right_is_kept_byte_for_byte'),
+        ('folder: formats that are not read vanish', '        bad[n] = ("format", f"', '        _ = ("format", f"', 'test_what_cannot_be_used_is_listed_and_counted'),
+        ('folder: a wrong suffix is a fault', '        try: return Part(plain_bytes(self.folder/name))', '        try: return self.folder/name', 'test_what_cannot_be_used_is_listed_and_counted'),
+        ('folder: most may be lost', '    if len(bad) <= cfg.max_bad * total: return\n', '    return\n', 'test_what_cannot_be_used_is_listed_and_counted'),
+        ('folder: a stopped look begins anew', '    if len(facts) < len(names): return None\n    path.unlink()', '    path.unlink()\n    if len(facts) < len(names): return None', 'test_a_stopped_look_goes_on'),
+    ],
+    ('sdcourse/data/scan.py', 'tests/test_folder.py'): [
+        ('scan: a chain of likeness breaks', '    low, high = sorted((_root(first, i), _root(first, j)))', '    low, high = sorted((i, j))', 'test_a_chain_of_likeness_is_one_group'),
+    ],
+    ('sdcourse/data/manifests.py', 'tests/test_folder.py'): [
+        ('manifests: HEIC without a remedy', 'how = f"; {HEIC}" if', 'how = "" if', 'test_a_folder_of_heic_alone_says_how_to_convert'),
+    ],
     ('README.md', 'tests/test_floors.py'): [
         ('readme: a module has no line', '  - [meter](', '  [meter](', 'test_readme_shows_a_line_for_each_module'),
     ],
