@@ -76,6 +76,18 @@ PLANTED = {
     ('sdcourse/data/manifests.py', 'tests/test_folder.py'): [
         ('manifests: HEIC without a remedy', 'how = f"; {HEIC}" if', 'how = "" if', 'test_a_folder_of_heic_alone_says_how_to_convert'),
     ],
+    ('sdcourse/engine/order.py', 'tests/test_mile.py'): [
+        ('mile: large pictures are drawn all at once', '    if side: together = min(together, max(1, PIECE // side**2))\n', '', 'test_large_pictures_are_drawn_in_small_pieces'),
+    ],
+    ('sdcourse/evaluation/report.py', 'tests/test_mile.py'): [
+        ('mile: the crop of the cache is not asked', 'crop = key.get("crop") or known.get("crop")', 'crop = known.get("crop")', 'test_a_reference_is_squared_as_the_training_was'),
+    ],
+    ('sdcourse/evaluation/metrics.py', 'tests/test_mile.py'): [
+        ('mile: only the first shape is looked at', 'if size != first or size[0] != size[1]: return True', 'if first[0] != first[1]: return True', 'test_pictures_of_one_square_size_stay_as_they_are'),
+    ],
+    ('sdcourse/models/single_file.py', 'tests/test_mile.py'): [
+        ('single: the layer that enlarges stands at one place', '{1 + (int(level) in attends)}', '2', 'test_names_of_the_published_layout'),
+    ],
     ('README.md', 'tests/test_floors.py'): [
         ('readme: a module has no line', '  - [meter](', '  [meter](', 'test_readme_shows_a_line_for_each_module'),
     ],
@@ -127,6 +139,9 @@ PLANTED = {
         ('resume: --force does not help', 'if ranks.main and checkpoint and not cfg.force: _same_files', 'if ranks.main and checkpoint: _same_files', 'test_a_resume_with_other_weights_is_refused'),
     ],
     ('sdcourse/engine/optim.py', 'tests/test_optim.py'): [
+        ('optim: restarts begin anew in the last step', ' if cfg.lr_schedule == "restarts" and done < 1 else done', ' if cfg.lr_schedule == "restarts" else done', 'test_lr_ends_at_the_configured_value_in_the_last_step[restarts]'),
+        ('optim: no power', '(1 - done) ** cfg.lr_power', '1 - done', 'test_polynomial_and_restarts_against_diffusers'),
+        ('optim: the first decay is fixed', 'betas = (cfg.beta1, cfg.beta2)', 'betas = (0.9, cfg.beta2)', 'test_beta1_and_eps_reach_the_optimizer'),
         ('anything is an optimizer', '    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):', '    if False:', 'test_what_is_no_usable_optimizer_is_one_line'),
         ('an optimizer fails in its first step', '    _tried(cls, cfg, params[0].device)\n', '', 'test_what_is_no_usable_optimizer_is_one_line'),
         ('the schedule ends one step late', 'max(1, cfg.max_steps - 1 - cfg.warmup_steps)', 'max(1, cfg.max_steps - cfg.warmup_steps)', 'test_lr_ends_at_the_configured_value_in_the_last_step'),
