@@ -30,6 +30,8 @@ VERBS = { # what is typed: its row
     "doctor": Verb("what this machine has, and what is missing for which lesson; reads only", "", "sdcourse.commands.doctor:doctor"),
     "verify": Verb("compare a folder with a manifest", "MANIFEST FOLDER", "sdcourse.data.manifests:verify_folder", "Verify"),
     "prepare": Verb("make a data set ready for training", "SET"),
+    "prepare folder": Verb("your own pictures, of any kind, with splits", "IN OUT",
+                           "sdcourse.data.sets.folder:prepare_pictures", "FolderOptions", PREPARE),
     "prepare unsplash": Verb("download photos by table", "TSV_FOLDER OUT",
                              "sdcourse.data.sets.unsplash:prepare_unsplash", "Unsplash", PREPARE),
     "prepare celeba-hq": Verb("split CelebAMask-HQ, with its 40 attributes and sampling weights", "CELEBAMASK_HQ OUT",

@@ -321,11 +321,15 @@ class TrainConfig(Options):
     micro_batch: Free[NonNegative[int]] = 0 # images per forward pass on one device; 0: no accumulation
     optimizer: str = "adamw" # adamw, or the import path of a class: package.Class
     lr: Positive[float] = 1e-4 # peak learning rate (DiT, SiT)
-    lr_schedule: Literal["constant", "cosine", "linear"] = "constant" # after the warm-up (constant: DiT, SiT)
-    lr_end: NonNegative[float] = 0.0 # learning rate of the last step, for cosine and linear
+    lr_schedule: Literal["constant", "cosine", "linear", "polynomial", "restarts"] = "constant" # after the warm-up (constant: DiT, SiT)
+    lr_end: NonNegative[float] = 0.0 # learning rate of the last step, unless it is constant
+    lr_power: Positive[float] = 1.0 # of the polynomial (diffusers' scripts: 1)
+    lr_cycles: Positive[int] = 1 # falls of a cosine with restarts (diffusers' scripts: 1)
     warmup_steps: NonNegative[int] = 0 # optimizer steps of linear warm-up (DiT, SiT: none)
     weight_decay: NonNegative[float] = 0.0 # decoupled, per unit of learning rate (DiT, SiT: 0)
+    beta1: BelowOne[float] = 0.9 # decay of AdamW's first moment per step (torch)
     beta2: BelowOne[float] = 0.999 # decay of AdamW's second moment per step (torch)
+    adam_eps: Positive[float] = 1e-8 # beside the root of AdamW's second moment (torch)
     clip: NonNegative[float] = 1.0 # largest norm of the gradient; 0: off (diffusers' scripts: 1)
     ema_decay: BelowOne[float] = 0.9999 # of the averaged weights, per step; 0: off (DiT, SiT)
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto" # of the forward pass; auto: bf16 or fp16 on a GPU, fp32 on a CPU
@@ -345,7 +349,10 @@ class TrainConfig(Options):
     push_to_hub: Free[str] = "" # repository on the Hugging Face hub, name or owner/name; empty: none
     dry_run: Free[bool] = False # stop after the preflight and three steps
     effects: ClassVar[tuple] = (
-        (("beta2",), lambda c: c.optimizer == "adamw", "with --optimizer {c.optimizer}"),
+        (("beta1", "beta2", "adam_eps"),
+         lambda c: c.optimizer == "adamw", "with --optimizer {c.optimizer}"),
+        (("lr_power",), lambda c: c.lr_schedule == "polynomial", "with --lr-schedule {c.lr_schedule}"),
+        (("lr_cycles",), lambda c: c.lr_schedule == "restarts", "with --lr-schedule {c.lr_schedule}"),
     )
     presets: ClassVar[dict] = {"tiny": {}}
 
@@ -364,7 +371,7 @@ _COMBINATIONS = [ # what is wrong with a config c on n ranks, and how it is said
     (lambda c, n: c.lr_end > c.lr,
      "--lr-end {c.lr_end}: greater than --lr {c.lr}; give a value from 0 to {c.lr}"),
     (lambda c, n: c.lr_end and c.lr_schedule == "constant",
-     "--lr-end {c.lr_end}: has no effect with --lr-schedule constant; use cosine or linear"),
+     "--lr-end {c.lr_end}: has no effect with --lr-schedule constant; use cosine, linear or another"),
     (lambda c, n: c.precision == "fp16" and c.device == "cpu",
      "--precision fp16: needs a GPU; on a CPU use --precision bf16 or fp32"),
     (lambda c, n: not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", c.device),

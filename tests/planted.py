@@ -66,6 +66,36 @@ PLANTED = {
         ('reported: an animation is taken for one picture', '    if has_more(im): yield "frames"\n', '', 'test_what_a_picture_is_is_seen_and_said[film__gif]'),
         ('reported: a profile is not said', 'if has_colours(im): yield "colours"', 'if False: yield "colours"', 'test_a_profile_is_odd_and_not_bad'),
     ],
+    ('sdcourse/data/sets/folder.py', 'tests/test_folder.py'): [
+        ('folder: what looks alike is divided', 'Photo(id, n, t, first.get(n, n), s)', 'Photo(id, n, t, n, s)', 'test_pictures_that_look_alike_are_on_one_side'),
+        ('folder: own splits are mixed', '[split_of(n.split("/")[0]) if "/" in n else "" for n in names]', '["" for n in names]', 'test_captions_of_a_table_and_splits_that_are_there'),
+        ('folder: a caption is lost with a duplicate', 'mark_equal(sorted(names, key=partial(_without_text, folder)), facts)', 'mark_equal(names, facts)', 'test_of_equal_pictures_that_with_a_caption_stays'),
+        ('folder: pictures without a caption are taken silently', '    if not lacking: return texts\n', '    return texts\n', 'test_captions_are_never_guessed'),
+        ('folder: small pictures are enlarged', 'min_side=cfg.size if cfg.square else 4', 'min_side=4', 'test_squares_are_cut_and_never_enlarged'),
+        ('folder: whole pictures are stored anew', 'return stored if kind == suffix else', 'return', 'test_a_picture_that_is_right_is_kept_byte_for_byte'),
+        ('folder: formats that are not read vanish', '        bad[n] = ("format", f"', '        _ = ("format", f"', 'test_what_cannot_be_used_is_listed_and_counted'),
+        ('folder: a wrong suffix is a fault', '        try: return Part(plain_bytes(self.folder/name))', '        try: return self.folder/name', 'test_what_cannot_be_used_is_listed_and_counted'),
+        ('folder: most may be lost', '    if len(bad) <= cfg.max_bad * total: return\n', '    return\n', 'test_what_cannot_be_used_is_listed_and_counted'),
+        ('folder: a stopped look begins anew', '    if len(facts) < len(names): return None\n    path.unlink()', '    path.unlink()\n    if len(facts) < len(names): return None', 'test_a_stopped_look_goes_on'),
+    ],
+    ('sdcourse/data/scan.py', 'tests/test_folder.py'): [
+        ('scan: a chain of likeness breaks', '    low, high = sorted((_root(first, i), _root(first, j)))', '    low, high = sorted((i, j))', 'test_a_chain_of_likeness_is_one_group'),
+    ],
+    ('sdcourse/data/manifests.py', 'tests/test_folder.py'): [
+        ('manifests: HEIC without a remedy', 'how = f"; {HEIC}" if', 'how = "" if', 'test_a_folder_of_heic_alone_says_how_to_convert'),
+    ],
+    ('sdcourse/engine/order.py', 'tests/test_mile.py'): [
+        ('mile: large pictures are drawn all at once', '    if side: together = min(together, max(1, PIECE // side**2))\n', '', 'test_large_pictures_are_drawn_in_small_pieces'),
+    ],
+    ('sdcourse/evaluation/report.py', 'tests/test_mile.py'): [
+        ('mile: the crop of the cache is not asked', 'crop = key.get("crop") or known.get("crop")', 'crop = known.get("crop")', 'test_a_reference_is_squared_as_the_training_was'),
+    ],
+    ('sdcourse/evaluation/metrics.py', 'tests/test_mile.py'): [
+        ('mile: only the first shape is looked at', 'if size != first or size[0] != size[1]: return True', 'if first[0] != first[1]: return True', 'test_pictures_of_one_square_size_stay_as_they_are'),
+    ],
+    ('sdcourse/models/single_file.py', 'tests/test_mile.py'): [
+        ('single: the layer that enlarges stands at one place', '{1 + (int(level) in attends)}', '2', 'test_names_of_the_published_layout'),
+    ],
     ('README.md', 'tests/test_floors.py'): [
         ('readme: a module has no line', '  - [meter](', '  [meter](', 'test_readme_shows_a_line_for_each_module'),
     ],
@@ -117,6 +147,9 @@ PLANTED = {
         ('resume: --force does not help', 'if ranks.main and checkpoint and not cfg.force: _same_files', 'if ranks.main and checkpoint: _same_files', 'test_a_resume_with_other_weights_is_refused'),
     ],
     ('sdcourse/engine/optim.py', 'tests/test_optim.py'): [
+        ('optim: restarts begin anew in the last step', ' if cfg.lr_schedule == "restarts" and done < 1 else done', ' if cfg.lr_schedule == "restarts" else done', 'test_lr_ends_at_the_configured_value_in_the_last_step[restarts]'),
+        ('optim: no power', '(1 - done) ** cfg.lr_power', '1 - done', 'test_polynomial_and_restarts_against_diffusers'),
+        ('optim: the first decay is fixed', 'betas = (cfg.beta1, cfg.beta2)', 'betas = (0.9, cfg.beta2)', 'test_beta1_and_eps_reach_the_optimizer'),
         ('anything is an optimizer', '    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):', '    if False:', 'test_what_is_no_usable_optimizer_is_one_line'),
         ('an optimizer fails in its first step', '    _tried(cls, cfg, params[0].device)\n', '', 'test_what_is_no_usable_optimizer_is_one_line'),
         ('the schedule ends one step late', 'max(1, cfg.max_steps - 1 - cfg.warmup_steps)', 'max(1, cfg.max_steps - cfg.warmup_steps)', 'test_lr_ends_at_the_configured_value_in_the_last_step'),

@@ -271,7 +271,7 @@ def test_a_folder_of_half_precision_alone_trains(model, tmp_path, scenes):
 @pytest.fixture
 def one_file(model, tmp_path):
     from diffusers import StableDiffusionPipeline
-    from ldm import save_original
+    from sdcourse.models.single_file import save_original
 
     pipe = StableDiffusionPipeline.from_pretrained(model, safety_checker=None)
     return save_original(pipe, tmp_path / "one.safetensors")

@@ -31,7 +31,11 @@ def cfg(**over):
                 warmup_steps=10,
                 max_steps=100,
                 optimizer="adamw",
+                lr_power=2.0,
+                lr_cycles=3,
+                beta1=0.9,
                 beta2=0.99,
+                adam_eps=1e-8,
                 weight_decay=0.1,
             ),
             **over,
@@ -49,7 +53,29 @@ def test_lr_closed_form():
         assert lr_at(s, cfg(lr_schedule="constant")) == 1e-3
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_polynomial_and_restarts_against_diffusers():
+    from diffusers.optimization import get_scheduler
+
+    for ours, theirs, more in (
+        ("polynomial", "polynomial", dict(power=2.0, num_training_steps=89)),
+        ("restarts", "cosine_with_restarts", dict(num_cycles=3, num_training_steps=89)),
+    ):
+        opt = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=1.0)
+        schedule = get_scheduler(theirs, opt, num_warmup_steps=0, **more)
+        end = 1e-7 if ours == "polynomial" else 0.0
+        for s in range(10, 100):
+            mine = lr_at(s, cfg(lr=1.0, lr_end=end, lr_schedule=ours))
+            assert abs(mine - schedule.get_last_lr()[0]) < 1e-9, (ours, s)
+            opt.step()
+            schedule.step()
+
+
+def test_beta1_and_eps_reach_the_optimizer():
+    (group,) = build_optimizer(nn.Linear(2, 2, bias=False), cfg(beta1=0.5, adam_eps=1e-3)).param_groups
+    assert group["betas"] == (0.5, 0.99) and group["eps"] == 1e-3
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "polynomial", "restarts"])
 def test_lr_ends_at_the_configured_value_in_the_last_step(name):
     assert abs(lr_at(99, cfg(lr_schedule=name)) - 1e-5) < 1e-12
     assert lr_at(98, cfg(lr_schedule=name)) > 1.001e-5

@@ -92,6 +92,14 @@ IDLE = dict(
     ),
 )
 
+for table in IDLE.values():
+    table |= dict(
+        beta1=[(SGD, 0.8, "with --optimizer torch.optim.SGD")],
+        adam_eps=[(SGD, 1e-6, "with --optimizer torch.optim.SGD")],
+        lr_power=[(dict(lr_schedule="linear"), 2.0, "with --lr-schedule linear")],
+        lr_cycles=[(dict(lr_schedule="cosine"), 3, "with --lr-schedule cosine")],
+    )
+
 # options that count in every setting
 ENGINE = set(
     "out seed max_steps max_seconds stop_before requeue_code hang_seconds batch_size micro_batch optimizer lr "

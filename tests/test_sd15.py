@@ -778,7 +778,7 @@ def test_pictures_without_captions_are_refused(tmp_path, model):
 
 def test_one_file_is_taken_apart_and_trains_alike(tmp_path, model):
     from diffusers import StableDiffusionPipeline
-    from ldm import save_original
+    from sdcourse.models.single_file import save_original
     from safetensors.torch import load_file, save_file
 
     path = str(

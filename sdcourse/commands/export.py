@@ -16,6 +16,7 @@ from ..core import UserError, check_free, read_json
 from ..engine.checkpoint import latest_checkpoint, load_checkpoint
 from ..engine.run_folder import write_model
 from ..models.files import as_before
+from ..models.single_file import save_original
 
 # %% ../../nbs/commands/02_export.ipynb #2c9dc138
 def newest(
@@ -76,6 +77,9 @@ class ExportOptions(Options):
     "Options of `sdcourse export CHECKPOINT OUT`."
     weights: Literal["ema", "raw"] = "ema" # the average, where the run kept one, or what was trained
     part: str = "" # of the pipeline, such as unet; empty: all of it
+    # a folder as diffusers has it, or one .safetensors file with the original names of Stable Diffusion 1.x
+    layout: Literal["folder", "single"] = "folder"
+    vae: str = "" # folder of the AutoencoderKL that goes along with a flow_dit trained without --vae; empty: the run's
 
 def _part(task, model, name): # a component of the pipeline that can be saved by itself
     if getattr(task.config, "lora_rank", 0):
@@ -87,6 +91,27 @@ def _part(task, model, name): # a component of the pipeline that can be saved by
         raise UserError(f"--part {name}: this model has {have}")
     return parts[name]
 
+def _check_places(source, out, cfg):
+    check_free(out)
+    if not source.is_dir(): raise UserError(f"{source}: no such folder; give a run or one of its checkpoints")
+    if cfg.layout == "single" and (cfg.part or out.suffix != ".safetensors"):
+        what = "writes a whole model as one file"
+        raise UserError(f"--layout single: {what}; give OUT.safetensors, and no --part")
+
+def _whole(task, model): # the pipeline of a task whose weights are all its own
+    adapters = getattr(task.config, "lora_rank", 0)
+    if adapters:
+        raise UserError("--layout single: this run trained adapters, which other programs read as they are; "
+                        "leave it out")
+    return task.pipeline(model)
+
+def _add_vae(task, vae):
+    "Let a model that was trained on latents draw pictures; `UserError` for a VAE that did not make them."
+    if getattr(task.config, "vae", None) is None:
+        raise UserError(f"--vae {vae}: a {task.name} has its own; leave it out")
+    task.config.vae = vae
+    task.check()
+
 def export(
     source, # a run or one of its checkpoints
     out, # folder to make
@@ -94,16 +119,17 @@ def export(
 ) -> int: # 0
     "Write a checkpoint as others load it."
     source, out = Path(source), Path(out)
-    check_free(out)
-    if not source.is_dir(): raise UserError(f"{source}: no such folder; give a run or one of its checkpoints")
+    _check_places(source, out, cfg)
     path = newest(source) if (source/"config.yaml").is_file() else source
     task, model = restored(path, cfg.weights)
+    if cfg.vae: _add_vae(task, cfg.vae)
     out.parent.mkdir(parents=True, exist_ok=True)
     new = out.with_name(f".{out.name}.{os.getpid()}.partial") # its own: OUT.partial may be another command's
     try:
         if cfg.part:
             _part(task, model, cfg.part).save_pretrained(new)
             as_before(new)
+        elif cfg.layout == "single": save_original(_whole(task, model), new)
         else: write_model(task, model, new)
         new.rename(out)
     finally: shutil.rmtree(new, ignore_errors=True)

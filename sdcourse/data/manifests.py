@@ -15,7 +15,7 @@ from pathlib import Path, PurePosixPath
 
 from ..config import Options
 from ..core import HALF, UserError, log, nearest, parse_json, progress, read_json, text_lines
-from .images import SUFFIXES, UNREAD
+from .images import HEIC, SUFFIXES, UNREAD
 from ..engine.work import OWNER
 
 # %% ../../nbs/data/01_manifests.ipynb #90cda9da
@@ -251,7 +251,10 @@ def unread(
     "Say which pictures have a format that is not read."
     pictures = [n for n in found if n.lower().endswith(SUFFIXES + UNREAD)]
     strange = [n for n in pictures if n.lower().endswith(UNREAD)]
-    leave_out(where, strange, len(pictures), "pictures have a format that is not read")
+    kinds = sorted({Path(n).suffix.lower() for n in strange})
+    how = f"; {HEIC}" if {".heic", ".heif"} & set(kinds) else ""
+    why = f"pictures have a format that is not read ({', '.join(kinds)}{how})"
+    leave_out(where, strange, len(pictures), why)
 
 def _glob(path):
     "The regular expression of a path with * ? and **."

@@ -17,14 +17,20 @@ from ..core import UserError
 # %% ../../nbs/engine/01_optim.ipynb #adbac448
 def lr_at(
     step: int, # optimizer step, from 0 to max_steps - 1
-    cfg, # has lr, lr_end, lr_schedule, warmup_steps and max_steps
+    cfg, # has lr, lr_end, lr_schedule, lr_power, lr_cycles, warmup_steps and max_steps
 ) -> float: # the learning rate of this step
-    "Linear warm-up to `lr`, then constant, linear or cosine to `lr_end` at the last step."
+    "Linear warm-up to `lr`, then constant, or a fall to `lr_end` at the last step."
     if step < cfg.warmup_steps: return cfg.lr * (step + 1) / cfg.warmup_steps
     if cfg.lr_schedule == "constant": return cfg.lr
     done = (step - cfg.warmup_steps) / max(1, cfg.max_steps - 1 - cfg.warmup_steps)
-    left = {"linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}[cfg.lr_schedule]
-    return cfg.lr_end + (cfg.lr - cfg.lr_end) * left
+    return cfg.lr_end + (cfg.lr - cfg.lr_end) * _left(done, cfg)
+
+def _left(done, cfg):
+    "The share of the way from `lr_end` to `lr` that is left when a share is done."
+    if cfg.lr_schedule == "linear": return 1 - done
+    if cfg.lr_schedule == "polynomial": return (1 - done) ** cfg.lr_power
+    turn = cfg.lr_cycles * done % 1 if cfg.lr_schedule == "restarts" and done < 1 else done
+    return (1 + math.cos(math.pi * turn)) / 2
 
 # %% ../../nbs/engine/01_optim.ipynb #0948ddd7
 def _fastest(device):
@@ -86,7 +92,7 @@ def _tried(cls, cfg, device):
 
 def build_optimizer(
     module: nn.Module, # its trainable parameters are optimised
-    cfg, # has optimizer, lr, beta2 and weight_decay
+    cfg, # has optimizer, lr, beta1, beta2, adam_eps and weight_decay
 ): # a torch optimizer
     "Fused AdamW, or any class by its import path; weight decay on tensors with two or more dimensions."
     params = [p for p in module.parameters() if p.requires_grad]
@@ -95,7 +101,8 @@ def build_optimizer(
               dict(params=[p for p in params if p.ndim < 2], weight_decay=0.)]
     groups = [g for g in groups if g["params"]]
     if cfg.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, cfg.beta2), fused=True)
+        betas = (cfg.beta1, cfg.beta2)
+        return torch.optim.AdamW(groups, lr=cfg.lr, betas=betas, eps=cfg.adam_eps, fused=True)
     cls = _optimizer_class(cfg.optimizer)
     _tried(cls, cfg, params[0].device)
     return cls(groups, lr=cfg.lr)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['EvaluateOptions', 'names_of', 'same_ids', 'blocks_of', 'paired_differences', 'interval_cell', 'markdown', 'plot',
-           'table_of_pictures', 'option_of', 'crossed', 'curves', 'lpips_of', 'Unfinished', 'ends_at_once', 'evaluate',
-           'evaluate_models']
+           'table_of_pictures', 'option_of', 'crossed', 'curves', 'lpips_of', 'crop_of', 'Unfinished', 'ends_at_once',
+           'evaluate', 'evaluate_models']
 
 # %% ../../nbs/evaluation/08_report.ipynb #5b92b85b
 import json, re, signal
@@ -18,10 +18,13 @@ import torch
 
 from ..config import Free, NonNegative, Positive, load_config
 from ..core import UserError, check_place, progress, read_json, use_cpu, write_json, write_text
+from ..dataset import Transform
 from ..engine.work import JobOptions
 from .distances import Number, paired, spread
-from .metrics import METRICS, Case, extractor_of, features_over, measure
-from .metrics import open_set, pixels_of, set_id, unmet
+from sdcourse.evaluation.metrics import (
+    METRICS, Case, Squared, extractor_of, features_over, is_mixed, measure,
+    open_set, pixels_of, set_id, unmet,
+)
 from .stats import Moments, Stats, frechet, same_features, save_stats
 
 # %% ../../nbs/evaluation/08_report.ipynb #d94346b9
@@ -173,18 +176,25 @@ def markdown(
     about: dict, # what made the numbers
 ) -> str:
     "The report as text."
-    net = about["extractor"]
-    how = f"weights {net['weights']}, resize {net['resize']}, {net['dtype']}"
-    made = (f"Reference: {about['reference']}, split {about['split']}, id {about['reference_id']}. "
-            f"Features: {net['extractor']} ({how}). "
-            f"Brackets: 95 % intervals{', by group' if about['blocks'] else ''}.")
     head = ["measure", *found, "real pictures", "N", ""]
-    text = ["# Evaluation", "", made, "", *_table(head, _rows(found))]
+    text = ["# Evaluation", "", _made(about), "", *_table(head, _rows(found))]
     if others:
         rows = [[n.name, interval_cell(n), n.n, "yes" if n.low > 0 or n.high < 0 else "no"] for n in others]
         text += ["", "## Differences, paired", "", *_table(["measure", "difference", "N", "decided"], rows)]
     if left: text += ["", "## Left out", "", *(f"* {k}: {why}" for k, why in left.items())]
     return "\n".join(text) + "\n"
+
+def _made(about): # what made the numbers, as a paragraph
+    net = about["extractor"]
+    how = f"weights {net['weights']}, resize {net['resize']}, {net['dtype']}"
+    return (f"Reference: {about['reference']}, split {about['split']}, id {about['reference_id']}. "
+            f"Features: {net['extractor']} ({how}). "
+            f"Brackets: 95 % intervals{', by group' if about['blocks'] else ''}. {_squared(about)}".rstrip())
+
+def _squared(about): # what was done to the reference
+    if not (how := about["squared"]): return ""
+    made = f"squared to {how['size']} pixels as in training (crop {how['crop']})"
+    return f"Pictures of the reference were {made}."
 
 def _rows(found): # of the main table: measure, a cell for each model, floor, N, note
     rows = []
@@ -405,12 +415,30 @@ class _Opened:
     blocks: dict # model -> groups of its pictures, or None
     made_by: dict # model -> how it was drawn, as generate.json says; empty where there is none
 
+def crop_of(
+    source, # folder of `sdcourse generate`
+) -> str: # center, adm or none
+    "How the pictures were squared that a model was trained on; center where nobody has written it down."
+    path = Path(source)/"generate.json"
+    known = _trained_with(Path(read_json(path)["source"])) if path.is_file() else {}
+    cache = Path(known.get("latents") or known.get("data") or "none")/"index.json"
+    key = read_json(cache).get("key", {}) if cache.is_file() else {}
+    crop = key.get("crop") or known.get("crop")
+    return crop if crop in ("adm", "none") else "center"
+
+def _as_drawn(source, split, sets, sources):
+    "A real set; squared as the drawn pictures were where its own have other shapes."
+    data = open_set(source, split)
+    width, height = next(iter(sets.values())).image(0).size
+    if isinstance(data, Moments) or width != height or not is_mixed(data): return data
+    return Squared(data, Transform(width, crop_of(sources[0])))
+
 def _open(sources, cfg, device):
     "Models, reference, training set and network; `UserError` when they do not go together."
     sets = _models(sources, cfg.split)
     at = _options(dict(zip(sets, sources)), cfg)
-    reference = open_set(cfg.reference, cfg.split)
-    train = open_set(cfg.train, "train") if cfg.train else None
+    reference = _as_drawn(cfg.reference, cfg.split, sets, sources)
+    train = _as_drawn(cfg.train, "train", sets, sources) if cfg.train else None
     extractor = extractor_of(cfg.extractor, device)
     if isinstance(reference, Moments): _check_statistics(reference, extractor, cfg)
     distance = lpips_of(cfg, extractor, device)
@@ -449,6 +477,7 @@ def _about(opened, sources, cfg):
         split=cfg.split,
         reference_id=set_id(opened.reference),
         train=cfg.train,
+        squared=opened.reference.transform.key if isinstance(opened.reference, Squared) else {},
         extractor=opened.extractor.how,
         blocks=any(opened.blocks.values()),
         sources=dict(zip(opened.sets, map(str, sources))),
@@ -544,6 +573,7 @@ def _write(out, cases, results, settings):
         where = f"{e.filename or out}: {e.strerror or e}"
         remedy = "the numbers are printed above, give another --out to have a report"
         raise UserError(f"{where}; {remedy}") from None
+    if about["squared"]: print(f"{out}: {_squared(about)}")
     print(f"{out}: {_summary(found)}")
 
 def _figures(out, cases, found, at, cfg): # Markdown

@@ -28,7 +28,7 @@ from .latent import LatentModule, LatentTask, PictureOptions, SampleOptions
 from .objective import Flow, FlowOptions
 
 # %% ../../nbs/06b_flow_dit.ipynb #4786c7c8
-RECIPE = dict(data="imagenet-latents", lr=1e-4, ema_decay=0.9999, precision="bf16", compile=True, num_workers=8,
+RECIPE = dict(data="cache/imagenet", lr=1e-4, ema_decay=0.9999, precision="bf16", compile=True, num_workers=8,
               log_every=100, checkpoint_every=10_000, validate_every=10_000,
               sampler="euler", num_inference_steps=50, num_samples=0)
 PRESETS = dict(
@@ -191,7 +191,8 @@ def images(self: Task,
     names = ("guidance_scale", "guidance_interval", "sampler", "num_inference_steps")
     how = {name: getattr(cfg, name) for name in names} | over
     def draw(some, generator): return pipe(some, generator=generator, output_type="pt", **how).images
-    return drawn(draw, labels, seeds, together=len(labels))
+    side = self.latents.side * (vae_facts(vae_folder(cfg.vae))["down"] if cfg.vae else 1)
+    return drawn(draw, labels, seeds, together=len(labels), side=side)
 
 # %% ../../nbs/06b_flow_dit.ipynb #cc9998f2
 @patch

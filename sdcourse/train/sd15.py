@@ -51,7 +51,6 @@ PRESETS = dict(
         validate_every=2000, num_samples=100),
     full=ROWS | dict(
         model="stable-diffusion-v1-5/stable-diffusion-v1-5", data="data/unsplash",
-        latents="data/unsplash-latents", prompts="data/unsplash-prompts",
         max_steps=15_000, batch_size=4, micro_batch=1, lr=1e-5, gradient_checkpointing=True, channels_last=True),
     onepiece=ROWS | dict(
         model="CompVis/stable-diffusion-v1-4", data="YaYaB/onepiece-blip-captions",
@@ -253,7 +252,7 @@ def images(self: Task,
     how = dict(guidance_scale=cfg.guidance_scale, num_inference_steps=cfg.num_inference_steps)
     how |= dict(height=cfg.image_size, width=cfg.image_size, output_type="pt") | over
     def draw(some, generator): return pipe(some, generator=generator, **how).images
-    return drawn(draw, texts, seeds)
+    return drawn(draw, texts, seeds, side=how["height"])
 
 # %% ../../nbs/03_sd15.ipynb #f1389586
 @patch
