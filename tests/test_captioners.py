@@ -96,7 +96,7 @@ def test_answers_are_those_of_transformers_at_any_batch(data, built, tmp_path, k
 def test_a_prompt_is_no_part_of_the_answer(data, built, tmp_path, kind):
     asked = opened(data, built, kind, tmp_path, prompt="photo of the")
     said = texts(asked)
-    assert not any(t.startswith("photo of the") for t in said) and any(said)
+    assert not any("photo of the" in t for t in said) and any(said)
     assert said != texts(opened(data, built, kind, tmp_path))
 
 

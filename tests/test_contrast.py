@@ -102,6 +102,9 @@ def test_a_caption_that_two_pictures_share_is_no_mistake():
         [2.0, 3.0], dtype=torch.double
     ).log()  # of the choices: two captions, three for the last
     assert torch.allclose(loss, log[[0, 0, 1]], atol=1e-9)
+    module = contrast.Contrast(Net(), "clip")
+    some, tempting = module.tempting(batch | dict(wrongs=torch.tensor([0, 0, 1])), draws)
+    assert some.tolist() == [False, False, True] and tempting.tolist() == [[7, 8]]
     # one caption more, which fits as well as all others do, for the last picture only
     batch["wrongs"][2] = 1
     loss, _ = contrast.Contrast(Net(), "clip").eval()(batch, draws)
