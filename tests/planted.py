@@ -1216,7 +1216,7 @@ PLANTED = {
         ('sd15: prompts of any text encoder', 'if known.get("weights") != weights_id(home/"text_encoder"):', 'if False:', 'test_prompts_of_another_text_encoder_are_refused'),
     ],
     ('sdcourse/models/lora.py', 'tests/test_lora.py'): [
-        ('lora: only the first kind of layer', 'target_modules=list(modules))', 'target_modules=list(modules)[:1])', 'test_the_published_size'),
+        ('lora: only the first kind of layer', 'target_modules=list(only or modules))', 'target_modules=list(only or modules)[:1])', 'test_the_published_size'),
         ('lora: the size is that of one side', 'total += r * (base.weight.shape[1] * k + base.weight.shape[0])', 'total += 2 * r * base.weight.shape[0]', 'test_the_published_size'),
         ('lora: alpha is the rank', 'lora_alpha=alpha or rank', 'lora_alpha=rank', 'test_kohya_names'),
         ('lora: kohya has the rank for alpha', 'kohya(tensors, config.lora_alpha, prefix=', 'kohya(tensors, config.r, prefix=', 'test_a_file_is_the_same_function'),
