@@ -27,7 +27,7 @@ KNOWS = {  # from the ground up: floor or module at the top, and what it may kno
     "cache": "core config engine data data.sets models dataset",
     "evaluation": "core config plot engine data data.sets models dataset cache",
     "train": "core config plot diffusion cli engine data data.sets models dataset cache evaluation",
-    "commands": "core config guard engine data models dataset evaluation train",
+    "commands": "core config guard engine data models dataset cache evaluation train",
     "check": "config diffusion data models train",
 }
 ABOVE_ALL = "cli"  # whose table names every verb

@@ -245,17 +245,18 @@ def same_text(
     home: Path, # of the model
     parts: tuple = ("text_encoder",), # the encoders that are needed
     t5_length: int = 0, # tokens of a T5 caption that are needed; 0: any
+    option: str = "--prompts", # which names the cache
 ):
     "`UserError` unless the captions were embedded by the text encoders of this model, at this length."
     for part in parts:
         known = cache.key["encoders"].get(part)
         if known is None:
             there = ", ".join(cache.key["encoders"])
-            raise UserError(f"--prompts {cache.folder}: has no {part}, only {there}; make it again without --only")
+            raise UserError(f"{option} {cache.folder}: has no {part}, only {there}; make it again without --only")
         if known["weights"] != weights_id(home/part):
             what = f"was made by another {part} than that of {home}"
-            raise UserError(f"--prompts {cache.folder}: {what}; make it again with its --model")
+            raise UserError(f"{option} {cache.folder}: {what}; make it again with its --model")
         if t5_length and known["class"].endswith("T5EncoderModel") and known["length"] != t5_length:
             what = f"holds {known['length']} tokens of T5, and --t5-length is {t5_length}"
             remedy = f"give --t5-length {known['length']}, or make it again with --t5-length {t5_length}"
-            raise UserError(f"--prompts {cache.folder}: {what}; {remedy}")
+            raise UserError(f"{option} {cache.folder}: {what}; {remedy}")

@@ -97,28 +97,36 @@ def make_sd3_pipeline(
 ) -> Path: # the folder
     "Write a tiny Stable Diffusion 3 whose MMDiT is untrained; the same seed gives the same bytes."
     from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
-    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
     if Path(folder).exists() and any(Path(folder).iterdir()):
         raise UserError(f"{folder}: is not empty; choose another folder")
-    place = shipped_folder("tiny-clip")
     vae = load_shipped("tiny-vae")
     vae.register_to_config(shift_factor=VAE_SHIFT)
-    with quiet(): clip = CLIPTextModelWithProjection.from_pretrained(place, dtype=torch.float32)
-    words = CLIPTokenizer.from_pretrained(place)
-    pieces = make_t5_tokenizer(sample_captions())
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        second = make_second_clip(words)
-        text = clip.config.hidden_size + second.config.hidden_size
-        pooled = clip.config.projection_dim + second.config.projection_dim
-        t5 = make_t5(pieces, width=text)
-        shape = dict(channels=vae.config.latent_channels, text=text, pooled=pooled)
-        mmdit = make_mmdit(**shape, blocks=blocks, heads=heads)
-    encoders = dict(text_encoder=clip, text_encoder_2=second, text_encoder_3=t5)
-    tokenizers = dict(tokenizer=words, tokenizer_2=words, tokenizer_3=pieces)
+        text = _encoders()
+        clips = [text[part].config for part in ("text_encoder", "text_encoder_2")]
+        mmdit = make_mmdit(
+            channels=vae.config.latent_channels,
+            text=text["text_encoder_3"].config.d_model,
+            pooled=sum(c.projection_dim for c in clips),
+            blocks=blocks,
+            heads=heads,
+        )
     flow = FlowMatchEulerDiscreteScheduler(shift=3.)
     with quiet():
-        pipe = StableDiffusion3Pipeline(transformer=mmdit, vae=vae, scheduler=flow, **encoders, **tokenizers)
+        pipe = StableDiffusion3Pipeline(transformer=mmdit, vae=vae, scheduler=flow, **text)
         pipe.save_pretrained(folder)
     as_before(folder)
     return Path(folder)
+
+def _encoders():
+    "Three text encoders and their tokenizers, by their names in the pipeline."
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+    place = shipped_folder("tiny-clip")
+    with quiet(): clip = CLIPTextModelWithProjection.from_pretrained(place, dtype=torch.float32)
+    words = CLIPTokenizer.from_pretrained(place)
+    pieces = make_t5_tokenizer(sample_captions())
+    second = make_second_clip(words)
+    t5 = make_t5(pieces, width=clip.config.hidden_size + second.config.hidden_size)
+    models = dict(text_encoder=clip, text_encoder_2=second, text_encoder_3=t5)
+    return models | dict(tokenizer=words, tokenizer_2=words, tokenizer_3=pieces)

@@ -40,9 +40,9 @@ ROWS = dict(
 PRESETS = dict(
     tiny=dict(
         model="new", data="scenes", image_size=64, flip=False, t5_length=32, caption_column="complete",
-        max_steps=120, batch_size=16, lr=1e-3, ema_decay=0.99, density_mean=1.2, density_shift=1.,
-        guidance_scale=2., num_inference_steps=14, num_samples=0,
-        encode_batch=16, log_every=10, checkpoint_every=60, threads=1),
+        max_steps=120, batch_size=8, lr=1e-3, ema_decay=0.99, density_mean=1.2, density_shift=1.,
+        guidance_scale=2., num_inference_steps=8, num_samples=0,
+        encode_batch=8, log_every=10, checkpoint_every=60, threads=1),
     celeba=ROWS | dict(
         image_size=1024, t5_length=77, weights="data/celeba-hq/weights.json", max_steps=6000, batch_size=60, micro_batch=3,
         density_mean=0.5, density_shift=3., loss_weight="x0", guidance_scale=3., base_precision="fp32"))
@@ -235,7 +235,7 @@ def measure(self: Task, module):
 
 @patch
 def drawing(self: Task):
-    own = dict(max_sequence_length=self.config.t5_length, t5=T5_OF_SD3 in self.text_parts)
+    own = dict(t5_length=self.config.t5_length, t5=T5_OF_SD3 in self.text_parts)
     return super(Task, self).drawing() | own
 
 # %% ../../nbs/train/08_sd3.ipynb #d7b08509
