@@ -261,7 +261,8 @@ def _load(path, cfg):
     off = {}
     if index.get("_class_name") == "FlowDiTPipeline":
         with quiet(): return FlowDiTPipeline.from_pretrained(path, dtype=dtype)
-    if cfg.prompt_cache: off = {k: None for k in index if k.startswith(("text_encoder", "tokenizer"))}
+    unread = ("text_encoder", "tokenizer") if cfg.prompt_cache else ()
+    off |= {k: None for k in index if k.startswith(unread)}
     if "safety_checker" in index:
         off |= {k: None for k in ("safety_checker", "feature_extractor") if k in index}
         off["requires_safety_checker"] = False
@@ -274,7 +275,7 @@ def _load(path, cfg):
 def _brief(e): return " ".join(str(e).split())[:160]
 
 def _set_text(pipe, cfg):
-    "How a Stable Diffusion 3 reads captions; `UserError` for a wish of it that another pipeline cannot fulfil."
+    "How a Stable Diffusion 3 reads captions; `UserError` for a wish that no other pipeline fulfils."
     if type(pipe).__name__ == "StableDiffusion3Pipeline":
         if not cfg.t5: pipe.text_encoder_3 = pipe.tokenizer_3 = None
         return

@@ -50,7 +50,8 @@ def weight_files(
         there = {p.name for p in weights}
         named_there = read_json(index).get("weight_map", {}).values()
         lacking = sorted(set(named_there) - there)
-        if lacking: raise UserError(f"{folder}: {lacking[0]} is missing, which {index.name} names; fetch it again")
+        what = f"{lacking[0]} is missing, which {index.name} names" if lacking else ""
+        if lacking: raise UserError(f"{folder}: {what}; fetch it again")
     return weights
 
 def weights_id(

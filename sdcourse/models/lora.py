@@ -29,19 +29,21 @@ def add_lora(
     except ImportError:
         raise UserError("--lora-rank: needs the package peft: pip install -c constraints.txt peft") from None
     layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
-    names = list(layers)
-    for end in modules:
-        if not any(n == end or n.endswith("." + end) for n in names):
-            there = ", ".join(sorted({_ending(n) for n in names}))
-            what = f"no layer of {type(model).__name__} is called so"
-            raise UserError(f"--lora-modules {end}: {what}; there are {there}")
-    _check_rank(layers, rank, only or [n for n in names if n.endswith(tuple(modules))])
+    _check_names(type(model).__name__, layers, modules)
+    _check_rank(layers, rank, only or [n for n in layers if n.endswith(tuple(modules))])
     model.requires_grad_(False)
     how = dict(lora_alpha=alpha or rank, init_lora_weights="gaussian", target_modules=list(only or modules))
     model.add_adapter(LoraConfig(r=rank, **how))
     for p in model.parameters():
         if p.requires_grad: p.data = p.data.float()
     return model
+
+def _check_names(model, names, modules):
+    "`UserError` for an end that no name has."
+    for end in modules:
+        if not any(n == end or n.endswith("." + end) for n in names):
+            there = ", ".join(sorted({_ending(n) for n in names}))
+            raise UserError(f"--lora-modules {end}: no layer of {model} is called so; there are {there}")
 
 def _check_rank(layers, rank, chosen):
     "`UserError` for an adapter that would be larger than what it is beside."

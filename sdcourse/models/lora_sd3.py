@@ -233,7 +233,8 @@ def scale_blocks(
     "Multiply the effect of the adapters of some blocks; `UserError` for a block that has none."
     found = {}
     for name, m in model.named_modules():
-        if hasattr(m, "lora_A") and adapter in m.lora_A: found.setdefault(int(name.split(".")[1]), []).append(m)
+        if hasattr(m, "lora_A") and adapter in m.lora_A:
+            found.setdefault(int(name.split(".")[1]), []).append(m)
     lacking = sorted(scales.keys() - found.keys())
     if lacking:
         there = ", ".join(map(str, sorted(found)))

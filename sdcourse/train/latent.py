@@ -275,7 +275,8 @@ class CaptionedTask(LatentTask):
         super().check()
         prompts = self.config.prompts
         self._check_size()
-        if prompts: same_text(self.cached_prompts, self.home, self.text_parts, self.text_options.get("t5_length", 0))
+        length = self.text_options.get("t5_length", 0)
+        if prompts: same_text(self.cached_prompts, self.home, self.text_parts, length)
         if not self.data.pictures("train").drawn: self.texts("train") # what is drawn has captions
         if self.config.latents: self.items("train") # each of its pictures has captions
 
@@ -318,7 +319,8 @@ class CaptionedTask(LatentTask):
 
     def items(self, split):
         cfg = self.config
-        first = self._bucketed() if split == "train" and getattr(cfg, "buckets", False) else self.latents.dataset(split)
+        shaped = split == "train" and getattr(cfg, "buckets", False)
+        first = self._bucketed() if shaped else self.latents.dataset(split)
         if first is None: return None
         if not cfg.latents and not cfg.prompts: # items carry their captions
             return Joined(first, seed=cfg.seed)
