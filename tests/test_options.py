@@ -8,7 +8,7 @@ from sdcourse.core import UserError
 from sdcourse.train.__main__ import TASKS, task_module
 from test_flow_dit import latents_folder
 from test_sd15 import model, scenes  # noqa: F401 - fixtures
-from test_sd3 import data as sd3_data, model as sd3_model  # noqa: F401 - fixtures
+from test_sd3 import sd3_data, sd3_model  # noqa: F401 - fixtures
 
 SGD = dict(optimizer="torch.optim.SGD")
 BIAS = dict(timestep_bias="range", timestep_bias_multiplier=2.0)
@@ -184,7 +184,7 @@ def test_an_option_without_effect_is_refused(task, option, row, places, model, s
         own = (
             dict(data=f"{places['sd3']}/data", image_size=16) if "latents" in others else dict(image_size=32)
         )
-        others = dict(model=str(sd3_model), flip=False) | own | others
+        others = dict(model=str(sd3_model), flip=False, caption_column="") | own | others
     checked(task, others)  # the setting itself is fine
     with pytest.raises(UserError) as e:
         checked(task, others | {option: value}, given=[option])

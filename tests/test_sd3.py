@@ -44,25 +44,35 @@ LORA = dict(lora_rank=2, lora_alpha=8.0, lora_blocks=("0",), lr=1e-2)
 
 
 @pytest.fixture(scope="session")
-def model(built):
+def sd3_model(built):
     return built(tiny_models.tiny_sd3)
 
 
 @pytest.fixture(scope="session")
-def data(built, model):
+def model(sd3_model):
+    return sd3_model
+
+
+@pytest.fixture(scope="session")
+def sd3_data(built, sd3_model):
     "Eight captioned pictures, with caches of latents and prompts; whoever changes them, changes a copy."
 
     def captioned_pictures(root):
         place = str(root / "data")
         words = ["prepare", "scenes", place, "--train", "8", "--val", "2", "--test", "2", "--size", "32"]
         assert cli.run(words) == 0
-        common = ["--model", str(model), "--dtype", "fp32", "--encode-batch", "4"]
+        common = ["--model", str(sd3_model), "--dtype", "fp32", "--encode-batch", "4"]
         latents = ["cache", "latents", place, str(root / "latents"), "--size", "16", "--no-mirror"]
         assert cli.run([*latents, *common]) == 0
         prompts = ["cache", "prompts", place, str(root / "prompts"), "--t5-length", "8"]
         assert cli.run([*prompts, *common]) == 0
 
     return built(captioned_pictures)
+
+
+@pytest.fixture(scope="session")
+def data(sd3_data):
+    return sd3_data
 
 
 def config(out, model, **over):
