@@ -3,6 +3,54 @@
 `old` occurs exactly once in the file. `tests/mutants.py` plants them one at a time.
 """
 PLANTED = {
+    ('sdcourse/train/objective.py', 'tests/test_sd3.py'): [
+        ('flow: the mean of the density is turned round', 'law = (self.density_mean,', 'law = (-self.density_mean,', 'test_more_mean_is_more_noise_and_the_scale_of_mode_counts'),
+        ('flow: the scale of mode is lost', 'self.density_shift, self.density_scale)', 'self.density_shift)', 'test_more_mean_is_more_noise_and_the_scale_of_mode_counts'),
+        ('flow: a loss of data counts the noise once', '"x0": lambda t: t**2,', '"x0": lambda t: t,', 'test_the_loss_weights_are_what_their_names_say'),
+        ('flow: the weight is lost', 'return error * self.weight(t), t', 'return error, t', 'test_the_loss_weights_are_what_their_names_say'),
+    ],
+    ('sdcourse/train/sd3.py', 'tests/test_sd3.py'): [
+        ('sd3: the network is told t', 'hidden, pooled, 1000 * t, return_dict', 'hidden, pooled, t, return_dict', 'test_noise_levels_have_the_density_that_was_asked_for[0.5-3.0]'),
+        ('sd3: the pooled vectors are never dropped', '(pooled, self.empty_pooled))', '(pooled, pooled))', 'test_all_encoders_are_dropped_together_at_their_rate'),
+        ('sd3: the file is not compared', '        self.compare(module, file)\n', '', 'test_a_file_that_lost_alpha_is_not_exported'),
+        ('sd3: the run does not say its prompt length', 'own = dict(t5_length=self.config.t5_length, t5=', 'own = dict(t5=', 'test_a_run_is_drawn_by_checkpoint_by_adapters_and_from_a_cache'),
+        ('sd3: alpha is not handed on', 'alpha=cfg.lora_alpha, **where)', '**where)', 'test_the_header_says_what_belongs_to_the_adapters'),
+        ('sd3: places beyond the last', 'if cfg.image_size > most:', 'if False:', 'test_refused_in_one_line[over8-more than the 64 pixels]'),
+        ('sd3: adapters are first tried on the weights', '        with torch.device("meta"): self.adapted(self.untrained())\n', '', 'test_refused_in_one_line[over5---lora-rank 64: is more than the 16 inputs or outputs]'),
+    ],
+    ('sdcourse/models/lora_sd3.py', 'tests/test_sd3.py'): [
+        ('lora_sd3: a block beyond the last', 'if last >= n:', 'if False:', 'test_refused_in_one_line[over1---lora-blocks 4-30: the model has the blocks 0 to 1]'),
+        ('lora_sd3: the last block of a range is left out', 'found |= set(range(first, last + 1))', 'found |= set(range(first, last)) | {first}', 'test_the_published_adapters_have_the_published_size'),
+        ('lora_sd3: a block that lacks a layer goes without', 'if chosen and not fit and any(', 'if False and any(', 'test_refused_in_one_line[over2---lora-blocks 1: block 1 has no attn.to_add_out; leave block 1 out, or]'),
+        ('lora_sd3: kohya has one alpha for three', 'torch.tensor(float(alpha) * len(parts))', 'torch.tensor(float(alpha))', 'test_kohyas_file_is_the_same_change_of_the_published_checkpoint'),
+        ('lora_sd3: key and value exchanged', '"to_q", "to_k", "to_v"), "context_block"', '"to_q", "to_v", "to_k"), "context_block"', 'test_kohyas_file_is_the_same_change_of_the_published_checkpoint'),
+        ('lora_sd3: peft does not know alpha', 'write_json(files[1], config)', 'write_json(files[1], config | dict(lora_alpha=config["r"]))', 'test_adapters_load_in_peft'),
+        ('lora_sd3: the header of one file is empty', 'files[0], {"format": "pt", **about})', 'files[0], {"format": "pt"})', 'test_the_header_says_what_belongs_to_the_adapters'),
+        ('lora_sd3: a scale of a block is that of all', 'for m in found[block]: m.set_scale(adapter, scale)', 'for m in found[block]: m.set_scale(adapter, 1.)', 'test_scale_zero_is_the_base_bit_for_bit_and_blocks_have_their_own'),
+    ],
+    ('sdcourse/models/home_sd3.py', 'tests/test_sd3.py'): [
+        ('home_sd3: a VAE without shift', 'if read_config(root/"vae"/"config.json").get("shift_factor") is None:', 'if False:', 'test_a_pipeline_that_does_not_fit_is_one_line'),
+        ('home_sd3: nobody looks at the T5', 'wide_t5 = read_config(', 'wide_t5 = text or read_config(', 'test_a_pipeline_that_does_not_fit_is_one_line'),
+    ],
+    ('sdcourse/models/files.py', 'tests/test_sd3.py'): [
+        ('files: a lost shard is found while loading', '        if lacking: raise UserError(f"{folder}: {what}; fetch it again")', '        if False: raise UserError(f"{folder}: {what}; fetch it again")', 'test_a_pipeline_that_does_not_fit_is_one_line'),
+    ],
+    ('sdcourse/models/lora.py', 'tests/test_sd3.py'): [
+        ('lora: adapters stay in the precision of the base', '        if p.requires_grad: p.data = p.data.float()\n', '        pass\n', 'test_adapters_begin_as_the_model_and_alone_learn'),
+        ('lora: as thick as anybody likes', '        if rank > width:', '        if False:', 'test_refused_in_one_line[over5---lora-rank 64: is more than the 16 inputs or outputs]'),
+    ],
+    ('sdcourse/cache/text.py', 'tests/test_sd3.py'): [
+        ('text: a cache of another prompt length', 'if t5_length and known["class"]', 'if False and known["class"]', 'test_refused_in_one_line[over10-holds 8 tokens of T5, and --t5-length is 77; give --t5-length 8, or]'),
+        ('text: a cache without an encoder', '        if known is None:', '        if False:', 'test_a_cache_without_the_t5_is_for_training_without_it'),
+    ],
+    ('sdcourse/commands/generate.py', 'tests/test_sd3.py'): [
+        ('generate: a LoRA of another base', '        if whole: _check_base(path, cfg)\n', '', 'test_adapters_of_another_base_are_refused'),
+        ('generate: scales of blocks forget the strength', '{b: s * cfg.lora_scale for b, s', '{b: 1. for b, s', 'test_a_run_is_drawn_by_checkpoint_by_adapters_and_from_a_cache'),
+        ('generate: nobody looks into the cache', '        if self.cfg.prompt_cache: check_cache(', '        if False: check_cache(', 'test_what_cannot_be_drawn_is_one_line'),
+    ],
+    ('sdcourse/train/latent.py', 'tests/test_sd3.py'): [
+        ('latent: alpha 0 is the rank in silence', '(lambda c: not c.lora_alpha and "lora_alpha" in', '(lambda c: False and "lora_alpha" in', 'test_alpha_zero_is_said_and_without_it_it_is_the_rank'),
+    ],
     ('sdcourse/engine/work.py', 'tests/test_work.py'): [
         ('work: deaf within a unit', '            return not j.raised()', '            return True', 'test_a_stop_is_heard_within_a_unit'),
         ('work: the next unit begins after a stop', '                if j.raised(): return\n', '', 'test_a_stop_is_heard_within_a_unit'),
@@ -1260,10 +1308,10 @@ PLANTED = {
         ('sd: a file with holes passes', '    if lacking: raise', '    if False: raise', 'test_one_file_is_taken_apart_and_trains_alike'),
     ],
     ('sdcourse/cache/text.py', 'tests/test_sd15.py'): [
-        ('sd15: prompts of any text encoder', 'if known.get("weights") != weights_id(home/"text_encoder"):', 'if False:', 'test_prompts_of_another_text_encoder_are_refused'),
+        ('sd15: prompts of any text encoder', 'if known["weights"] != weights_id(home/part):', 'if False:', 'test_prompts_of_another_text_encoder_are_refused'),
     ],
     ('sdcourse/models/lora.py', 'tests/test_lora.py'): [
-        ('lora: only the first kind of layer', 'target_modules=list(modules))', 'target_modules=list(modules)[:1])', 'test_the_published_size'),
+        ('lora: only the first kind of layer', 'target_modules=list(only or modules))', 'target_modules=list(only or modules)[:1])', 'test_the_published_size'),
         ('lora: the size is that of one side', 'total += r * (base.weight.shape[1] * k + base.weight.shape[0])', 'total += 2 * r * base.weight.shape[0]', 'test_the_published_size'),
         ('lora: alpha is the rank', 'lora_alpha=alpha or rank', 'lora_alpha=rank', 'test_kohya_names'),
         ('lora: kohya has the rank for alpha', 'kohya(tensors, config.lora_alpha, prefix=', 'kohya(tensors, config.r, prefix=', 'test_a_file_is_the_same_function'),
@@ -1292,7 +1340,7 @@ PLANTED = {
     ],
     ('sdcourse/train/objective.py', 'tests/test_flow_dit.py'): [
         ('the velocity points from noise to data', '(v.to(eps.dtype) - flow_velocity(x0, eps))', '(v.to(eps.dtype) + flow_velocity(x0, eps))', 'test_objective'),
-        ("the density's mean is ignored", 'Density(self.density, self.density_mean,', 'Density(self.density, 0.,', 'test_density_options_reach_the_loss'),
+        ("the density's mean is ignored", 'law = (self.density_mean,', 'law = (0.,', 'test_density_options_reach_the_loss'),
     ],
     ('sdcourse/train/condition.py', 'tests/test_flow_dit.py'): [
         ('conditions are kept at rate p', 'return torch.where(drop, empty, values)', 'return torch.where(drop, values, empty)', 'test_class_dropping'),
@@ -1511,7 +1559,7 @@ PLANTED = {
         ('stale: other captions pass', 'return super().fixed() | {"captions": self.captions_sha256}', 'return super().fixed()', 'test_a_resume_on_something_else_is_refused'),
         ('stale: other pictures pass', '        found = {"pictures": self.data_sha256}\n', '        found = {}\n', 'test_a_resume_on_something_else_is_refused'),
         ('stale: other base weights pass', '        parts = (*self.text_parts, self.network_part, "vae")', '        parts = (*self.text_parts, "vae")', 'test_a_resume_on_something_else_is_refused'),
-        ('stale: embeddings of another kind pass', '        prompts = self.config.prompts and Cache(', '        prompts = None and Cache(', 'test_caches_made_again_from_other_pictures_or_captions_are_refused'),
+        ('stale: embeddings of another kind pass', '        prompts = self.cached_prompts and self.cached_prompts.key', '        prompts = None', 'test_caches_made_again_from_other_pictures_or_captions_are_refused'),
         ('stale: another VAE that encodes passes', 'return {"vae": weights_id(self.latents.vae)} if self.latents.vae else {}', 'return {}', 'test_a_vae_that_encodes_in_each_step_is_remembered'),
     ],
     ('sdcourse/cache/latents.py', 'tests/test_stale.py'): [

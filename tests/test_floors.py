@@ -29,7 +29,7 @@ KNOWS = {  # from the ground up: floor or module at the top, and what it may kno
     "caption": "core config engine data data.sets models dataset cache evaluation",
     "attention": "core",
     "train": "core config plot diffusion cli engine data data.sets models dataset cache evaluation",
-    "commands": "core config guard plot engine data models dataset evaluation attention train",
+    "commands": "core config guard plot engine data models dataset cache evaluation attention train",
     "check": "config diffusion data models train",
 }
 ABOVE_ALL = "cli"  # whose table names every verb

@@ -8,6 +8,7 @@ from sdcourse.core import UserError
 from sdcourse.train.__main__ import TASKS, task_module
 from test_flow_dit import latents_folder
 from test_sd15 import model, scenes  # noqa: F401 - fixtures
+from test_sd3 import sd3_data, sd3_model  # noqa: F401 - fixtures
 
 SGD = dict(optimizer="torch.optim.SGD")
 BIAS = dict(timestep_bias="range", timestep_bias_multiplier=2.0)
@@ -52,6 +53,7 @@ IDLE = dict(
             (dict(density="mode"), 0.5, "mode"),
         ],
         density_std=[(dict(density="cosmap"), 0.5, "with --density cosmap")],
+        density_scale=[({}, 0.5, "only with mode")],
         guidance_interval=[(dict(guidance_scale=1.0), (0.1, 0.9), "with --guidance-scale 1")],
         latent=[({}, (4, 16), "only with synthetic")],
         num_samples=[(dict(data="{cache}"), 50, "is no built-in world")],
@@ -67,6 +69,24 @@ IDLE = dict(
         crop=[
             ({}, "random", "with --data digits"),
             (dict(data="{cache}"), "adm", "where no picture is encoded"),
+        ],
+    ),
+    sd3=dict(
+        beta2=[(SGD, 0.9, "with --optimizer torch.optim.SGD")],
+        lr_end=[({}, 1e-5, "--lr-schedule constant")],
+        density_mean=[(dict(density="uniform"), 0.5, "with --density uniform")],
+        density_std=[(dict(density="cosmap"), 0.5, "with --density cosmap")],
+        density_scale=[({}, 0.5, "only with mode")],
+        lora_modules=[({}, ("attn.to_q",), "without --lora-rank")],
+        lora_blocks=[({}, ("0",), "without --lora-rank")],
+        lora_alpha=[({}, 4.0, "needs --lora-rank")],
+        base_precision=[({}, "bf16", "without --lora-rank")],
+        num_samples=[(dict(data="{scenes}/data"), 50, "is no built-in world")],
+        max_samples=[(dict(latents="{sd3}/latents"), 5, "of a larger part of it (--max-samples)")],
+        image_column=[(dict(latents="{sd3}/latents"), "image", "where no picture is encoded")],
+        crop=[(dict(latents="{sd3}/latents"), "random", "where no picture is encoded")],
+        image_size=[
+            (dict(latents="{sd3}/latents"), 32, "holds pictures of 16 pixels, and --image-size is 32")
         ],
     ),
     nets=dict(
@@ -118,7 +138,13 @@ ALWAYS = dict(
     flow_dit=ENGINE
     | LATENTS
     | set(
-        "compile gradient_checkpointing density density_shift size position mlp qk_norm vae sampler".split()
+        "compile gradient_checkpointing density density_shift loss_weight size position mlp qk_norm vae sampler".split()
+    ),
+    sd3=ENGINE
+    | LATENTS
+    | set(
+        "compile gradient_checkpointing density density_shift loss_weight lora_rank caption_column latents "
+        "prompts model t5 t5_length validation_prompts".split()
     ),
     nets=ENGINE | set("compile world widths depths patch share".split()),
     vae=ENGINE | set("widths layers latent_channels side beta share".split()),
@@ -135,7 +161,7 @@ def test_every_option_stands_in_the_table(task):
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory, scenes):
+def places(tmp_path_factory, scenes, sd3_data):
     from sdcourse.models.tiny_clip import make_contrast, save_contrast
     from sdcourse.models.tiny_sd import make_tokenizer
 
@@ -143,7 +169,7 @@ def places(tmp_path_factory, scenes):
     encoders = tmp_path_factory.mktemp("encoders")
     save_contrast(make_contrast("clip", words, width=32, layers=(1, 1)), words, encoders)
     cache = latents_folder(tmp_path_factory.mktemp("cache") / "z")
-    return dict(scenes=scenes, cache=cache, encoders=encoders)
+    return dict(scenes=scenes, cache=cache, encoders=encoders, sd3=sd3_data)
 
 
 def checked(task, over, given=()):
@@ -155,13 +181,18 @@ def checked(task, over, given=()):
 
 
 @pytest.mark.parametrize("task, option, row", ROWS, ids=[f"{t} {o} {i}" for i, (t, o, _) in enumerate(ROWS)])
-def test_an_option_without_effect_is_refused(task, option, row, places, model):
+def test_an_option_without_effect_is_refused(task, option, row, places, model, sd3_model):
     others, value, words = row
     others = {k: v.format(**places) if isinstance(v, str) else v for k, v in others.items()}
     if task == "sd15":
         others = dict(model=str(model), flip=False) | others
         if "latents" in others:
             others["data"] = f"{places['scenes']}/data"
+    if task == "sd3":
+        own = (
+            dict(data=f"{places['sd3']}/data", image_size=16) if "latents" in others else dict(image_size=32)
+        )
+        others = dict(model=str(sd3_model), flip=False, caption_column="") | own | others
     checked(task, others)  # the setting itself is fine
     with pytest.raises(UserError) as e:
         checked(task, others | {option: value}, given=[option])

@@ -107,6 +107,7 @@ def _load_tokenizer(folder, cls):
 class Prompts(Encoder):
     "b captions -> of each encoder NAME.hidden [b,L,d], NAME.mask [b,L] and perhaps NAME.pooled [b,d]."
     kind = "prompts"
+    clipped = () # while captions are encoded, {name: rows that overflow}
     def __init__(self,
         folder, # a pipeline (SD 1.x, 2.x, XL, 3) or a list of (tokenizer, text encoder) folders; or a hub name
         *,
@@ -172,6 +173,7 @@ class Prompts(Encoder):
     def _watch(self, name, model):
         "transformers clips an overflow inside a float16 T5 without a word; note in which rows."
         def look(module, args, out):
+            if name not in self.clipped: return # somebody else's pipeline asks the model
             h = out[0] if isinstance(out, tuple) else out
             self.clipped[name] = self.clipped[name] | h.isinf().flatten(1).any(1)
         for m in model.modules():
@@ -184,7 +186,8 @@ class Prompts(Encoder):
             raise UserError("prompts: expected a list of captions")
         def none(): return torch.zeros(len(batch), dtype=torch.bool, device=self.device)
         self.clipped = {name: none() for name in self.parts}
-        return {f"{name}.{k}": v for name in self.parts for k, v in self._one(name, list(batch)).items()}
+        try: return {f"{name}.{k}": v for name in self.parts for k, v in self._one(name, list(batch)).items()}
+        finally: self.clipped = ()
 
     def _one(self, name, batch):
         "One encoder."
@@ -243,9 +246,21 @@ def sd3_prompt(
 def same_text(
     cache, # a `Cache` of prompts
     home: Path, # of the model
+    parts: tuple = ("text_encoder",), # the encoders that are needed
+    t5_length: int = 0, # tokens of a T5 caption that are needed; 0: any
+    option: str = "--prompts", # which names the cache
 ):
-    "`UserError` unless the captions were embedded by the text encoder of this model."
-    known = cache.key["encoders"].get("text_encoder", {})
-    if known.get("weights") != weights_id(home/"text_encoder"):
-        what = f"was made by another text encoder than that of {home}"
-        raise UserError(f"--prompts {cache.folder}: {what}; make it again with its --model")
+    "`UserError` unless the captions were embedded by the text encoders of this model, at this length."
+    for part in parts:
+        known = cache.key["encoders"].get(part)
+        if known is None:
+            there = ", ".join(cache.key["encoders"])
+            what = f"has no {part}, only {there}"
+            raise UserError(f"{option} {cache.folder}: {what}; make it again without --only")
+        if known["weights"] != weights_id(home/part):
+            what = f"was made by another {part} than that of {home}"
+            raise UserError(f"{option} {cache.folder}: {what}; make it again with its --model")
+        if t5_length and known["class"].endswith("T5EncoderModel") and known["length"] != t5_length:
+            what = f"holds {known['length']} tokens of T5, and --t5-length is {t5_length}"
+            remedy = f"give --t5-length {known['length']}, or make it again with --t5-length {t5_length}"
+            raise UserError(f"{option} {cache.folder}: {what}; {remedy}")

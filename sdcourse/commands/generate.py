@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['NEEDED', 'LONGEST', 'GenerateOptions', 'rows_of_data', 'rows_of_file', 'plan_pictures', 'file_of', 'open_pipeline',
-           'as_the_run_says', 'draw', 'classes_of', 'made_by', 'json_line', 'Drawing', 'generate']
+           'as_the_run_says', 'draw', 'check_cache', 'classes_of', 'made_by', 'json_line', 'Drawing', 'generate']
 
 # %% ../../nbs/commands/00_generate.ipynb #4ac55ef6
 import hashlib, json, re
@@ -21,7 +21,7 @@ from ..engine.optim import odd_tensor
 from ..engine.order import image_generators, key, permutation
 from ..engine.run_folder import DRAWING
 from ..engine.work import JobOptions, LongWork, run_work
-from ..models.files import DTYPES, files_id, local_folder, quiet
+from ..models.files import DTYPES, files_id, local_folder, quiet, weights_id
 
 # %% ../../nbs/commands/00_generate.ipynb #250dc17b
 @dataclass
@@ -38,6 +38,11 @@ class GenerateOptions(JobOptions):
     label_column: str = "" # of the data set; empty: label
     lora: str = "" # folder or .safetensors file of a LoRA
     lora_scale: float = 1.0 # strength of the LoRA
+    lora_block_scales: tuple[str, ...] = () # of an SD3 LoRA: strength in some blocks, such as 0-3=0,4-22=0.5; times --lora-scale
+    lora_any_base: bool = False # draw although the LoRA says that it was trained beside other weights
+    prompt_cache: str = "" # of an SD3: cache of prompts (sdcourse cache prompts) to take embeddings from; no text encoder is loaded
+    t5: bool = True # of an SD3: read captions with T5 too; without: zeros in its place. A run without T5 draws without
+    t5_length: NonNegative[int] = 0 # of an SD3: tokens of T5; 0: what the run says, else 256
     guidance_scale: float = -1.0 # w in u + w (c - u); below 0: what the run says, else the pipeline
     num_inference_steps: NonNegative[int] = 0 # of the sampler; 0: what the run says, else the pipeline
     negative_prompt: str = "" # what should not be there
@@ -71,6 +76,8 @@ NEEDED = { # option -> those without which it has no effect
     "caption_column": ("data",),
     "label_column": ("data",),
     "lora_scale": ("lora",),
+    "lora_block_scales": ("lora",),
+    "lora_any_base": ("lora",),
 }
 
 # %% ../../nbs/commands/00_generate.ipynb #9ee41720
@@ -191,11 +198,14 @@ def open_pipeline(
     files = _files_of(path)
     whole = (path/"model_index.json").is_file()
     pipe = _load(path, cfg) if whole else _checkpoint(path, cfg, device)
+    _set_text(pipe, cfg)
     pipe.to(device)
     pipe.set_progress_bar_config(disable=True)
     if cfg.negative_prompt and isinstance(pipe, FlowDiTPipeline):
         raise UserError("--negative-prompt: this model draws classes; leave it out")
-    if cfg.lora: _add_lora(pipe, cfg)
+    if cfg.lora:
+        if whole: _check_base(path, cfg)
+        _add_lora(pipe, cfg)
     _check_weights(pipe, path, cfg)
     if not isinstance(pipe, FlowDiTPipeline): _set_steps(pipe, cfg)
     lora = files_id(_lora_files(cfg.lora))[:16] if cfg.lora else ""
@@ -221,7 +231,7 @@ def as_the_run_says(
     told = _told(_folder_of(source))
     if cfg.lora: told |= _told(_place_of(cfg.lora))
     own = GenerateOptions()
-    names = ("guidance_scale", "num_inference_steps", "sampler", "size")
+    names = ("guidance_scale", "num_inference_steps", "sampler", "size", "t5", "t5_length")
     lacking = {k: told[k] for k in names if told.get(k) is not None and getattr(cfg, k) == getattr(own, k)}
     interval = tuple(told.get("guidance_interval", (0., 1.)))
     return replace(cfg, **lacking), {} if interval == (0., 1.) else dict(guidance_interval=interval)
@@ -237,7 +247,7 @@ def _checkpoint(path, cfg, device):
         raise UserError(f"--precision {cfg.precision}: {what}; sdcourse export {path} OUT, and draw from OUT")
     task, model = restored(path, cfg.weights)
     if not hasattr(task, "pipeline"): raise UserError(f"{path}: task {task.name} draws no pictures")
-    return task.pipeline(model.to(device))
+    return task.pipeline(model.to(device), **({"text": False} if cfg.prompt_cache else {}))
 
 def _load(path, cfg):
     "A pipeline of ours, or of diffusers without its safety checker."
@@ -251,8 +261,10 @@ def _load(path, cfg):
     off = {}
     if index.get("_class_name") == "FlowDiTPipeline":
         with quiet(): return FlowDiTPipeline.from_pretrained(path, dtype=dtype)
+    unread = ("text_encoder", "tokenizer") if cfg.prompt_cache else ()
+    off |= {k: None for k in index if k.startswith(unread)}
     if "safety_checker" in index:
-        off = {k: None for k in ("safety_checker", "feature_extractor") if k in index}
+        off |= {k: None for k in ("safety_checker", "feature_extractor") if k in index}
         off["requires_safety_checker"] = False
     safely = dict(use_safetensors=True, local_files_only=True)
     try:
@@ -261,6 +273,28 @@ def _load(path, cfg):
         raise UserError(f"{path}: is no pipeline that diffusers loads ({_brief(e)})") from None
 
 def _brief(e): return " ".join(str(e).split())[:160]
+
+def _set_text(pipe, cfg):
+    "How a Stable Diffusion 3 reads captions; `UserError` for a wish that no other pipeline fulfils."
+    if type(pipe).__name__ == "StableDiffusion3Pipeline":
+        if not cfg.t5: pipe.text_encoder_3 = pipe.tokenizer_3 = None
+        return
+    own = GenerateOptions()
+    for option in ("prompt_cache", "t5", "t5_length", "lora_block_scales"):
+        if getattr(cfg, option) != getattr(own, option):
+            what = f"is for Stable Diffusion 3, and this is a {type(pipe).__name__}"
+            raise UserError(f"{_typed(option)}: {what}; leave it out")
+
+def _check_base(path, cfg):
+    "`UserError` for a LoRA that says it was trained beside other weights."
+    from sdcourse.models.lora_sd3 import lora_header
+    if cfg.lora_any_base or not (path/"transformer").is_dir(): return
+    here = weights_id(path/"transformer")
+    for file in _lora_files(cfg.lora):
+        said = lora_header(file)
+        if said.get("base_sha256", here) != here:
+            what = f"was trained beside other weights than those of {path} ({said.get('base_model')})"
+            raise UserError(f"--lora {cfg.lora}: {what}; give that model, or --lora-any-base")
 
 def _check_weights(pipe, path, cfg):
     "`UserError` for weights that draw nothing but black pictures."
@@ -309,6 +343,10 @@ def _add_lora(pipe, cfg):
         pipe.set_adapters(["lora"], [cfg.lora_scale])
     except Exception as e:
         raise UserError(f"--lora {cfg.lora}: does not fit {type(pipe).__name__} ({_brief(e)})") from None
+    if cfg.lora_block_scales:
+        from sdcourse.models.lora_sd3 import block_scales, scale_blocks
+        found = block_scales(cfg.lora_block_scales, len(pipe.transformer.transformer_blocks))
+        scale_blocks(pipe.transformer, {b: s * cfg.lora_scale for b, s in found.items()}, "lora")
     if (place/"scheduler").is_dir(): # it was trained with another schedule than the model's own
         import diffusers
         kind = read_json(place/"scheduler"/"scheduler_config.json")["_class_name"]
@@ -330,12 +368,54 @@ def draw(
         if cfg.sampler: options["sampler"] = cfg.sampler
         if cfg.size: options["size"] = (cfg.size, cfg.size)
         return pipe([r["label"] for r in rows], **options).images
-    if cfg.negative_prompt: options["negative_prompt"] = [cfg.negative_prompt] * len(rows)
     if cfg.size: options |= dict(height=cfg.size, width=cfg.size)
-    out = _asked(pipe, prompt=[r["text"] for r in rows], **options)
+    out = _asked(pipe, **_words(pipe, [r["text"] for r in rows], cfg), **options)
     if any(getattr(out, "nsfw_content_detected", None) or []):
         raise UserError(f"{rows[0]['id']} …: the safety checker blackened pictures")
     return out.images
+
+def _words(pipe, texts, cfg):
+    "Captions as a pipeline takes them: texts, or what a cache holds of them."
+    if cfg.prompt_cache: return _embeddings(pipe, texts, cfg)
+    given = dict(prompt=texts)
+    if cfg.negative_prompt: given["negative_prompt"] = [cfg.negative_prompt] * len(texts)
+    if cfg.t5_length: given["max_sequence_length"] = cfg.t5_length
+    return given
+
+def _embeddings(pipe, texts, cfg):
+    from sdcourse.cache.store import Cache
+    from sdcourse.cache.text import sd3_prompt
+    cache = Cache(cfg.prompt_cache, "", kind="prompts")
+    network = pipe.transformer
+    zeros = dict(t5_length=cfg.t5_length or 256, width=network.config.joint_attention_dim)
+    def found(some):
+        rows = cache.__getitems__(cache.numbers(some))
+        if not cfg.t5: rows.pop("text_encoder_3.hidden", None)
+        floats = {k: v.float() for k, v in rows.items() if k.endswith((".hidden", ".pooled"))}
+        return [x.to(network.device, network.dtype) for x in sd3_prompt(floats, **zeros)]
+    names = ("prompt_embeds", "pooled_prompt_embeds")
+    given = dict(zip(names, found(texts)))
+    without = found([cfg.negative_prompt] * len(texts))
+    return given | {f"negative_{name}": x for name, x in zip(names, without)}
+
+def check_cache(
+    path: Path, # of a pipeline, or of a checkpoint
+    cfg: GenerateOptions, # prompt_cache, t5, t5_length, negative_prompt
+    texts: list, # captions
+):
+    "`UserError` unless the cache has all captions, as the model's own text encoders read them."
+    from sdcourse.cache.store import Cache
+    from sdcourse.cache.text import same_text
+    from sdcourse.models.home_sd3 import CLIPS_OF_SD3, T5_OF_SD3, has_t5
+    home = path if (path/"model_index.json").is_file() else task_of(path).home
+    cache = Cache(cfg.prompt_cache, "", kind="prompts")
+    parts = (*CLIPS_OF_SD3, *[T5_OF_SD3] * (cfg.t5 and has_t5(home)))
+    same_text(cache, home, parts, cfg.t5_length, "--prompt-cache")
+    wanted = [*texts, cfg.negative_prompt]
+    lost = [t for t, at in zip(wanted, cache.numbers(wanted)) if at < 0]
+    if lost:
+        remedy = "add it with sdcourse cache prompts --more FILE"
+        raise UserError(f"--prompt-cache {cfg.prompt_cache}: has no row for {lost[0][:60]!r}; {remedy}")
 
 def _asked(pipe, **options):
     try: return pipe(**options)
@@ -381,6 +461,7 @@ class Drawing(LongWork):
         self.pipe, facts = open_pipeline(source, self.cfg, device)
         self.facts = facts | self.more
         self.rows = plan_pictures(self.cfg, classes_of(self.pipe))
+        if self.cfg.prompt_cache: check_cache(_folder_of(source), self.cfg, [r["text"] for r in self.rows])
 
     def claim(self):
         now = dict(source=self.source, made_by=made_by(self.cfg, self.facts, self.rows))

@@ -46,6 +46,12 @@ def weight_files(
         raise UserError(f"{folder}: {what}; save it as safetensors")
     broken = [p.name for p in weights if not p.is_file()]
     if broken: raise UserError(f"{folder}: {broken[0]} is a link to nothing; fetch the model again")
+    for index in sorted(folder.glob("*.safetensors.index.json")):
+        there = {p.name for p in weights}
+        named_there = read_json(index).get("weight_map", {}).values()
+        lacking = sorted(set(named_there) - there)
+        what = f"{lacking[0]} is missing, which {index.name} names" if lacking else ""
+        if lacking: raise UserError(f"{folder}: {what}; fetch it again")
     return weights
 
 def weights_id(

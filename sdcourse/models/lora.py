@@ -22,23 +22,36 @@ def add_lora(
     *, rank: int, # r
     alpha: float = 0., # of the factor alpha / r; 0: r, that is a factor of 1
     modules=UNET, # ends of the names of the layers that get an adapter
+    only: list = (), # full names of these layers; empty: all whose names end so
 ): # the model
-    "Add zero-effect adapters; `UserError` when no layer has such a name."
+    "Add zero-effect adapters; `UserError` when no layer has such a name, or is thinner than an adapter."
     try: from peft import LoraConfig
     except ImportError:
         raise UserError("--lora-rank: needs the package peft: pip install -c constraints.txt peft") from None
-    names = [n for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    for end in modules:
-        if not any(n == end or n.endswith("." + end) for n in names):
-            there = ", ".join(sorted({_ending(n) for n in names}))
-            what = f"no layer of {type(model).__name__} is called so"
-            raise UserError(f"--lora-modules {end}: {what}; there are {there}")
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))}
+    _check_names(type(model).__name__, layers, modules)
+    _check_rank(layers, rank, only or [n for n in layers if n.endswith(tuple(modules))])
     model.requires_grad_(False)
-    how = dict(lora_alpha=alpha or rank, init_lora_weights="gaussian", target_modules=list(modules))
+    how = dict(lora_alpha=alpha or rank, init_lora_weights="gaussian", target_modules=list(only or modules))
     model.add_adapter(LoraConfig(r=rank, **how))
     for p in model.parameters():
         if p.requires_grad: p.data = p.data.float()
     return model
+
+def _check_names(model, names, modules):
+    "`UserError` for an end that no name has."
+    for end in modules:
+        if not any(n == end or n.endswith("." + end) for n in names):
+            there = ", ".join(sorted({_ending(n) for n in names}))
+            raise UserError(f"--lora-modules {end}: no layer of {model} is called so; there are {there}")
+
+def _check_rank(layers, rank, chosen):
+    "`UserError` for an adapter that would be larger than what it is beside."
+    for name in chosen:
+        width = min(layers[name].weight.shape[:2])
+        if rank > width:
+            what = f"is more than the {width} inputs or outputs of {name}"
+            raise UserError(f"--lora-rank {rank}: {what}; give at most {width}")
 
 def _ending(name):
     "The last word of a layer's name, with the word before it where the last is a number."

@@ -17,6 +17,7 @@ from ..engine.stop import SIGNALS, StopFlag
 # %% ../../nbs/train/07_main.ipynb #e8c92901
 TASKS = { # name -> module with Config and Task
     "sd15": "sdcourse.train.sd15",
+    "sd3": "sdcourse.train.sd3",
     "flow_dit": "sdcourse.train.flow_dit",
     "nets": "sdcourse.train.judge",
     "vae": "sdcourse.train.vae",
