@@ -9,7 +9,6 @@ __all__ = ['SAID', 'SUBJECTIVE', 'IMPOSSIBLE', 'Attribute', 'check_left_out', 'a
 # %% ../../nbs/caption/01_facts.ipynb #3711f726
 from typing import NamedTuple
 
-import numpy as np
 
 from ..core import UserError, nearest
 from ..data.sets.faces import ATTRIBUTES

@@ -7,7 +7,7 @@ __all__ = ['ALL', 'LANDED', 'EXPORTING', 'column_of', 'why_not_landed', 'check_c
            'export_captions']
 
 # %% ../../nbs/caption/02_land.ipynb #866bd745
-import io, json, shutil, tarfile
+import io, shutil, tarfile
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +15,13 @@ from typing import Literal
 
 from .table import captions_home, read_captions
 from ..config import Options
-from ..core import UserError, atomic_path, check_free, disk_error, nearest, progress, read_json
+from ..core import UserError, check_free, disk_error, nearest, progress, read_json
 from ..core import sha256, write_json, write_text
 from ..data.imagefolder import file_names, read_lines, write_lines
 from ..data.images import BadImage, read_header
 from ..data.manifests import named_file
 from ..data.shards import key_of, kind_of
-from ..data.sources import FolderSet, facts_of, is_older
+from ..data.sources import FolderSet, is_older
 from ..dataset import DataSet
 from ..engine.work import OWNER, Owner
 

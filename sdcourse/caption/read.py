@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass, field
 from itertools import permutations
 
-from .facts import SAID, SUBJECTIVE, Facts, to_say
+from .facts import SUBJECTIVE, Facts, to_say
 from ..data.sets.scenes import BACKGROUNDS, COLOURS, OBJECT_SIZES, PLACES, SHAPES
 
 # %% ../../nbs/caption/05_read.ipynb #8d3f36e1

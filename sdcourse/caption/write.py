@@ -9,14 +9,13 @@ __all__ = ['LIBRARIES', 'WriteOptions', 'hashed', 'CaptionJob', 'padded', 'write
 # %% ../../nbs/caption/03_write.ipynb #a84ea450
 import hashlib, json
 from dataclasses import dataclass
-from pathlib import Path
 
-from .facts import SUBJECTIVE, check_left_out, facts_of_row, impossible, template, to_say
+from .facts import SUBJECTIVE, check_left_out, facts_of_row, impossible, template
 from .land import ALL, check_columns, column_of, land, why_not_landed
 from .table import captions_home, check_variant, has_part, is_done, read_captions
 from .table import take_in, units_of, write_part
 from ..config import Free, NonNegative, Positive
-from ..core import UserError, log, versions, write_json
+from ..core import UserError, log, versions
 from ..data.images import BadImage
 from ..data.manifests import leave_out, split_of
 from ..data.parallel import read_ahead
