@@ -159,7 +159,7 @@ class LatentTask(Task):
             where = f"--{self.latents_option} {getattr(self.config, self.latents_option)}"
             raise UserError(f"{where}: {self.latents.unmirrored}")
         if self.weights: self.weights.check(self.items("train").ids)
-        if hasattr(type(self), "classes"): _ = self.latents.classes # a network that is told them needs them all
+        if hasattr(type(self), "classes"): _ = self.latents.classes # which must be complete
         self.dataset("validate") # what is wrong with it would come at the first validation
 
     # options that count where pictures are encoded in each step
