@@ -806,7 +806,7 @@ def test_one_file_is_taken_apart_and_trains_alike(tmp_path, model):
 
 def test_prompts_of_another_text_encoder_are_refused(tmp_path, scenes):
     other = tiny_sd.make_pipeline(tmp_path / "other", seed=1)
-    with pytest.raises(UserError, match="made by another text encoder"):
+    with pytest.raises(UserError, match="made by another text_encoder"):
         sd15.Task(
             config("", model=str(other), data=str(scenes / "data"), prompts=str(scenes / "prompts"))
         ).check()

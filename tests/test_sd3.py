@@ -332,6 +332,8 @@ def test_the_header_says_what_belongs_to_the_adapters(run, model):
         assert said["base_sha256"] == weights_id(model / "transformer")
         assert (said["lora_alpha"], said["prompt_length"], said["lora_blocks"]) == ("8.0", "8", "0")
         assert said["lora_layers"].split(",") == list(sd3.JOINT_ATTENTION)
+    told = lora_header(run / "export/pytorch_lora_weights.safetensors")["lora_adapter_metadata"]
+    assert [v for k, v in json.loads(told).items() if k.endswith("lora_alpha")] == [8.0]  # of the network
     config_said = json.loads(said.get("lora_adapter_metadata", "{}") or "{}")
     assert not config_said  # peft has a file of its own for it
 
