@@ -627,6 +627,7 @@ def test_only_some_of_the_prompts(tmp_path):
 
 def test_an_option_without_effect_is_refused(run, sd15, tmp_path):
     given = dict(per_class=3, max_samples=2, caption_column="c", label_column="l", lora_scale=0.5)
+    given |= dict(lora_block_scales=("0:0.5",), lora_any_base=True)
     assert given.keys() == NEEDED.keys()
     (tmp_path / "p.txt").write_text("a cat\n")
     for option, value in given.items():
