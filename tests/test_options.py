@@ -99,6 +99,10 @@ IDLE = dict(
         lr_end=[(dict(lr_schedule="constant"), 1e-5, "--lr-schedule constant")],
         gradient_checkpointing=[({}, True, "network is small")],
         compile=[({}, True, "network is small")],
+        **{
+            name: [(dict(model="tiny-vae"), value, ", which has its own")]
+            for name, value in dict(widths=(8, 8), layers=2, latent_channels=8).items()
+        },
     ),
     contrast=dict(
         beta2=[(SGD, 0.9, "with --optimizer torch.optim.SGD")],
@@ -147,7 +151,7 @@ ALWAYS = dict(
         "prompts model t5 t5_length validation_prompts".split()
     ),
     nets=ENGINE | set("compile world widths depths patch share".split()),
-    vae=ENGINE | set("widths layers latent_channels side beta share".split()),
+    vae=ENGINE | set("model side beta share".split()),
     contrast=ENGINE | set("model kind share".split()),
 )
 ROWS = [(t, o, row) for t, table in IDLE.items() for o, rows in table.items() for row in rows]

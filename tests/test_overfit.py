@@ -12,7 +12,7 @@ from sdcourse.train import judge, vae
 
 SMALL = {
     judge: dict(world="digits", widths=(16, 32), depths=(1, 1), patch=1, share=0.05, lr=1e-2, max_steps=200),
-    vae: dict(widths=(16, 16), side=16, share=0.01, lr=5e-3, max_steps=200),
+    vae: dict(widths=(16, 16), side=24, share=0.01, lr=5e-3, max_steps=200),
 }
 
 

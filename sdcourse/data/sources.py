@@ -412,8 +412,8 @@ def _load_hub(name):
     "{split: datasets.Dataset} of a hub name, NAME:CONFIG, or a local copy; `UserError` in one line."
     try: import datasets
     except ImportError:
-        how = "pip install -c constraints.txt datasets"
-        raise UserError(f"{name}: hub sets need the package datasets: {how}") from None
+        how = "pip install -c constraints.txt datasets, or give a folder"
+        raise UserError(f"{name}: no such folder, and hub sets need the package datasets: {how}") from None
     try: data = _read_hub(datasets, str(name), Path(name).is_dir())
     except Exception as e: raise _no_hub(name, e) from None
     data = data if isinstance(data, dict) else {str(data.split or "train"): data}
