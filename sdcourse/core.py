@@ -199,13 +199,14 @@ M_MMAP_THRESHOLD = -3
 def use_cpu(
     threads: int = 0, # CPU threads; 0: as they are
     device: str = "cpu", # kind of device that computes
+    kept: int = 2**30, # bytes of the largest freed block that stays
 ):
-    "Set torch's threads; on a CPU, have glibc, if any, keep freed memory, blocks up to 1 GiB (`mallopt`)."
+    "Set torch's threads; on a CPU, have glibc, if any, keep freed memory in blocks up to `kept` (`mallopt`)."
     import torch
     if threads: torch.set_num_threads(threads)
     if device == "cpu" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 2**30)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_MMAP_THRESHOLD, kept)
+        libc.mallopt(M_TRIM_THRESHOLD, 2 * kept - 1)
 
 # %% ../nbs/90_core.ipynb #1501b488
 def _content(path):

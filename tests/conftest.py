@@ -71,6 +71,8 @@ def built(tmp_path_factory):
     """`built(make, **options)`: the folder that `make(folder, **options)` fills, made once per session. Who
     changes one, changes a copy.
     """
+    from sdcourse.models.files import quiet
+
     home, states = tmp_path_factory.mktemp("built"), {}
 
     def state(folder):
@@ -79,7 +81,8 @@ def built(tmp_path_factory):
     def of(make, **options):
         folder = home / "-".join([make.__name__, *(f"{k}={v}" for k, v in options.items())])
         if folder not in states:
-            make(folder, **options)
+            with quiet():  # a bar would be among the errors of the test that came first
+                make(folder, **options)
             states[folder] = state(folder)
         return folder
 

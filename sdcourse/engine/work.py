@@ -6,8 +6,8 @@
 __all__ = ['OWNER', 'BEAT', 'SILENT', 'JobOptions', 'Owner', 'alone', 'LongWork', 'run_work']
 
 # %% ../../nbs/engine/10_work.ipynb #3e49d3c1
-import json, os, socket, threading, time, uuid
-from contextlib import ExitStack, contextmanager, suppress
+import hashlib, json, os, socket, threading, time, uuid
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,13 +70,10 @@ def _lives(path, text, stop):
     return stop() or sign() not in (None, seen)
 
 def _clear(path, text):
-    "Take a dead owner's file away, and no other one that has come in its place."
-    old = path.with_name(f"{OWNER}.{uuid.uuid4().hex}")
-    try: os.rename(path, old)
-    except FileNotFoundError: return
-    if _read(old) != text:
-        with suppress(OSError): os.link(old, path)
-    old.unlink()
+    "Take a dead owner's file away, and no other one that has come in its place: one process at a time may."
+    right = f"{path.name}.{hashlib.sha256(text.encode()).hexdigest()[:8]}.tmp"
+    with Owner(path.parent, name=right):
+        if _read(path) == text: path.unlink()
 
 # %% ../../nbs/engine/10_work.ipynb #a8fe9eeb
 class Owner:
@@ -85,9 +82,10 @@ class Owner:
         folder, # it exists
         lost=lambda: None, # called by another thread
         stop=lambda: False, # whether not to wait any longer
+        *, name: str = OWNER, # of the file
     ):
         import psutil
-        self.path = Path(folder) / OWNER
+        self.path = Path(folder) / name
         self.lost = lost
         self.stop = stop
         self.pid = os.getpid()

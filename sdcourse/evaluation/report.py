@@ -537,7 +537,7 @@ def evaluate(
     cfg.check()
     limits = dict(max_seconds=cfg.max_seconds, margin=cfg.stop_before, hang_seconds=cfg.hang_seconds)
     with begin(cfg.out, device=cfg.device, **limits) as j:
-        use_cpu(cfg.threads, j.ranks.device.type)
+        use_cpu(cfg.threads, j.ranks.device.type, kept=2**23) # blocks of many sizes would not fit again
         with ends_at_once(j.flag, cfg):
             with j.ranks.together():
                 opened = _open(sources, cfg, j.ranks.device)
