@@ -1,6 +1,6 @@
 """Every test runs offline, on one thread, on the package that lies beside this folder."""
 
-import os, signal, sys
+import os, signal, subprocess, sys, tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,6 +64,33 @@ def one_thread():
     torch = sys.modules.get("torch")
     if torch and torch.get_num_threads() != 1:
         torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory):
+    """`smoke(task)`: (words, what a fresh Python said that was started with them, its seconds of processor
+    time, its run folder) of thirty steps, as a reader starts them, made once per session.
+    """
+    found = {}
+
+    def of(task):
+        if task not in found:
+            out = tmp_path_factory.mktemp(task) / "run"
+            words = ["-m", "sdcourse.train", task, "--preset", "tiny", "--max-steps", "30", "--out", str(out)]
+            found[task] = (words, *spent(words), out)
+        return found[task]
+
+    return of
+
+
+def spent(words):
+    "(process, seconds of processor time) of a fresh Python that has ended, with what it said."
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        child = subprocess.Popen([sys.executable, *map(str, words)], stdout=out, stderr=err)
+        _, status, used = os.wait4(child.pid, 0)
+        child.returncode = os.waitstatus_to_exitcode(status)
+        said = [f.seek(0) or f.read() for f in (out, err)]
+    return subprocess.CompletedProcess(words, child.returncode, *said), used.ru_utime + used.ru_stime
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 the notebook.
 """
 
-import json, logging, os, subprocess, sys, tempfile, types
+import json, logging, os, subprocess, sys, types
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 import warm
+from conftest import spent
 from sdcourse import cli
 from sdcourse.config import TrainConfig, from_dict, resolve
 from sdcourse.core import UserError
@@ -217,31 +218,20 @@ def test_unknown_task_as_a_process():
     ) and done.stderr == "error: flow_ditt: unknown task; did you mean 'flow_dit'?\n"
 
 
-def spent(words):
-    "(process, seconds of processor time) of a fresh Python that has ended, with what it said."
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        child = subprocess.Popen([sys.executable, *map(str, words)], stdout=out, stderr=err)
-        _, status, used = os.wait4(child.pid, 0)
-        child.returncode = os.waitstatus_to_exitcode(status)
-        said = [f.seek(0) or f.read() for f in (out, err)]
-    return subprocess.CompletedProcess(words, child.returncode, *said), used.ru_utime + used.ru_stime
-
-
 def test_processor_time_is_seen():
     busy = "import time\nwhile time.process_time() < 0.5: pass"
     assert 0.5 <= spent(["-c", busy])[1] < 5
 
 
 @pytest.mark.parametrize("task", list(TASKS))
-def test_smoke_run_leaves_a_whole_run_folder_and_is_not_repeated(task, tmp_path):
+def test_smoke_run_leaves_a_whole_run_folder_and_is_not_repeated(task, smoke):
     "U2, as a reader starts it: no more than a minute, whatever else the processor does."
-    line = ["-m", "sdcourse.train", task, "--preset", "tiny", "--max-steps", "30", "--out", tmp_path / "run"]
-    done, seconds = spent(line)
+    line, done, seconds, out = smoke(task)
     assert done.returncode == 0, done.stderr
     assert seconds <= 60
-    found = {p.name for p in (tmp_path / "run").iterdir()}
+    found = {p.name for p in out.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "checkpoints", "samples", "export", "README.md"} <= found
-    rows = read_metrics(tmp_path / "run")
+    rows = read_metrics(out)
     assert rows[-1]["step"] == 30
     if task == "sd15":
         assert rows[0]["loss"] < 0.2  # an untrained model begins at 1
@@ -259,17 +249,12 @@ def test_smoke_run_leaves_a_whole_run_folder_and_is_not_repeated(task, tmp_path)
         "data_wait",
         "skipped",
     } <= set(rows[-1])
-    assert list((tmp_path / "run" / "samples").glob("*.png")) and list(
-        (tmp_path / "run" / "checkpoints").glob("step-00000030")
-    )
-    assert (
-        yaml.safe_load((tmp_path / "run" / "README.md").read_text().split("---")[1])["library_name"]
-        == "diffusers"
-    )
+    assert list((out / "samples").glob("*.png")) and list((out / "checkpoints").glob("step-00000030"))
+    assert yaml.safe_load((out / "README.md").read_text().split("---")[1])["library_name"] == "diffusers"
     for place in ("samples", "metrics.jsonl", "export"):
         assert place in done.stdout
     again = warm.run(line, first=warm.MODELS)
-    assert again.returncode == 0 and read_metrics(tmp_path / "run") == rows
+    assert again.returncode == 0 and read_metrics(out) == rows
     refused = warm.run([*line, "--lr", "0.5"], first=warm.MODELS)
     assert (
         refused.returncode == 2

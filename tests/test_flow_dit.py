@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -374,27 +372,11 @@ def test_numbers_of_a_validation_are_those_of_the_digits_that_were_asked_for(mon
     assert all({"name", "how", "note"}.isdisjoint(v) for v in row.values())
 
 
-def test_command_line_end_to_end(tmp_path):
+def test_command_line_end_to_end(smoke):
     """U2, O3 and the export in a fresh process: thirty steps, a picture, metrics, a checkpoint, a card, a
     pipeline.
     """
-    out = tmp_path / "run"
-    words = [
-        *COMMAND,
-        "--preset",
-        "tiny",
-        "--max-steps",
-        "30",
-        "--warmup-steps",
-        "5",
-        "--num-samples",
-        "50",
-        "--threads",
-        "1",
-        "--out",
-        str(out),
-    ]
-    done = subprocess.run([sys.executable, *words], capture_output=True, text=True)  # as a reader starts it
+    words, done, _, out = smoke("flow_dit")
     assert done.returncode == 0, done.stderr
     for name in ("samples", "metrics.jsonl", "export", "README.md"):
         assert str(out / name) in done.stdout
@@ -405,7 +387,7 @@ def test_command_line_end_to_end(tmp_path):
     row = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     assert (
         row["step"] == 30
-        and row["digit[tiny-digits]"]["n"] == 50
+        and row["digit[tiny-digits]"]["n"] == 500
         and row["FD[tiny-digits]"]["floor"] > 0
         and row["mfu"] > 0
         and row["val_loss"] > 0

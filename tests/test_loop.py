@@ -390,7 +390,7 @@ def one(r):
     step(r)
     seen[r.step] = psutil.Process().memory_info().rss
 loop.step = one
-often = dict(validate_every=25, checkpoint_every=50, log_every=10)
+often = dict(validate_every=50, checkpoint_every=50, log_every=10)
 small = dict(size="tiny/8", batch_size=16, num_samples=0, num_inference_steps=2, device="cpu")
 loop.train(Task(resolve(Config, overrides=dict(out=sys.argv[1], max_steps=500, **often, **small))))
 print(json.dumps([seen[50], seen[500]]))
