@@ -27,6 +27,7 @@ from sdcourse.models.home import (
 )
 from ..models.lora import add_lora, save_lora
 from ..models.shipped import MODELS
+from ..models.tiny_sd import UNTRAINED, make_pipeline
 from .condition import CaptionOptions, dropped
 from sdcourse.train.latent import (
     BucketOptions, CaptionedTask, LatentModule, LoraOptions, PictureOptions, SampleOptions, refuse,
@@ -49,6 +50,9 @@ PRESETS = dict(
     scenes=SCENES | NEW | dict(
         model="runs/tiny-sd15-places/export", max_steps=6500, lr_schedule="cosine", ema_decay=0.999,
         validate_every=2000, num_samples=100),
+    drawings=SCENES | NEW | dict(
+        model="new64", data="drawings", image_size=64, train_text=False, weight_decay=0., max_steps=4000,
+        lr_schedule="cosine", lr_end=2e-5, ema_decay=0.998, guidance_scale=3., num_samples=0, threads=1),
     full=ROWS | dict(
         model="stable-diffusion-v1-5/stable-diffusion-v1-5", data="data/unsplash",
         max_steps=15_000, batch_size=4, micro_batch=1, lr=1e-5, gradient_checkpointing=True, channels_last=True),
@@ -64,7 +68,7 @@ class Config(
     SampleOptions, LoraOptions, NoiseOptions, BucketOptions, CaptionOptions, PictureOptions, TrainConfig,
 ):
     "Options of Stable Diffusion 1.x and 2.x; see `TrainConfig` for those that all tasks share."
-    model: str = "new" # a pipeline folder, a shipped model, a hub name in the local cache, a .safetensors file; new: an untrained tiny one
+    model: str = "new" # folder, shipped model, hub name in the local cache, .safetensors file; new, new64: untrained, for 32 and 64 pixels
     model_config: str = "" # folder of a pipeline whose configs and tokenizer belong to a --model of one file
     data: str = "scenes" # captioned pictures: data folder, tars, hub name, or a built-in world: scenes, photos
     from_scratch: bool = False # begin with random weights in the UNet
@@ -118,10 +122,9 @@ class Task(CaptionedTask):
     def home(self): # of the model; an untrained one lives as long as the task
         cfg = self.config
         one_file = cfg.model.lower().endswith(".safetensors") and not Path(cfg.model).is_dir()
-        if cfg.model != "new" and not one_file: return model_home(cfg.model)
-        from sdcourse.models.tiny_sd import make_pipeline
+        if cfg.model not in UNTRAINED and not one_file: return model_home(cfg.model)
         self._new = tempfile.TemporaryDirectory()
-        if cfg.model == "new": return make_pipeline(self._new.name, seed=cfg.seed)
+        if not one_file: return make_pipeline(self._new.name, seed=cfg.seed, **UNTRAINED[cfg.model])
         return unpacked(cfg.model, cfg.model_config, self._new.name)
 
     @cached_property
@@ -308,7 +311,7 @@ def card(self: Task):
     ending = f"leaves {abar[-1]:.2%} of the variance to the picture"
     if abar[-1] == 0: ending = "ends in pure noise"
     of_data = self.latents.licence
-    ours = cfg.model in ("new", *MODELS)
+    ours = cfg.model in (*UNTRAINED, *MODELS)
     return dict(
         data=f"{cfg.data}; {how} {cfg.model}; licence of the data: {of_data or 'not recorded'}",
         license=weights_licence(of_data) if ours else licence_of(cfg.model, self.home),
