@@ -1626,7 +1626,7 @@ PLANTED = {
         ('O13: an autoencoder sees its own errors only', '(self.vae.decode(z).sample.to(x.dtype) - x)', '(self.vae.decode(z.detach()).sample.to(x.dtype) - x.roll(1, 0))', 'test_eight_pictures_are_learned_by_heart'),
     ],
     ('sdcourse/evaluation/adherence.py', 'tests/test_adherence.py'): [
-        ('emoji: the asked one is not among the candidates', 'return [number, *(i for i in others[:AMONG].tolist() if i != number)][:AMONG]', 'return others[:AMONG].tolist()', 'test_strangers_hold_the_asked_one_once'),
+        ('emoji: the asked one is not among the candidates', 'return [number, *(i for i in others[:CROWD].tolist() if i != number)][:CROWD]', 'return others[:CROWD].tolist()', 'test_strangers_hold_the_asked_one_once'),
         ('emoji: relatives differ in anything', 'if fact in self.rows[i]["facts"] and rest(i) == rest(number)]', 'if fact in self.rows[i]["facts"]]', 'test_relatives_differ_in_one_fact'),
         ('emoji: held out is what was trained', 'there = [i for i in range(self.known, len(self.rows))', 'there = [i for i in range(0, len(self.rows))', 'test_relatives_differ_in_one_fact'),
         ('emoji: every picture is right', 'hits += some[int((self.real[some] @ vector).argmax())] == number', 'hits += 1', 'test_real_pictures_are_right_and_those_of_others_wrong'),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sdcourse.evaluation.adherence import AMONG, FACTS, EmojiJudge, emoji_adherence
+from sdcourse.evaluation.adherence import CROWD, FACTS_OF_PEOPLE, EmojiJudge, emoji_adherence
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +16,7 @@ def one_judge(judge, monkeypatch):
 
 
 def test_relatives_differ_in_one_fact(judge):
-    for fact in FACTS:
+    for fact in FACTS_OF_PEOPLE:
         asked = judge.held_out(30, fact)
         assert len(set(asked)) == 30 and min(asked) >= judge.known
         for number in asked:
@@ -31,13 +31,13 @@ def test_relatives_differ_in_one_fact(judge):
 def test_strangers_hold_the_asked_one_once(judge):
     for number in (0, 7, len(judge.rows) - 1):
         some = judge.strangers(number)
-        assert len(set(some)) == len(some) == AMONG and some[0] == number
+        assert len(set(some)) == len(some) == CROWD and some[0] == number
         assert some == judge.strangers(number) != judge.strangers(1)
 
 
 def test_real_pictures_are_right_and_those_of_others_wrong():
     right = emoji_adherence(lambda numbers, judge: [judge.images[i] for i in numbers], 40)
-    assert set(right) == {"concept", *(f"{fact}_held_out" for fact in FACTS)}
+    assert set(right) == {"concept", *(f"{fact}_held_out" for fact in FACTS_OF_PEOPLE)}
     assert all(found["value"] == 1 and found["n"] == 40 for found in right.values())
     assert right["concept"]["chance"] == pytest.approx(0.01)
     assert right["gender_held_out"]["chance"] == pytest.approx(0.45, abs=0.06)

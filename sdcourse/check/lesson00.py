@@ -9,28 +9,27 @@ __all__ = ['ex1', 'ex2', 'ex3', 'ex4', 'ex5', 'ex6', 'ex7']
 import torch
 
 from . import compare
-from ..diffusion import Density
+from ..diffusion import Density, add_noise
 
 # %% ../../nbs/check/lesson00.ipynb #44757db6
 def ex1(
     fn, # (velocity, x0, eps, t) -> the loss
 ): # a Verdict
     "Exercise 1: the flow loss."
-    def loss(velocity, x0, eps, t, target, level):
-        x = (1 - level) * x0 + level * eps
-        return (velocity(x, t) - target).pow(2).mean()
-    def right(velocity, x0, eps, t): return loss(velocity, x0, eps, t, eps - x0, t[:, None])
-    def network(x, t): return x * t[:, None] + 1
-    g = torch.Generator().manual_seed(0)
-    x0, eps = torch.randn(2, 3, 2, generator=g)
-    cases = [(network, x0, eps, torch.tensor([0.2, 0.5, 0.9])), (network, eps, x0, torch.tensor([0.0, 0.6, 1.0]))]
-    return compare("ex1", fn, cases, right, tol=1e-5, hints=[
-        (lambda velocity, x0, eps, t: loss(velocity, x0, eps, t, x0 - eps, t[:, None]),
+    x0, eps = torch.randn(2, 3, 2, generator=torch.Generator().manual_seed(0))
+    t = torch.tensor([0.2, 0.5, 0.9])
+    cases = [(_network, x0, eps, t), (_network, eps, x0, 1 - t)]
+    return compare("ex1", fn, cases, _flow_loss, tol=1e-5, hints=[
+        (lambda velocity, x0, eps, t: (velocity(add_noise(x0, eps, t), t) - (x0 - eps)).pow(2).mean(),
          "the velocity points from data to noise: eps - x0"),
-        (lambda velocity, x0, eps, t: loss(velocity, x0, eps, t, eps - x0, 1 - t[:, None]),
+        (lambda velocity, x0, eps, t: _flow_loss(velocity, eps, x0, t),
          "at t = 0 there must be data: x_t is (1-t) x0 + t eps"),
-        (lambda velocity, x0, eps, t: loss(velocity, x0, eps, t, eps, t[:, None]),
+        (lambda velocity, x0, eps, t: (velocity(add_noise(x0, eps, t), t) - eps).pow(2).mean(),
          "this compares with the noise; the network predicts the velocity")])
+
+def _network(x, t): return x * t[:, None] + 1
+
+def _flow_loss(velocity, x0, eps, t): return (velocity(add_noise(x0, eps, t), t) - (eps - x0)).pow(2).mean()
 
 # %% ../../nbs/check/lesson00.ipynb #391d1940
 def ex2(
