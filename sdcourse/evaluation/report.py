@@ -17,7 +17,9 @@ from pathlib import Path
 import torch
 
 from ..config import Free, NonNegative, Positive, load_config
-from ..core import UserError, check_place, progress, read_json, use_cpu, write_json, write_text
+from sdcourse.core import (
+    UserError, check_outside, check_place, progress, read_json, use_cpu, write_json, write_text,
+)
 from ..dataset import Transform
 from ..engine.work import JobOptions
 from .distances import Number, paired, spread
@@ -535,6 +537,7 @@ def evaluate(
     "Measure models against a reference, on all ranks; the main one writes the report."
     from sdcourse.engine.dist import job as begin
     cfg.check()
+    check_outside(cfg.out, *sources, cfg.reference, cfg.train)
     limits = dict(max_seconds=cfg.max_seconds, margin=cfg.stop_before, hang_seconds=cfg.hang_seconds)
     with begin(cfg.out, device=cfg.device, **limits) as j:
         use_cpu(cfg.threads, j.ranks.device.type, kept=2**23) # blocks of many sizes would not fit again
