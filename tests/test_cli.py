@@ -262,10 +262,10 @@ def test_smoke_run_leaves_a_whole_run_folder_and_is_not_repeated(task, tmp_path)
     assert list((tmp_path / "run" / "samples").glob("*.png")) and list(
         (tmp_path / "run" / "checkpoints").glob("step-00000030")
     )
-    assert (
-        yaml.safe_load((tmp_path / "run" / "README.md").read_text().split("---")[1])["library_name"]
-        == "diffusers"
-    )
+    assert yaml.safe_load((tmp_path / "run" / "README.md").read_text().split("---")[1])["library_name"] == {
+        "nets": "transformers",
+        "contrast": "transformers",
+    }.get(task, "diffusers")
     for place in ("samples", "metrics.jsonl", "export"):
         assert place in done.stdout
     again = warm.run(line, first=warm.MODELS)

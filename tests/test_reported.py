@@ -322,7 +322,8 @@ def test_what_is_written_into_a_set_would_be_a_part_of_it(few, line, capsys):
     assert sorted(few.rglob("*")) == before
 
 
-def test_an_output_beside_a_set_is_none_of_it(few, tmp_path):
+def test_an_output_beside_a_set_is_none_of_it(few, tmp_path, monkeypatch):
+    monkeypatch.chdir(few.parent)
     check_outside(f"{few}-2", few, "", "digits", few / "not there")
     check_outside(tmp_path / "x", few)
 
