@@ -178,7 +178,8 @@ def text_lines(
     path, # a text file, UTF-8 with or without the mark that Windows editors put first
 ) -> list: # of str, without their ends
     "The lines of a file as editors count them: form feeds and the separators of Unicode end none."
-    with io.TextIOWrapper(io.BytesIO(plain_bytes(path)), encoding="utf-8-sig") as f: return f.read().split("\n")
+    data = io.BytesIO(plain_bytes(path))
+    with io.TextIOWrapper(data, encoding="utf-8-sig") as f: return f.read().split("\n")
 
 def read_json(
     path, # a JSON file

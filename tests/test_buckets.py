@@ -1,4 +1,4 @@
-"""D11: every batch has one shape, no item is lost, nothing is enlarged beyond the limit; on two ranks, too."""
+"""D11: each batch has one shape, no item is lost, nothing is enlarged beyond the limit; on two ranks, too."""
 
 import json
 

@@ -125,7 +125,7 @@ def runs(tmp_path_factory, built):
 
 @pytest.mark.parametrize("alpha", [0.0, 8.0])
 def test_after_real_steps_every_reader_has_the_same_function(runs, alpha):
-    "faults.md F: alpha = rank and alpha = 4 rank; diffusers, peft alone, and `generate --lora`, by both files."
+    "faults.md F: alpha = rank, and 4 rank; diffusers, peft alone, and `generate --lora`, by both files."
     from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
     from sdcourse.commands.generate import GenerateOptions, open_pipeline
 

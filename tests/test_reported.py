@@ -249,6 +249,10 @@ def test_a_file_in_the_way_is_one_line_and_stays(tmp_path, capsys, name):
 
 
 # ---- kinds 2, 3, 7 and 8, by other cases than those of faults.md
+class Hung(BaseException):
+    "Which no reader takes for a fault of its file."
+
+
 def read_csv(path):
     return list(table_rows(path))
 
@@ -271,17 +275,17 @@ def test_what_is_given_as_a_file_is_one(tmp_path, name, kind):
     os.mkfifo(path) if kind == "pipe" else path.mkdir()
 
     def hung(*_):
-        raise TimeoutError("it waits")
+        raise Hung
 
     old = signal.signal(signal.SIGALRM, hung)
-    signal.alarm(10)
+    signal.alarm(3)
     try:
         with pytest.raises((UserError, OSError)) as e:
             READERS[name](path)
     finally:
         signal.alarm(0)
         signal.signal(signal.SIGALRM, old)
-    assert not isinstance(e.value, TimeoutError) and "\n" not in str(e.value) and "x.csv" in str(e.value)
+    assert "\n" not in str(e.value) and "x.csv" in str(e.value)
 
 
 def test_two_values_of_one_name_are_refused(tmp_path):
@@ -356,7 +360,7 @@ def test_a_folder_that_is_not_there_may_be_a_name_of_the_hub(tmp_path, monkeypat
     monkeypatch.setitem(sys.modules, "datasets", None)
     (tmp_path / "mine/photos").mkdir(parents=True)
     for name, words in {
-        "mine/photo": "mine/photo: no such folder, did you mean 'photos'\\?; a set of the Hub needs the package",
+        "mine/photo": "mine/photo: no such folder, did you mean 'photos'\\?; a set of the Hub needs",
         "nobody/nothing": "no such folder, and there is no folder nobody either; a set of the Hub needs",
         "mine/photos": "mine/photos: its files are read by the package datasets: pip install",
     }.items():

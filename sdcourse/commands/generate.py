@@ -17,8 +17,8 @@ from typing import Literal
 from .export import newest, restored, task_of
 from ..config import NonNegative, Positive, fixed, load_config
 from sdcourse.core import (
-    UserError, atomic_path, check_outside, differences, nearest, parse_json, read_json, text_lines, write_json,
-    write_text,
+    UserError, atomic_path, check_outside, differences, nearest, parse_json, read_json, text_lines,
+    write_json, write_text,
 )
 from ..engine.optim import odd_tensor
 from ..engine.order import image_generators, key, permutation
@@ -114,14 +114,14 @@ def rows_of_file(
         if line: rows.append(_row_of_json(line, f"--prompts {path}:{n}", len(rows)))
     return rows
 
-def _row_of_json(line, where, number):
-    why = ""
+def _strict(line): # (its content, None where it may be read in two ways or in none; why)
     try:
-        parse_json(line) # which refuses what may be read in two ways
-        row = json.loads(line)
-    except (ValueError, RecursionError) as e:
-        row = None
-        why = f", but {str(e)[:80]}"
+        parse_json(line) # which refuses NaN, and keys that are there twice
+        return json.loads(line), ""
+    except (ValueError, RecursionError) as e: return None, f", but {str(e)[:80]}"
+
+def _row_of_json(line, where, number):
+    row, why = _strict(line)
     if not isinstance(row, dict): row = {}
     known = {k: row[k] for k in ("id", "text", "label") if row.get(k) is not None}
     if not {"text", "label"} & known.keys():

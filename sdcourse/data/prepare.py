@@ -204,7 +204,8 @@ def check_own(
         path = folder/"manifest.json"
         made = read_json(path).get("prepared", {}) if path.is_file() else {}
         if made.get("set") != name:
-            raise UserError(f"{folder}: is there already and was not made by this command; choose another OUT")
+            what = "is there already and was not made by this command"
+            raise UserError(f"{folder}: {what}; choose another OUT")
 
 @dataclass
 class Prepare(Options):
