@@ -15,7 +15,7 @@ from typing import Annotated, ClassVar, Literal, NamedTuple, TypeVar, get_args, 
 
 import yaml
 
-from .core import UserError, git_commit, nearest, versions, write_text
+from .core import UserError, git_commit, nearest, text_lines, versions, write_text
 
 # %% ../nbs/91_config.ipynb #34556085
 T = TypeVar("T")
@@ -207,7 +207,7 @@ def load_config(
     path, # config.yaml of a run, or any YAML mapping
 ) -> dict: # its content; a run's has the keys config, versions, git_commit …
     "Read a YAML mapping; `UserError` when it is missing or broken."
-    try: found = yaml.load(Path(_home(str(path))).read_text(encoding="utf-8-sig"), _Strict)
+    try: found = yaml.load("\n".join(text_lines(_home(str(path)))), _Strict)
     except OSError: raise UserError(f"{path}: cannot be read; give an existing YAML file") from None
     except UnicodeDecodeError:
         raise UserError(f"{path}: cannot be read, it is not UTF-8; save it as UTF-8") from None

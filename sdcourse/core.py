@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['log', 'HALF', 'PACKAGES', 'M_TRIM_THRESHOLD', 'M_MMAP_THRESHOLD', 'UserError', 'nearest', 'named', 'differences',
-           'disk_error', 'check_free', 'check_place', 'fsync_path', 'atomic_path', 'write_text', 'write_json',
-           'parse_json', 'text_lines', 'read_json', 'sha256', 'versions', 'git_commit', 'use_cpu', 'code_id',
-           'lesson_folder', 'watched', 'progress', 'human']
+           'disk_error', 'check_free', 'check_place', 'check_outside', 'fsync_path', 'atomic_path', 'write_text',
+           'write_json', 'plain_bytes', 'parse_json', 'text_lines', 'read_json', 'sha256', 'versions', 'git_commit',
+           'use_cpu', 'code_id', 'lesson_folder', 'watched', 'progress', 'human']
 
 # %% ../nbs/90_core.ipynb #4578abf7
-import ctypes, difflib, errno, hashlib, importlib, json, logging, math, os, re, shutil, subprocess, sys
+import ctypes, difflib, errno, hashlib, importlib, io, json, logging, math, os, re, shutil, stat
+import subprocess, sys
 import tempfile
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
@@ -81,6 +82,17 @@ def check_place(
     if not os.access(at, os.W_OK | os.X_OK):
         raise UserError(f"{option} {folder}: {at} cannot be written to; choose another folder")
 
+def check_outside(
+    out, # a folder that is to be made
+    *folders, # what is read; names that are no folders are passed over
+):
+    "`UserError` when OUT lies in a folder of pictures, which would not be the same set afterwards."
+    for folder in folders:
+        there = folder and Path(folder).is_dir()
+        if there and Path(out).resolve().is_relative_to(Path(folder).resolve()):
+            what = f"lies inside {folder}, and would be read as a part of it"
+            raise UserError(f"{out}: {what}; choose another OUT")
+
 def fsync_path(
     path, # a file or a folder
 ):
@@ -134,6 +146,20 @@ def _each_key_once(pairs):
     keys = [k for k, _ in pairs]
     raise ValueError(f"the key {next(k for k in keys if keys.count(k) > 1)!r} is there twice")
 
+def _at_once(path, flags): return os.open(path, flags | os.O_NONBLOCK) # a pipe would wait for its writer
+
+def plain_bytes(
+    path, # a file
+    most: int = 0, # bytes that it may have; 0: any number
+) -> bytes:
+    "The bytes of a plain file; `OSError` for pipes and devices, which may never end, and beyond `most`."
+    with open(path, "rb", opener=_at_once) as f:
+        plain = stat.S_ISREG(os.fstat(f.fileno()).st_mode)
+        if not plain: raise OSError(errno.EINVAL, "no plain file", str(path))
+        data = f.read(most + 1 if most else -1)
+        if most and len(data) > most: raise OSError(errno.EFBIG, f"more than {most:,} bytes", str(path))
+        return data
+
 HALF = re.compile(r"[\ud800-\udfff]") # of a character, which UTF-8 cannot hold
 
 def parse_json(
@@ -152,14 +178,16 @@ def text_lines(
     path, # a text file, UTF-8 with or without the mark that Windows editors put first
 ) -> list: # of str, without their ends
     "The lines of a file as editors count them: form feeds and the separators of Unicode end none."
-    return Path(path).read_text(encoding="utf-8-sig").split("\n")
+    data = io.BytesIO(plain_bytes(path))
+    with io.TextIOWrapper(data, encoding="utf-8-sig") as f: return f.read().split("\n")
 
 def read_json(
     path, # a JSON file
 ): # its content
     "Read a JSON file; `UserError` when it is missing or broken."
-    try: return parse_json(Path(path).read_bytes())
+    try: return parse_json(plain_bytes(path))
     except FileNotFoundError: raise UserError(f"{path}: no such file") from None
+    except OSError as e: raise UserError(f"{path}: cannot be read ({e.strerror})") from None
     except ValueError as e: raise UserError(f"{path}: not valid JSON ({e})") from None
 
 # %% ../nbs/90_core.ipynb #bbcb0616

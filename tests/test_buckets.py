@@ -1,4 +1,4 @@
-"""D11: every batch has one shape, no item is lost, nothing is enlarged beyond the limit."""
+"""D11: each batch has one shape, no item is lost, nothing is enlarged beyond the limit; on two ranks, too."""
 
 import json
 
@@ -191,3 +191,52 @@ def test_it_trains(tmp_path, data, built):
         sd15.Task(resolve(sd15.Config, overrides=over | dict(bucket_step=4))).check()
     with pytest.raises(UserError, match="many shapes"):
         sd15.Task(resolve(sd15.Config, overrides=over | dict(latents="x"))).check()
+
+
+SETTINGS = dict(  # faults.md F; all of the UNet is trained on two ranks in test_sd15
+    adapters=dict(lora_rank=2, lora_alpha=8.0, lora_text=True, micro_batch=2, buckets=True, bucket_step=8),
+    text=dict(train_text=True, gradient_checkpointing=True, micro_batch=1, buckets=True, bucket_step=8),
+)
+TRAIN = """
+import json, sys
+import torch
+torch.set_num_threads(1)
+from sdcourse.config import resolve
+from sdcourse.engine.loop import train
+from sdcourse.train import sd15
+sd15.Task.flops = lambda self, module: 1. # what is the same in all is left out
+sd15.Task.sample = lambda self, module, path: None
+home, settings = json.loads(sys.argv[1])
+for name, over in settings.items():
+    train(sd15.Task(resolve(sd15.Config, preset='tiny', overrides=over | dict(out=f'{home}/{name}'))))
+"""
+
+
+def test_two_ranks_train_buckets_adapters_and_words_as_one(tmp_path, data, built):
+    "O2 in float64: the same pictures of one bucket in each step, the same weights and averages."
+    import ranks
+    import tiny_models
+    import warm
+    from sdcourse.engine.checkpoint import latest_checkpoint, load_checkpoint
+    from sdcourse.engine.trackers import read_metrics
+
+    how = dict(model=str(built(tiny_models.thin_sd15)), data=str(data), image_size=32, precision="fp64")
+    how |= dict(batch_size=6, max_steps=2, lr=1e-3, flip=True, num_workers=0, checkpoint_every=0, log_every=1)
+    how |= dict(
+        cond_drop=0.5, encode_batch=1
+    )  # the VAE stays in float32, and its last bits depend on its batch
+    settings = {name: how | over for name, over in SETTINGS.items()}
+    first = warm.MODELS + "import peft"
+    for n in (1, 2):
+        argv = ["-c", TRAIN, json.dumps([str(tmp_path / str(n)), settings])]
+        started = [warm.start(argv, first=first)] if n == 1 else ranks.start(argv, 2, first=first)
+        ends = ranks.finish(started, warm.LONG)
+        assert [code for code, _, _ in ends] == [0] * n, ends[0][2][-3000:]
+    for name in settings:
+        runs = [tmp_path / str(n) / name for n in (1, 2)]
+        one, two = (load_checkpoint(latest_checkpoint(r / "checkpoints")[0])["tensors"] for r in runs)
+        assert one["model"].keys() == two["model"].keys()
+        for kind in ("model", "ema"):
+            assert max((one[kind][k] - x).abs().max().item() for k, x in two[kind].items()) <= 1e-9
+        losses = [[row["loss"] for row in read_metrics(r) if "loss" in row] for r in runs]
+        assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-9)

@@ -228,3 +228,28 @@ def test_a_stopped_look_goes_on(tmp_path, capsys, monkeypatch):
     assert 3 < seen < 12
     made(home, out)
     assert not (tmp_path / "out.looked").exists() and sum(map(len, rows(out).values())) == 12
+
+
+def test_what_others_left_is_no_reason_to_stop(tmp_path, capsys):
+    "A STOP in the work of another command was obeyed, and taken away; a file of that name was written over."
+    home = folder(tmp_path / "in")
+    there = tmp_path / "out.partial"
+    there.mkdir()
+    (there / "film").touch()
+    (there / "STOP").touch()
+    words = ["prepare", "folder", str(home), str(tmp_path / "out"), "--captions", "none", "--workers", "1"]
+    assert cli.main(words) == 2 and (there / "STOP").exists()
+    assert "out.partial: is there already and was not made by this command" in capsys.readouterr().err
+    (there / "manifest.json").write_text('{"prepared": {"set": "unsplash"}}')
+    assert cli.main(words) == 2 and (there / "STOP").exists()
+    for p in there.iterdir():
+        p.unlink()
+    (there / "STOP").touch()  # one's own: a stop before the first picture
+    assert cli.main(words) == 0 and not (tmp_path / "out").exists() and not (there / "STOP").exists()
+    (tmp_path / "out.looked").write_text("mine\n")
+    assert cli.main(words) == 2 and (tmp_path / "out.looked").read_text() == "mine\n"
+    (tmp_path / "out.looked").write_text('{"min_')  # cut by a kill
+    assert cli.main(words) == 0 and (tmp_path / "out/manifest.json").is_file()
+    (tmp_path / "file").touch()
+    words[3] = str(tmp_path / "file")
+    assert cli.main(words) == 2 and "is a file; choose another folder" in capsys.readouterr().err

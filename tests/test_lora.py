@@ -106,6 +106,54 @@ def test_peft_reads_the_diffusers_file(tmp_path, home):
         assert (other(x, t, c).sample - pipe.unet(x, t, c).sample).abs().max() < 1e-5
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, built):
+    "A model, and runs by their alpha: 3 steps of both networks at rank 2."
+    import tiny_models
+    from sdcourse.engine.loop import train
+    from sdcourse.train import sd15
+    from test_sd15 import captioned, config
+
+    model = built(tiny_models.thin_sd15)
+    out = tmp_path_factory.mktemp("adapters")
+    data = captioned(out / "data", ["a red ring", "a moon", "a blue ring", "a star"])
+    how = dict(model=str(model), data=str(data), lora_rank=2, lora_text=True, lr=1e-2, num_workers=0)
+    for alpha in (0.0, 8.0):
+        train(sd15.Task(config(out / f"{alpha}", lora_alpha=alpha, **how)))
+    return model, out
+
+
+@pytest.mark.parametrize("alpha", [0.0, 8.0])
+def test_after_real_steps_every_reader_has_the_same_function(runs, alpha):
+    "faults.md F: alpha = rank, and 4 rank; diffusers, peft alone, and `generate --lora`, by both files."
+    from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
+    from sdcourse.commands.generate import GenerateOptions, open_pipeline
+
+    model, out = runs
+    export = out / f"{alpha}/export"
+    tensors = load_file(export / lora.LORA_FILES[0])
+    assert all(t.abs().max() > 0 for n, t in tensors.items() if "lora_B" in n)  # all have learned
+    ours, _ = open_pipeline(out / f"{alpha}", GenerateOptions(), "cpu")  # from the checkpoint
+    wanted, untouched = drawn(ours), drawn(plain(model))
+    assert (wanted - untouched).abs().max() > 1e-3
+    for file in lora.LORA_FILES:
+        theirs = plain(model)
+        theirs.load_lora_weights(str(export), weight_name=file)
+        assert (drawn(theirs) - wanted).abs().max() < 1e-5
+    again, _ = open_pipeline(model, GenerateOptions(lora=str(export)), "cpu")
+    assert (drawn(again) - wanted).abs().max() < 1e-5
+    with safe_open(export / lora.LORA_FILES[0], "pt") as f:
+        said = json.loads(f.metadata()["lora_adapter_metadata"])
+    alone = plain(model)
+    for part in ("unet", "text_encoder"):
+        known = {k: said[f"{part}.{k}"] for k in ("r", "lora_alpha", "target_modules")}
+        assert (known["r"], known["lora_alpha"]) == (2, alpha or 2)
+        network = inject_adapter_in_model(LoraConfig(**known), getattr(alone, part))
+        mine = {k.removeprefix(f"{part}."): v for k, v in tensors.items() if k.startswith(part)}
+        assert mine and not set_peft_model_state_dict(network, mine).unexpected_keys
+    assert (drawn(alone) - wanted).abs().max() < 1e-5
+
+
 def test_kohya_names(tmp_path, home):
     pipe = trained(plain(home))
     _, path = lora.save_lora(tmp_path, unet=pipe.unet, text=pipe.text_encoder)

@@ -22,6 +22,7 @@ def hook(event, args):
         raise OSError("no network")
 sys.addaudithook(hook)
 import torch
+torch_there = time.process_time() # of the whole process, its start included
 before = time.process_time()
 from sdcourse.cli import main
 code, found = [], []
@@ -30,7 +31,8 @@ for words in json.loads(sys.argv[1]):
     code.append(main(words))
     found.append(time.process_time() - begin)
 heavy = {"diffusers", "transformers", "peft", "accelerate", "datasets"} & set(sys.modules)
-print(json.dumps([code, found, sorted(heavy), asked, time.process_time() - before]))
+whole = time.process_time() - before
+print(json.dumps([code, found, sorted(heavy), asked, whole, time.process_time() / torch_there]))
 """
 FULL = [["train", "sd15", "--preset", p] for p in ("full", "onepiece", "8gb", "24gb")]
 OTHERS = [
@@ -52,7 +54,7 @@ def data(tmp_path_factory):
 
 
 def said(commands, home):
-    "(exit codes, seconds of each, heavy modules, questions to the network, seconds), and the errors."
+    "(codes, seconds of each, heavy modules, questions to the network, seconds, all by torch), and the errors."
     env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
     env |= dict(PYTHONPATH=str(files.__file__).rsplit("/sdcourse/", 1)[0], HF_HOME=str(home / "hub"))
     words = [sys.executable, "-c", CODE, json.dumps(commands)]
@@ -67,7 +69,7 @@ def test_absent_weights_are_one_line_at_once(tmp_path, data, commands):
     out = tmp_path / "out"
     commands = [[w.format(data=data, out=out) for w in words] for words in commands]
     commands = [[*w, "--out", str(out)] if w[0] == "train" else w for w in commands]
-    (codes, seconds, heavy, asked, whole), lines = said(commands, tmp_path)
+    (codes, seconds, heavy, asked, whole, _), lines = said(commands, tmp_path)
     assert codes == [2] * len(commands) and len(lines) == len(commands), lines
     for line in lines:
         assert line.startswith("error: ") and "Traceback" not in line and len(line) < 400, line
@@ -75,6 +77,16 @@ def test_absent_weights_are_one_line_at_once(tmp_path, data, commands):
     assert not heavy and not asked
     assert max(seconds[1:], default=0) < 0.9 and (len(commands) > 1 or whole < 0.9)
     assert not out.exists()
+
+
+@pytest.mark.alone
+def test_all_of_it_takes_two_seconds(tmp_path):
+    """U5: where Python and torch take 1.1 s, as on the machine of the criterion, the end comes before 2 s: in
+    processor time, so that neither a slow clock nor a busy processor counts.
+    """
+    (codes, *_, ratio), lines = said([[*FULL[0], "--out", "r"]], tmp_path)
+    assert codes == [2] and len(lines) == 1
+    assert ratio <= 2 / 1.1, ratio
 
 
 def test_a_folder_wins_over_the_hub_of_the_same_name(tmp_path, monkeypatch):

@@ -2,7 +2,10 @@
 
 import io
 import json
+import os
+import signal
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -11,9 +14,15 @@ from PIL import Image, ImageCms, PngImagePlugin
 
 from hostile import lay_what_is_no_file
 from sdcourse import cli
-from sdcourse.core import read_json
+from sdcourse.commands.generate import rows_of_file
+from sdcourse.config import load_config
+from sdcourse.core import UserError, check_outside, read_json
 from sdcourse.data.images import BadImage, open_image
+from sdcourse.data.manifests import table_rows
+from sdcourse.data.sampling_weights import SamplingWeights
+from sdcourse.data.sources import HubSet
 from sdcourse.dataset import pictures
+from sdcourse.evaluation.stats import load_stats
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (48, 64, 3), dtype=np.uint8))
 
@@ -237,3 +246,124 @@ def test_a_file_in_the_way_is_one_line_and_stays(tmp_path, capsys, name):
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "choose another" in said and "again" not in said, said
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
+
+
+# ---- kinds 2, 3, 7 and 8, by other cases than those of faults.md
+class Hung(BaseException):
+    "Which no reader takes for a fault of its file."
+
+
+def read_csv(path):
+    return list(table_rows(path))
+
+
+READERS = dict(
+    config=load_config,
+    weights=SamplingWeights,
+    prompts=rows_of_file,
+    json=read_json,
+    statistics=load_stats,
+    table=read_csv,
+)
+
+
+@pytest.mark.parametrize("name", READERS)
+@pytest.mark.parametrize("kind", ["pipe", "folder"])
+def test_what_is_given_as_a_file_is_one(tmp_path, name, kind):
+    "A pipe without a writer was waited for, for ever, and SIGTERM was not heard meanwhile."
+    path = tmp_path / "x.csv"
+    os.mkfifo(path) if kind == "pipe" else path.mkdir()
+
+    def hung(*_):
+        raise Hung
+
+    old = signal.signal(signal.SIGALRM, hung)
+    signal.alarm(3)
+    try:
+        with pytest.raises((UserError, OSError)) as e:
+            READERS[name](path)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, old)
+    assert "\n" not in str(e.value) and "x.csv" in str(e.value)
+
+
+def test_two_values_of_one_name_are_refused(tmp_path):
+    "The last one was taken: other weights, another caption."
+    (tmp_path / "w.json").write_text('{"0": 1, "0": 2}')
+    with pytest.raises(UserError, match="w.json: not valid JSON .the key '0' is there twice"):
+        SamplingWeights(tmp_path / "w.json")
+    (tmp_path / "p.jsonl").write_text('{"id": "a", "text": "x", "text": "y"}')
+    with pytest.raises(UserError, match="p.jsonl:1: .*the key 'text' is there twice"):
+        rows_of_file(tmp_path / "p.jsonl")
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    from test_fill import pictures as painted
+
+    return painted(tmp_path_factory.mktemp("few") / "d", n=4, val=2)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "shards {d} {d}/out",
+        "copy-images {d} {d}/out --split val",
+        "generate tiny-sd15 {d}/train/out --data {d} --split val",
+        "evaluate {d} --reference {d} --split val --out {d}/out",
+        "caption export {d} {d}/out",
+        "prepare folder {d} {d}/out",
+        "prepare imagenet {d} {d}/out",
+    ],
+)
+def test_what_is_written_into_a_set_would_be_a_part_of_it(few, line, capsys):
+    "A copy within the set made the set unreadable: its pictures lay in none of the splits."
+    before = sorted(few.rglob("*"))
+    assert cli.main(line.format(d=few).split()) == 2
+    said = capsys.readouterr().err
+    assert "lies inside" in said and "choose another OUT" in said and said.count("\n") == 1
+    assert sorted(few.rglob("*")) == before
+
+
+def test_an_output_beside_a_set_is_none_of_it(few, tmp_path, monkeypatch):
+    monkeypatch.chdir(few.parent)
+    check_outside(f"{few}-2", few, "", "digits", few / "not there")
+    check_outside(tmp_path / "x", few)
+
+
+def test_remedies_that_help(few, tmp_path, capsys, caplog):
+    "A file is no folder that may not be entered; captions are not to be renamed; an id can be made shorter."
+    picture = next((few / "train").glob("*.png"))
+    assert cli.main(["scan", str(picture)]) == 2
+    assert "is a file; give the folder of the pictures" in capsys.readouterr().err
+    bare = tmp_path / "bare"
+    (bare / "train").mkdir(parents=True)
+    NOISE.save(bare / "train/0.png")
+    NOISE.save(bare / "train/1.png")
+    (bare / "train/metadata.jsonl").write_text(
+        '{"file_name": "0.png", "text": "a"}\n{"file_name": "1.png"}\n'
+    )
+    words = ["cache", "prompts", str(bare), str(tmp_path / "p"), "--model", "tiny-sd15"]
+    assert cli.main(words) == 2
+    said = capsys.readouterr().err
+    assert "1 of 2 rows have no caption, the first is 1; write captions, give --caption-column" in said
+    (tmp_path / "d/train").mkdir(parents=True)
+    NOISE.save(tmp_path / "d/train" / ("\u00e9" * 100 + ".png"))
+    assert cli.main(["shards", str(tmp_path / "d"), str(tmp_path / "t")]) == 2
+    assert "give it a shorter one in metadata.jsonl" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_not_there_may_be_a_name_of_the_hub(tmp_path, monkeypatch, capsys):
+    "Both are said, with the neighbour that may be meant, and what helps."
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    (tmp_path / "mine/photos").mkdir(parents=True)
+    for name, words in {
+        "mine/photo": "mine/photo: no such folder, did you mean 'photos'\\?; a set of the Hub needs",
+        "nobody/nothing": "no such folder, and there is no folder nobody either; a set of the Hub needs",
+        "mine/photos": "mine/photos: its files are read by the package datasets: pip install",
+    }.items():
+        with pytest.raises(UserError, match=words) as e:
+            HubSet(name)
+        assert "\n" not in str(e.value) and ("hf download" in str(e.value)) == (name != "mine/photos")

@@ -759,6 +759,62 @@ def test_prompts_that_lack_held_out_captions_are_said_first(tmp_path, model, sce
         sd15.Task(config("", **how)).check()
 
 
+ODD = [
+    "a \U0001f642\u200d\U0001f525 cat",
+    "x" * 10_000,
+    "\u202eright to left \u0627\u0644\u0642\u0637",
+    "line\nfeed\r\n and\ttab",
+    "nul \x00 bell \x07 \x1b[31m",
+    "\ufeffmark <|endoftext|> <|startoftext|>",
+    "\u2028\x85 apart",
+    '"quoted", \\ and {braces}',
+]
+
+
+def test_odd_captions_are_cached_trained_and_drawn(tmp_path, model):
+    "faults.md F: cached and embedded in each step they give the same weights, and pictures carry them."
+    from sdcourse.dataset import pictures
+
+    data = captioned(tmp_path / "d", ODD)
+    words = ["--model", str(model), "--dtype", "fp32", "--encode-batch", "4"]
+    assert cli.run(["cache", "prompts", str(data), str(tmp_path / "p"), *words]) == 0
+    how = dict(model=str(model), data=str(data), num_workers=0, max_steps=2, cond_drop=0.5)
+    for name, prompts in (("online", ""), ("cached", str(tmp_path / "p"))):
+        task = sd15.Task(config(tmp_path / name, prompts=prompts, **how))
+        task.sample = lambda *_: None
+        assert train(task).step == 2
+    a, b = (weights(tmp_path / name) for name in ("online", "cached"))
+    assert max((a[k] - b[k]).abs().max().item() for k in a) <= 1e-5
+    words = ["--data", str(data), "--split", "train", "--size", "32", "--num-inference-steps", "1"]
+    assert cli.run(["generate", str(model), str(tmp_path / "g"), *words]) == 0
+    texts = [[r["texts"] for r in pictures(f, "train").rows(range(8))] for f in (data, tmp_path / "g")]
+    assert texts[0] == texts[1] == [[t.strip()] for t in ODD]
+
+
+@pytest.mark.parametrize("command", ["train", "cache", "generate"])
+def test_an_empty_caption_is_said_with_its_picture(tmp_path, model, command, capsys):
+    data = str(captioned(tmp_path / "d", ["a cat", " \n", "a dog"]))
+    line = dict(
+        train=["train", "sd15", "--preset", "tiny", "--model", str(model), "--no-flip", "--data", data],
+        cache=["cache", "prompts", data, str(tmp_path / "p"), "--model", str(model)],
+        generate=["generate", str(model), str(tmp_path / "g"), "--data", data, "--split", "train"],
+    )[command]
+    if command == "train":
+        line += ["--image-size", "32", "--out", str(tmp_path / "r")]
+    assert cli.main(line) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("error: ") and (" 1 has no " in said or "the first is 1;" in said)
+
+
+def test_one_picture_beside_an_empty_val(tmp_path, model):
+    data = captioned(tmp_path / "d", ["a cat"])
+    (data / "val").mkdir()
+    task = sd15.Task(config(tmp_path / "r", model=str(model), data=str(data), num_workers=0, max_steps=1))
+    task.sample = lambda *_: None
+    result = train(task)
+    assert result.step == 1 and "val_loss" not in result.metrics
+
+
 def test_folders_as_windows_writes_them_are_said_in_clear_words(tmp_path, model):
     data = captioned(tmp_path, ["a cat"], file="sub\\{}.png")
     with pytest.raises(UserError, match="outside its folder; write / between folders") as e:

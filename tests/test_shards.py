@@ -507,7 +507,8 @@ def test_the_command_packs_and_indexes(packed, tmp_path, capsys):
     [
         (["nowhere", "out"], "nowhere: no such folder"),
         (["."], "expected IN OUT"),
-        ([".", "out"], "holds no pictures"),
+        ([".", "../out"], "holds no pictures"),
+        ([".", "out"], "lies inside ."),
         ([".", "out", "--max-byte", "3"], "did you mean '--max-bytes'"),
     ],
 )

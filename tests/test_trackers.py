@@ -327,6 +327,23 @@ def test_card_has_valid_front_matter_and_all_parts(tmp_path):
     assert "/home/me" not in text and str(tmp_path) not in text
 
 
+def test_a_card_names_the_library_that_loads_the_model(tmp_path):
+    "Not diffusers for what a judge or CLIP is; the shipped ones say it too."
+    from sdcourse.models.shipped import MODELS, shipped_folder
+    from sdcourse.train import contrast, judge
+
+    config = SimpleNamespace(kind="clip", world="digits")
+    for module in (contrast, judge):
+        of = SimpleNamespace(config=config, sets={"train": [0]})
+        assert module.Task.card(of)["library"] == "transformers"
+    text = card(tmp_path, library="transformers", tags=("clip",))
+    head = yaml.safe_load(text.split("---\n")[1])
+    assert head["library_name"] == "transformers" and head["tags"] == ["sdcourse", "clip"]
+    for name in MODELS:
+        kind = "diffusers" if name in ("tiny-sd15", "tiny-vae") else "transformers"
+        assert f"library_name: {kind}\n" in (shipped_folder(name) / "README.md").read_text()
+
+
 def test_card_is_read_by_the_hub_library_and_needs_no_tracker(tmp_path):
     card(tmp_path)
     code = f"""

@@ -208,7 +208,8 @@ class _Data:
     def bare(self):
         "Say which rows have no caption; `UserError` when they are many."
         ids = [k for d in self.splits.values() for i, k in enumerate(d.ids) if not d.row(i)["texts"]]
-        leave_out(self.source, ids, sum(map(len, self.splits.values())), "rows have no caption")
+        remedy = "write captions, give --caption-column, or remove the pictures"
+        leave_out(self.source, ids, sum(map(len, self.splits.values())), "rows have no caption", remedy)
 
     def find(self, split, row):
         "(pictures, number) of a row of the plan; `UserError` when it is not the one that was planned."

@@ -15,7 +15,7 @@ from typing import Literal
 
 from .table import captions_home, read_captions
 from ..config import Options
-from ..core import UserError, check_free, disk_error, nearest, progress, read_json
+from ..core import UserError, check_free, check_outside, disk_error, nearest, progress, read_json
 from ..core import sha256, write_json, write_text
 from ..data.imagefolder import file_names, read_lines, write_lines
 from ..data.images import BadImage, read_header
@@ -180,6 +180,7 @@ def export_captions(
 ) -> int: # 0
     "Lay pictures and the captions of one variant out for other programs; pictures without one are left out."
     check_free(out)
+    check_outside(out, data)
     found = DataSet(data, image_column=cfg.image_column)
     home = captions_home(data, cfg.captions)
     texts = {split: _chosen(home, split, cfg.variant) for split in cfg.splits or found.splits}

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal
 
 from ..config import NonNegative, Options
-from ..core import UserError, check_free, disk_error, progress
+from ..core import UserError, check_free, check_outside, disk_error, progress
 from ..data.imagefolder import file_names, write_lines
 from ..dataset import Transform, pictures
 from ..engine.work import OWNER, Owner
@@ -36,6 +36,7 @@ def copy_images(
     "Lay the pictures of a data set out as generated ones lie."
     if cfg.link and cfg.size: raise UserError("--link and --size: a link cannot be resized; give one of them")
     check_free(out)
+    check_outside(out, data)
     found = pictures(data, cfg.split, max_samples=cfg.max_samples)
     if cfg.link and not found.path(0): raise UserError(f"--link: {data} is no folder of picture files")
     new = Path(f"{str(out).rstrip('/')}.partial")

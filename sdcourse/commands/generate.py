@@ -16,7 +16,10 @@ from typing import Literal
 
 from .export import newest, restored, task_of
 from ..config import NonNegative, Positive, fixed, load_config
-from ..core import UserError, atomic_path, differences, nearest, read_json, write_json, write_text
+from sdcourse.core import (
+    UserError, atomic_path, check_outside, differences, nearest, parse_json, read_json, text_lines,
+    write_json, write_text,
+)
 from ..engine.optim import odd_tensor
 from ..engine.order import image_generators, key, permutation
 from ..engine.run_folder import DRAWING
@@ -100,7 +103,7 @@ def rows_of_file(
     path, # one prompt per line, or .jsonl
 ) -> list: # likewise
     "A row for each line of a file; lines end where text editors end them, not at every separator of Unicode."
-    try: lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").split("\n")]
+    try: lines = [line.strip() for line in text_lines(path)]
     except (OSError, UnicodeDecodeError) as e:
         why = getattr(e, "strerror", None) or "it is not UTF-8"
         raise UserError(f"--prompts {path}: cannot be read ({why})") from None
@@ -111,13 +114,18 @@ def rows_of_file(
         if line: rows.append(_row_of_json(line, f"--prompts {path}:{n}", len(rows)))
     return rows
 
+def _strict(line): # (its content, None where it may be read in two ways or in none; why)
+    try:
+        parse_json(line) # which refuses NaN, and keys that are there twice
+        return json.loads(line), ""
+    except (ValueError, RecursionError) as e: return None, f", but {str(e)[:80]}"
+
 def _row_of_json(line, where, number):
-    try: row = json.loads(line)
-    except (ValueError, RecursionError): row = None
+    row, why = _strict(line)
     if not isinstance(row, dict): row = {}
     known = {k: row[k] for k in ("id", "text", "label") if row.get(k) is not None}
     if not {"text", "label"} & known.keys():
-        raise UserError(f"{where}: expected an object with text or label, and an id")
+        raise UserError(f"{where}: expected an object with text or label, and an id{why}")
     for k, v in known.items():
         kind = str if k == "text" else (str, int)
         if not isinstance(v, kind) or isinstance(v, bool) or not str(v).strip():
@@ -511,4 +519,5 @@ def generate(
 ) -> int: # exit code: 0 when it is whole
     "Draw a set of pictures, or complete it, on all ranks."
     cfg.check()
+    check_outside(out, cfg.data or cfg.prompts)
     return run_work(out, cfg, lambda device: Drawing(source, out, cfg, device))

@@ -74,6 +74,7 @@ def gallery(
     folder, # with pictures, tars or a hub set
 ) -> Gallery:
     "What is to be looked at; `UserError` when nothing can be."
+    if os.path.isfile(folder): raise UserError(f"{folder}: is a file; give the folder of the pictures")
     if not os.path.isdir(folder):
         raise UserError(f"{folder}: no such folder, or you may not enter it; for a hub set, {FETCH}")
     kind = kind_of(folder)

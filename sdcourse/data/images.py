@@ -4,14 +4,14 @@
 
 # %% auto #0
 __all__ = ['FORMATS', 'SUFFIXES', 'UNREAD', 'HEIC', 'MAX_PIXELS', 'MAX_TEXT', 'POINTER', 'MARK', 'START_OF_SCAN', 'END_OF_IMAGE',
-           'TABLES_OF_CODES', 'FRAMES', 'HOLE', 'SAME', 'BadImage', 'plain_bytes', 'read_header', 'has_colours',
-           'is_transparent', 'has_more', 'to_rgb', 'is_turned', 'open_image', 'shrink', 'image_bytes', 'centre_crop']
+           'TABLES_OF_CODES', 'FRAMES', 'HOLE', 'SAME', 'BadImage', 'read_header', 'has_colours', 'is_transparent',
+           'has_more', 'to_rgb', 'is_turned', 'open_image', 'shrink', 'image_bytes', 'centre_crop']
 
 # %% ../../nbs/data/00_images.ipynb #10979db9
-import errno, io, math, os, re, stat
+import io, math, re
 from functools import lru_cache
 
-from ..core import UserError
+from ..core import UserError, plain_bytes
 
 # %% ../../nbs/data/00_images.ipynb #3b23cad8
 FORMATS = { # what may be in a data set: name that Pillow gives it -> file suffixes, ours first
@@ -34,20 +34,6 @@ class BadImage(UserError):
         self.kind, self.detail = kind, detail
 
     def __reduce__(self): return type(self), (self.kind, self.detail) # it comes from other processes too
-
-def plain_bytes(
-    path, # a file
-    most: int = 0, # bytes that it may have; 0: any number
-) -> bytes:
-    "The bytes of a plain file; `OSError` for pipes and devices, which may never end, and beyond `most`."
-    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK) # a pipe would wait for its writer here
-    with open(fd, "rb") as f:
-        mode = os.fstat(fd).st_mode
-        if stat.S_ISDIR(mode): raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-        if not stat.S_ISREG(mode): raise OSError(errno.EINVAL, "no plain file", str(path))
-        data = f.read(most + 1 if most else -1)
-        if most and len(data) > most: raise OSError(errno.EFBIG, f"more than {most:,} bytes", str(path))
-        return data
 
 MAX_TEXT = 64 * 2**20 # bytes of text or colour profile in a PNG, unpacked; Pillow's own limit is 1 MiB
 

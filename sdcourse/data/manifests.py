@@ -9,12 +9,14 @@ __all__ = ['JOIN', 'FIELD', 'OWN', 'CAPTIONS_HOME', 'SYSTEM', 'SPLIT_WORDS', 'LE
            'verify', 'inventory', 'Verify', 'verify_folder']
 
 # %% ../../nbs/data/01_manifests.ipynb #02f6bbb8
-import csv, errno, hashlib, os, re, stat
+import csv, errno, hashlib, io, os, re, stat
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from ..config import Options
-from ..core import HALF, UserError, log, nearest, parse_json, progress, read_json, text_lines
+from sdcourse.core import (
+    HALF, UserError, log, nearest, parse_json, plain_bytes, progress, read_json, text_lines,
+)
 from .images import HEIC, SUFFIXES, UNREAD
 from ..engine.work import OWNER
 
@@ -123,7 +125,7 @@ def tsv_rows(
     path, # a table with a header line and tabs between fields, UTF-8
 ): # pairs (line number, {column: text}, or None for a broken line)
     "The rows of a tab-separated table; a broken line is given as None and takes no other line with it."
-    data = Path(path).read_bytes()
+    data = plain_bytes(path)
     text = data.decode("utf-8-sig", errors="replace")
     if lost := text.count("\ufffd") - data.count("\ufffd".encode()):
         log.warning("%s: %d characters are not UTF-8 and become \ufffd; save it as UTF-8", path, lost)
@@ -142,7 +144,7 @@ FIELD = 2**30 # characters that one field of a CSV file may have; Python's own l
 def _csv_rows(path):
     "Rows of a CSV file; one with too many fields is None, and one with too few lacks the last ones."
     csv.field_size_limit(FIELD)
-    with open(path, newline="", encoding="utf-8-sig") as f:
+    with io.TextIOWrapper(io.BytesIO(plain_bytes(path)), encoding="utf-8-sig", newline="") as f:
         try:
             rows = csv.DictReader(f)
             _check_head(path, rows.fieldnames or [])
@@ -237,11 +239,12 @@ def leave_out(
     names: list, # of what is left out
     total: int, # names that there are
     why: str, # "pictures lie in no split"
+    remedy: str = "move, rename, convert or remove them",
 ):
     "Say how many are left out, and the first; `UserError` when they are more than `LEFT_OUT` of all."
     if not names: return
     said = f"{where}: {len(names):,} of {total:,} {why}, the first is {shown(names[0])}"
-    if len(names) > LEFT_OUT * total: raise UserError(f"{said}; move, rename, convert or remove them")
+    if len(names) > LEFT_OUT * total: raise UserError(f"{said}; {remedy}")
     log.warning("%s; they are left out", said)
 
 def unread(

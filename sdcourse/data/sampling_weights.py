@@ -7,9 +7,8 @@ __all__ = ['LEAST', 'MOST', 'SamplingWeights']
 
 # %% ../../nbs/data/08_sampling_weights.ipynb #83201eeb
 import hashlib, json
-from pathlib import Path
 
-from ..core import UserError, log
+from ..core import UserError, log, parse_json, plain_bytes
 from .manifests import shown
 
 # %% ../../nbs/data/08_sampling_weights.ipynb #8184c0fe
@@ -25,8 +24,8 @@ class SamplingWeights:
     ):
         self.file = file
         try:
-            content = Path(file).read_bytes()
-            table = json.loads(content)
+            content = plain_bytes(file)
+            table = parse_json(content)
         except OSError as e: raise UserError(f"--weights {file}: cannot be read ({e.strerror})") from None
         except ValueError as e: raise UserError(f"--weights {file}: not valid JSON ({e})") from None
         if isinstance(table, dict) and isinstance(table.get("weights"), dict): table = table["weights"]

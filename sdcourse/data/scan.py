@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
 from ..config import NonNegative, Options, Range, Share
-from ..core import UserError, check_place, log, progress, read_json
+from ..core import UserError, check_place, log, plain_bytes, progress, read_json
 from sdcourse.data.images import (
     FORMATS, MAX_PIXELS, SUFFIXES, BadImage, has_colours, has_more, is_transparent, is_turned, open_image,
-    plain_bytes, read_header,
+    read_header,
 )
 from .manifests import split_of, unread, walk
 from .parallel import in_parallel
@@ -286,6 +286,7 @@ def _mark_near(gallery, names, facts, cfg):
 # %% ../../nbs/data/03_scan.ipynb #c3b3d13e
 class Journal:
     "What was looked at so far: a line per picture. Use it as a context manager."
+    begins = b'{"min_side": '
     def __init__(self,
         path, # of the journal
         cfg: Scan, # its limits must be those of the journal
@@ -303,6 +304,9 @@ class Journal:
         "Read what is there; begin anew when it was made with other limits."
         rows = []
         lines = self.path.read_bytes().split(b"\n") if self.path.exists() else []
+        if lines and not self.begins.startswith(lines[0][:len(self.begins)]):
+            what = "is there already, and is no list of pictures that were looked at"
+            raise UserError(f"{self.path}: {what}; move it away")
         for line in lines:
             try: rows.append(json.loads(line))
             except ValueError: continue # the last line of a killed run

@@ -21,10 +21,10 @@ import numpy as np
 
 from ..config import NonNegative, Options, Positive
 from sdcourse.core import (
-    UserError, atomic_path, check_place, disk_error, parse_json, progress, read_json, sha256, text_lines,
-    write_json, write_text,
+    UserError, atomic_path, check_outside, check_place, disk_error, parse_json, plain_bytes, progress,
+    read_json, sha256, text_lines, write_json, write_text,
 )
-from .images import SUFFIXES, UNREAD, BadImage, open_image, plain_bytes
+from .images import SUFFIXES, UNREAD, BadImage, open_image
 from .manifests import described, digest, is_hidden, is_inside, leave_out, shown, split_of
 from .prepare import Work
 from .scan import excluded, tell_listed
@@ -91,7 +91,8 @@ def _sample(id, path, size, row):
     if suffix not in IMAGE_KEYS:
         raise UserError(f"{path}: .{suffix} pictures cannot be packed; use {', '.join(IMAGE_KEYS)}")
     if len(key) > 90:
-        raise UserError(f"{path}: the id is too long for a tar ({len(key)} characters, at most 90)")
+        what = f"the id is too long for a tar ({len(key)} characters, at most 90)"
+        raise UserError(f"{path}: {what}; give it a shorter one in metadata.jsonl")
     others = {k: v for k, v in row.items() if k not in ("file_name", "id")}
     meta = json.dumps({"id": id, **others}, ensure_ascii=False)
     return Sample(key, path, size, meta.encode())
@@ -654,5 +655,6 @@ def make_shards(
     try:
         if any(Path(folder).glob("*.tar")): return index_folder(folder, out)
     except OSError as e: raise disk_error(e, out) from None
+    check_outside(out, folder)
     partial = str(out).rstrip("/") + ".partial"
     with StopFlag(partial, cfg.max_seconds) as flag: return pack(folder, out, cfg, flag=flag)

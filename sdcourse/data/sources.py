@@ -13,8 +13,8 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from ..core import UserError, log, read_json
-from .images import POINTER, SUFFIXES, BadImage, open_image, plain_bytes, read_header
+from ..core import UserError, log, nearest, plain_bytes, read_json
+from .images import POINTER, SUFFIXES, BadImage, open_image, read_header
 from sdcourse.data.manifests import (
     check_rows, leave_out, named_file, shown, split_of, table_rows, unread, walk,
 )
@@ -412,8 +412,9 @@ def _load_hub(name):
     "{split: datasets.Dataset} of a hub name, NAME:CONFIG, or a local copy; `UserError` in one line."
     try: import datasets
     except ImportError:
-        how = "pip install -c constraints.txt datasets, or give a folder"
-        raise UserError(f"{name}: no such folder, and hub sets need the package datasets: {how}") from None
+        how = "the package datasets: pip install -c constraints.txt datasets"
+        if Path(name).is_dir(): raise UserError(f"{name}: its files are read by {how}") from None
+        raise UserError(f"{_not_here(name)}; a set of the Hub needs {how}, and then {FETCH}") from None
     try: data = _read_hub(datasets, str(name), Path(name).is_dir())
     except Exception as e: raise _no_hub(name, e) from None
     data = data if isinstance(data, dict) else {str(data.split or "train"): data}
@@ -427,7 +428,14 @@ def _no_hub(name, e):
     bad = UserError(f"{name}: cannot be read as a hub set ({type(e).__name__}: {why})")
     if Path(name).is_dir(): return _broken_file(name) or bad
     if not isinstance(e, OSError): return bad # what a network says is one
-    return UserError(f"{name}: no such folder, and the Hub cannot be reached ({why}); {FETCH}")
+    return UserError(f"{_not_here(name)}; as a set of the Hub it cannot be reached ({why}): {FETCH}")
+
+def _not_here(name):
+    "That there is no such folder, and which one of its neighbours may be meant."
+    home = Path(name).parent
+    if not home.is_dir(): return f"{name}: no such folder, and there is no folder {home} either"
+    hint = nearest(Path(name).name, sorted(p.name for p in home.iterdir() if p.is_dir()))
+    return f"{name}: no such folder" + (f", {hint}" if hint.startswith("did") else "")
 
 def _broken_file(folder):
     "What is wrong with the first parquet file that is none; None: they look whole."

@@ -190,11 +190,13 @@ def model_card(
     usage: str, # Python lines that load the model and make an image
     license: str = "apache-2.0", # of the weights, as the hub names it
     tags: tuple = (), # more tags for the hub
+    library: str = "diffusers", # that loads the model, as the hub names it
     image=None, # PNG with samples, inside the folder
     sections: dict | None = None, # heading -> text, after the metrics
 ) -> Path: # README.md
     "Write the model card."
-    head = dict(library_name="diffusers", license=license, tags=["sdcourse", "diffusion", *tags])
+    kind = ["diffusion"] if library == "diffusers" else []
+    head = dict(library_name=library, license=license, tags=["sdcourse", *kind, *tags])
     made = versions() | {"git commit": git_commit() or "unknown"}
     parts = {"Data": data,
              "Metrics": _table("metric", {"optimizer steps": steps} | metrics),

@@ -17,7 +17,9 @@ from pathlib import Path
 import torch
 
 from ..config import Free, NonNegative, Positive, load_config
-from ..core import UserError, check_place, progress, read_json, use_cpu, write_json, write_text
+from sdcourse.core import (
+    UserError, check_outside, check_place, progress, read_json, use_cpu, write_json, write_text,
+)
 from ..dataset import Transform
 from ..engine.work import JobOptions
 from .distances import Number, paired, spread
@@ -534,9 +536,7 @@ def evaluate(
 ) -> dict: # model -> list of `Number`
     "Measure models against a reference, on all ranks; the main one writes the report."
     from sdcourse.engine.dist import job as begin
-    cfg.check()
-    limits = dict(max_seconds=cfg.max_seconds, margin=cfg.stop_before, hang_seconds=cfg.hang_seconds)
-    with begin(cfg.out, device=cfg.device, **limits) as j:
+    with begin(cfg.out, device=cfg.device, **_limits(sources, cfg)) as j:
         use_cpu(cfg.threads, j.ranks.device.type, kept=2**23) # blocks of many sizes would not fit again
         with ends_at_once(j.flag, cfg):
             with j.ranks.together():
@@ -548,6 +548,11 @@ def evaluate(
         with j.ranks.together():
             if j.ranks.main: _write(Path(cfg.out), cases, results, (cfg, about, opened.at))
     return results[0]
+
+def _limits(sources, cfg): # of the job; what is wrong with the command is said before it begins
+    cfg.check()
+    check_outside(cfg.out, *sources, cfg.reference, cfg.train)
+    return dict(max_seconds=cfg.max_seconds, margin=cfg.stop_before, hang_seconds=cfg.hang_seconds)
 
 def _measured(cases, cfg): # numbers by model, measures that were left out, differences
     found = {}

@@ -6,14 +6,14 @@
 __all__ = ['Stats', 'same_features', 'save_stats', 'Moments', 'load_stats', 'frechet_gaussian', 'frechet', 'bias', 'wilson']
 
 # %% ../../nbs/evaluation/00_stats.ipynb #aa923b0a
-import json, math
+import io, json, math
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..core import UserError, atomic_path
+from ..core import UserError, atomic_path, plain_bytes
 
 # %% ../../nbs/evaluation/00_stats.ipynb #5fc9c72a
 class Stats:
@@ -112,12 +112,14 @@ class Moments:
     cov: torch.Tensor # [d,d] float64
     how: dict # what made the features
 
+def _arrays(path): return np.load(io.BytesIO(plain_bytes(path)), allow_pickle=False)
+
 def load_stats(
     path, # .npz of this module or of pytorch-fid
 ) -> Moments:
     "Read statistics; `UserError` when they are none."
     try:
-        with np.load(path, allow_pickle=False) as f:
+        with _arrays(path) as f:
             mean = torch.from_numpy(f["mu"].astype(np.float64))
             cov = torch.from_numpy(f["sigma"].astype(np.float64))
             n = int(f["n"]) if "n" in f else 0

@@ -361,4 +361,5 @@ class Task(BaseTask):
     def card(self):
         data, licences = told_of(len(self.sets["train"]))
         tags = (self.config.kind, "zero-shot-image-classification")
-        return dict(data=data, usage=_USAGE, tags=tags, license=weights_licence(*licences))
+        known = dict(library="transformers", license=weights_licence(*licences))
+        return dict(data=data, usage=_USAGE, tags=tags, **known)

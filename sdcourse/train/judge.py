@@ -182,4 +182,4 @@ class Task(BaseTask):
         licences = [load_manifest(name)["licence"]["name"] for name in drawn]
         data = f"{world}: {len(self.sets['train']):,} pictures, {made}; licence: {', '.join(licences)}"
         return dict(data=data, usage=_USAGE.format(world=world), tags=("convnext", "image-classification"),
-                    license=weights_licence(*licences))
+                    library="transformers", license=weights_licence(*licences))

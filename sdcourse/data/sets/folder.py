@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from ...config import BelowOne, Free, NonNegative, Range
-from ...core import UserError
+from ...core import UserError, check_outside, plain_bytes
 from ..imagefolder import SPLITS, PictureJob, build_folder, file_names
 from sdcourse.data.images import (
-    FORMATS, HEIC, UNREAD, BadImage, centre_crop, open_image, plain_bytes, shrink,
+    FORMATS, HEIC, UNREAD, BadImage, centre_crop, open_image, shrink,
 )
 from ..manifests import described, shown, split_of, unread, walk
-from ..prepare import Prepare
+from ..prepare import Prepare, check_own
 from sdcourse.data.scan import (
     FolderGallery, Journal, Part, Scan, look_at_all, mark_equal, near_groups, only_pictures,
 )
@@ -188,6 +188,7 @@ def prepare_pictures(
     "A folder of pictures becomes a data set; started again, it goes on."
     cfg.check()
     _check_places(folder, out)
+    check_own(out, "folder")
     if (seen := _look(folder, out, cfg, flag)) is None:
         print(f"{out}: stopped ({flag.reason}) while looking at {folder}; the same command goes on")
         flag.clear_file()
@@ -202,8 +203,7 @@ def prepare_pictures(
 
 def _check_places(folder, out):
     if not Path(folder).is_dir(): raise UserError(f"{folder}: no such folder; give one with pictures")
-    if Path(out).resolve().is_relative_to(Path(folder).resolve()):
-        raise UserError(f"{out}: lies inside {folder}, and would be read as a part of it; choose another OUT")
+    check_outside(out, folder)
 
 def _plan(folder, bad, first, cfg):
     "The `PictureJob` of each picture."

@@ -18,10 +18,10 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from ...config import BelowOne, Free, NonNegative, Options, Positive, fixed
-from ...core import UserError, disk_error, nearest, sha256
+from ...core import UserError, disk_error, nearest, plain_bytes, sha256
 from ..imagefolder import SPLITS, write_lines
 from sdcourse.data.images import (
-    FORMATS, BadImage, has_colours, image_bytes, is_turned, open_image, plain_bytes, read_header, shrink,
+    FORMATS, BadImage, has_colours, image_bytes, is_turned, open_image, read_header, shrink,
 )
 from ..manifests import is_inside, origin, shown, tsv_rows
 from ..parallel import cores, processes
