@@ -3,6 +3,9 @@
 `old` occurs exactly once in the file. `tests/mutants.py` plants them one at a time.
 """
 PLANTED = {
+    ('sdcourse/config.py', 'tests/test_loop.py'): [
+        ('wide: ema_cpu on a CPU goes without a word', '(("tf32", "ema_cpu"), lambda c', '(("tf32",), lambda c', 'test_an_average_on_the_cpu_is_the_same_run'),
+    ],
     ('sdcourse/train/objective.py', 'tests/test_sd3.py'): [
         ('flow: the mean of the density is turned round', 'law = (self.density_mean,', 'law = (-self.density_mean,', 'test_more_mean_is_more_noise_and_the_scale_of_mode_counts'),
         ('flow: the scale of mode is lost', 'self.density_shift, self.density_scale)', 'self.density_shift)', 'test_more_mean_is_more_noise_and_the_scale_of_mode_counts'),
@@ -196,6 +199,11 @@ PLANTED = {
         ('resume: --force does not help', 'if ranks.main and checkpoint and not cfg.force: _same_files', 'if ranks.main and checkpoint: _same_files', 'test_a_resume_with_other_weights_is_refused'),
     ],
     ('sdcourse/engine/optim.py', 'tests/test_optim.py'): [
+        ('wide: the average never waits on the CPU', 'source = [p.to("cpu") for p in self.source] if self.cpu else self.source', 'source = self.source', 'test_the_average_waits_on_the_cpu_and_has_the_same_bits'),
+        ('wide: tf32 off is not heard', '    if wish == "off": torch.set_float32_matmul_precision("highest")\n', '', 'test_tf32_is_a_switch_and_no_wish_for_a_cpu'),
+        ('wide: tf32 on a CPU goes without a word', '    if device.type != "cuda" and wish != "auto":', '    if False:', 'test_tf32_is_a_switch_and_no_wish_for_a_cpu'),
+        ('wide: another kernel of attention', 'with sdpa_kernel(getattr(SDPBackend, KERNELS[kernel])):', 'with sdpa_kernel(SDPBackend.MATH):', 'test_attention_is_computed_by_the_kernel_that_was_asked_for'),
+        ('wide: 8-bit Adam with betas of its own', 'return eight_bit()(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps)', 'return eight_bit()(groups, lr=cfg.lr, eps=cfg.adam_eps)', 'test_adam_with_8_bits_by_name'),
         ('optim: restarts begin anew in the last step', ' if cfg.lr_schedule == "restarts" and done < 1 else done', ' if cfg.lr_schedule == "restarts" else done', 'test_lr_ends_at_the_configured_value_in_the_last_step[restarts]'),
         ('optim: no power', '(1 - done) ** cfg.lr_power', '1 - done', 'test_polynomial_and_restarts_against_diffusers'),
         ('optim: the first decay is fixed', 'betas = (cfg.beta1, cfg.beta2)', 'betas = (0.9, cfg.beta2)', 'test_beta1_and_eps_reach_the_optimizer'),
@@ -217,6 +225,10 @@ PLANTED = {
         ('threads that wait keep their core', 'os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")', 'os.environ', 'test_threads_that_wait_leave_their_core'),
     ],
     ('sdcourse/engine/loop.py', 'tests/test_loop.py'): [
+        ('wide: epochs are cut off', 'math.ceil(cfg.epochs * len(', 'math.floor(cfg.epochs * len(', 'test_epochs_say_how_many_steps_and_a_resume_keeps_them'),
+        ('wide: steps forget the kernel of attention', '    with attention_by(cfg.attention):\n', '    if True:\n', 'test_attention_switch_holds_in_steps_and_validations'),
+        ('wide: the average is not kept on the CPU', 'EMA(self.module, cfg.ema_decay, cpu=cfg.ema_cpu)', 'EMA(self.module, cfg.ema_decay)', 'test_an_average_on_the_cpu_is_the_same_run'),
+        ('wide: 8-bit Adam is missed late', '        if cfg.optimizer == "adamw8bit": eight_bit()\n', '', 'test_what_a_machine_lacks_is_refused_before_a_model_is_built'),
         ('bad steps push out good checkpoints', 'keep=run.cfg.keep + bad)', 'keep=run.cfg.keep)', 'test_bad_steps_never_push_out_the_last_good_checkpoint'),
         ('each stop among bad steps leaves a checkpoint', '            if bad and run.doubtful not in (0, run.step): discard_checkpoint(root, run.doubtful)\n', '', 'test_a_stop_among_bad_steps_saves_and_replaces_nothing'),
         ('a resume forgets that it began among bad steps', '        if self.meter.bad[1] > 0: self.doubtful = self.step\n', '', 'test_a_stop_among_bad_steps_saves_and_replaces_nothing'),
@@ -401,6 +413,7 @@ PLANTED = {
         ('config: any folder is a checkpoint', 'not re.fullmatch(r"step-\\d+", Path(c.resume).resolve().name)', 'False', 'test_resume_with_no_checkpoint_says_what_to_give'),
     ],
     ('sdcourse/engine/trackers.py', 'tests/test_trackers.py'): [
+        ('wide: wandb has a name of its own', 'name = config.get("tracker_name") or folder.name', 'name = folder.name', 'test_project_and_name_of_a_run_in_wandb'),
         ('resume keeps rows after the checkpoint', 'if row["step"] <= step]', 'if True]', 'test_resume_drops_newer_rows_and_steps_stay_monotone'),
         ("resume drops the checkpoint's own row", 'if row["step"] <= step]', 'if row["step"] < step]', 'test_resume_drops_newer_rows_and_steps_stay_monotone'),
         ('torn last line is kept', 'text.split("\\n")[:-1]', 'filter(None, text.split("\\n"))', 'test_a_torn_last_line_is_dropped_and_the_rest_stays_byte_for_byte'),
