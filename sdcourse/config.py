@@ -315,7 +315,7 @@ class TrainConfig(Options):
     out: Free[str] = "" # run folder; empty: runs/TASK-PRESET
     seed: NonNegative[int] = 0 # of data order, noise, timesteps and weights
     max_steps: Positive[int] = 1000 # optimizer steps in all
-    epochs: Annotated[float, Range(0, most=1e6)] = 0.0 # passes over the training items, instead of --max-steps; 0: --max-steps counts (MindONE: --num_train_epochs)
+    epochs: Annotated[float, Range(0, most=1e6)] = 0.0 # passes over the data in place of --max-steps; 0: none (MindONE: --num_train_epochs)
     max_seconds: Free[NonNegative[float]] = 0.0 # save and stop after this time, seconds; 0: never
     stop_before: Free[NonNegative[float]] = 60.0 # save and stop so long before the end of a SLURM job, seconds; a tenth of the job at most
     requeue_code: Free[int] = 0 # exit code of a run that was stopped before its end, but not by a file STOP; slurm/train.sbatch sets 75
@@ -335,10 +335,11 @@ class TrainConfig(Options):
     adam_eps: Positive[float] = 1e-8 # beside the root of AdamW's second moment (torch)
     clip: NonNegative[float] = 1.0 # largest norm of the gradient; 0: off (diffusers' scripts: 1)
     ema_decay: BelowOne[float] = 0.9999 # of the averaged weights, per step; 0: off (DiT, SiT)
-    ema_cpu: Free[bool] = False # keep the averaged weights on the CPU: less memory on a GPU, slower steps (diffusers' scripts: --offload_ema)
+    ema_cpu: Free[bool] = False # keep the average on the CPU: less memory on a GPU, slower steps (diffusers: --offload_ema)
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto" # of the forward pass; auto: bf16 or fp16 on a GPU, fp32 on a CPU
-    tf32: Literal["auto", "on", "off"] = "auto" # float32 products of a GPU in TF32; auto: only beside bf16 or fp16 (diffusers' scripts: --allow_tf32)
-    attention: Free[Literal["auto", "flash", "efficient", "cudnn", "math"]] = "auto" # kernel of torch's attention; auto: torch's choice (MindONE: --enable_xformers_memory_efficient_attention)
+    tf32: Literal["auto", "on", "off"] = "auto" # float32 products of a GPU in TF32; auto: beside bf16 or fp16 (diffusers: --allow_tf32)
+    # kernel of attention; auto: torch's choice (MindONE: --enable_xformers_memory_efficient_attention)
+    attention: Free[Literal["auto", "flash", "efficient", "cudnn", "math"]] = "auto"
     compile: Free[bool] = False # torch.compile each block of the model
     gradient_checkpointing: Free[bool] = False # recompute activations: less memory, about a third more time
     num_workers: Free[NonNegative[int]] = 0 # processes that read data, per rank

@@ -145,7 +145,7 @@ ALWAYS = dict(
     | set(
         "attention compile gradient_checkpointing prediction min_snr_gamma debiased zero_terminal_snr noise_offset "
         "input_perturbation dream buckets lora_rank caption_column latents prompts train_text model "
-        "from_scratch scale_lr channels_last validation_prompts".split()
+        "vae from_scratch scale_lr channels_last validation_prompts".split()
     ),
     flow_dit=ENGINE
     | LATENTS
@@ -156,7 +156,7 @@ ALWAYS = dict(
     | LATENTS
     | set(
         "attention compile gradient_checkpointing density density_shift loss_weight lora_rank caption_column latents "
-        "prompts model t5 t5_length validation_prompts".split()
+        "prompts model vae t5 t5_length validation_prompts".split()
     ),
     nets=ENGINE | set("compile world widths depths patch share".split()),
     vae=ENGINE | set("attention model side beta share".split()),

@@ -255,6 +255,12 @@ def _add_gradient(run, i, rows):
         run.scaler.scale(loss.sum() * (run.ranks.world / cfg.batch_size)).backward()
     return loss.detach(), t.detach()
 
+def _add_gradients(run):
+    "Those of all micro-batches; the loss of each row, and the noise level."
+    with attention_by(run.cfg.attention):
+        parts = [_add_gradient(run, i, rows) for i, rows in enumerate(run.micros)]
+    return tuple(torch.cat(part) for part in zip(*parts))
+
 def step(
     run, # a `Run`; its `step` grows by one
 ):
@@ -262,9 +268,7 @@ def step(
     cfg = run.cfg
     s = run.step
     for group in run.optimizer.param_groups: group["lr"] = lr_at(s, cfg)
-    with attention_by(cfg.attention):
-        parts = [_add_gradient(run, i, rows) for i, rows in enumerate(run.micros)]
-    loss, t = (torch.cat(part) for part in zip(*parts))
+    loss, t = _add_gradients(run)
     total = run.ranks.total(loss.sum())
     run.scaler.unscale_(run.optimizer)
     norm = clip_gradients(run.params, cfg.clip)

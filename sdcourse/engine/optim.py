@@ -113,11 +113,10 @@ def odd_tensor(
 # %% ../../nbs/engine/01_optim.ipynb #32ed1759
 def eight_bit():
     "AdamW with 8-bit moments; `UserError` where bitsandbytes is not there."
-    try: from bitsandbytes.optim import AdamW8bit
+    try: return importlib.import_module("bitsandbytes.optim").AdamW8bit
     except ImportError:
         what = "the package bitsandbytes is not installed"
         raise UserError(f"--optimizer adamw8bit: {what}; run: pip install bitsandbytes") from None
-    return AdamW8bit
 
 def _optimizer_class(path):
     "The class that an import path names; `UserError` if there is none, or if it is no optimizer."
