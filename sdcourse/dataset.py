@@ -18,7 +18,7 @@ from .core import UserError, nearest
 from .data.images import BadImage, centre_crop
 from .data.manifests import shown
 from .data.sets.worlds import world_named
-from .data.shards import open_folder
+from .data.shards import TarsSet, open_folder
 from .data.sources import HubSet, Source, split_of
 from .engine.order import key, permutation
 
@@ -158,6 +158,7 @@ def _opened(source):
     if world: return world
     folder = Path(source).expanduser()
     if folder.is_dir(): return open_folder(folder)
+    if folder.suffix == ".json" and folder.is_file(): return TarsSet(folder)
     if folder.with_name(folder.name + ".partial").is_dir():
         raise UserError(f"{folder}: was begun and not finished; run its command again")
     if folder.exists() or not re.fullmatch(r"(?!\.)[\w.-]+(/[\w.-]+)?(:[\w.-]+)?", str(source)):
@@ -168,7 +169,7 @@ def _opened(source):
 class DataSet:
     "A data set with its splits, each opened when it is first asked for; `UserError` if not to be trusted."
     def __init__(self,
-        source, # data folder, tars with index.json, hub name (OWNER/NAME, OWNER/NAME:CONFIG) or its copy, built-in world
+        source, # data folder, tars with index.json or in a .json list, hub name (OWNER/NAME, OWNER/NAME:CONFIG), its copy, world
         *, image_column: str = "", # with the picture; empty: file_name of a folder, the pictures of a hub set
         caption_column: str = "", # with captions, separated by commas; empty: texts, text, captions or caption
         label_column: str = "", # with the class; empty: label

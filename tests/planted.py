@@ -3,6 +3,16 @@
 `old` occurs exactly once in the file. `tests/mutants.py` plants them one at a time.
 """
 PLANTED = {
+    ('README.md', 'tests/test_printed.py'): [
+        ('wide: a printed training that cannot be drawn', '-m sdcourse.train flow_dit --preset full --vae sd-vae`', '-m sdcourse.train flow_dit --preset full`', 'test_what_is_trained_on_latents_can_be_drawn'),
+        ('wide: a printed option that is not there', 'sdcourse shards data/photos data/tars ', 'sdcourse shards data/photos data/tars --tar-bytes 3 ', 'test_verbs_places_and_options_of_printed_commands_are_there[README.md]'),
+    ],
+    ('slurm/cache.sbatch', 'tests/test_printed.py'): [
+        ('wide: a printed cache of another crop', 'cpus-per-task=8 slurm/cache.sbatch latents data/imagenet cache/imagenet --model sd-vae --size 256 --crop adm', 'cpus-per-task=8 slurm/cache.sbatch latents data/imagenet cache/imagenet --model sd-vae', 'test_printed_commands_run'),
+    ],
+    ('sdcourse/config.py', 'tests/test_loop.py'): [
+        ('wide: ema_cpu on a CPU goes without a word', '(("tf32", "ema_cpu"), lambda c', '(("tf32",), lambda c', 'test_an_average_on_the_cpu_is_the_same_run'),
+    ],
     ('sdcourse/train/objective.py', 'tests/test_sd3.py'): [
         ('flow: the mean of the density is turned round', 'law = (self.density_mean,', 'law = (-self.density_mean,', 'test_more_mean_is_more_noise_and_the_scale_of_mode_counts'),
         ('flow: the scale of mode is lost', 'self.density_shift, self.density_scale)', 'self.density_shift)', 'test_more_mean_is_more_noise_and_the_scale_of_mode_counts'),
@@ -198,6 +208,11 @@ PLANTED = {
         ('resume: --force does not help', 'if ranks.main and checkpoint and not cfg.force: _same_files', 'if ranks.main and checkpoint: _same_files', 'test_a_resume_with_other_weights_is_refused'),
     ],
     ('sdcourse/engine/optim.py', 'tests/test_optim.py'): [
+        ('wide: the average never waits on the CPU', 'source = [p.to("cpu") for p in self.source] if self.cpu else self.source', 'source = self.source', 'test_the_average_waits_on_the_cpu_and_has_the_same_bits'),
+        ('wide: tf32 off is not heard', '    if wish == "off": torch.set_float32_matmul_precision("highest")\n', '', 'test_tf32_is_a_switch_and_no_wish_for_a_cpu'),
+        ('wide: tf32 on a CPU goes without a word', '    if device.type != "cuda" and wish != "auto":', '    if False:', 'test_tf32_is_a_switch_and_no_wish_for_a_cpu'),
+        ('wide: another kernel of attention', 'with sdpa_kernel(getattr(SDPBackend, KERNELS[kernel])):', 'with sdpa_kernel(SDPBackend.MATH):', 'test_attention_is_computed_by_the_kernel_that_was_asked_for'),
+        ('wide: 8-bit Adam with betas of its own', 'return eight_bit()(groups, lr=cfg.lr, betas=(cfg.beta1, cfg.beta2), eps=cfg.adam_eps)', 'return eight_bit()(groups, lr=cfg.lr, eps=cfg.adam_eps)', 'test_adam_with_8_bits_by_name'),
         ('optim: restarts begin anew in the last step', ' if cfg.lr_schedule == "restarts" and done < 1 else done', ' if cfg.lr_schedule == "restarts" else done', 'test_lr_ends_at_the_configured_value_in_the_last_step[restarts]'),
         ('optim: no power', '(1 - done) ** cfg.lr_power', '1 - done', 'test_polynomial_and_restarts_against_diffusers'),
         ('optim: the first decay is fixed', 'betas = (cfg.beta1, cfg.beta2)', 'betas = (0.9, cfg.beta2)', 'test_beta1_and_eps_reach_the_optimizer'),
@@ -205,7 +220,7 @@ PLANTED = {
         ('an optimizer fails in its first step', '    _tried(cls, cfg, params[0].device)\n', '', 'test_what_is_no_usable_optimizer_is_one_line'),
         ('the schedule ends one step late', 'max(1, cfg.max_steps - 1 - cfg.warmup_steps)', 'max(1, cfg.max_steps - cfg.warmup_steps)', 'test_lr_ends_at_the_configured_value_in_the_last_step'),
         ('a NaN reaches the weights', 'optimizer.found_inf = bad.float()', 'optimizer.found_inf = torch.zeros_like(bad).float()', 'test_a_bad_step_leaves_weights_and_moments'),
-        ('EMA with the decay on the wrong side', 'torch._foreach_lerp_(self.params, self.source, 1 - d)', 'torch._foreach_lerp_(self.params, self.source, d)', 'test_ema_closed_form_after_1000_steps'),
+        ('EMA with the decay on the wrong side', 'torch._foreach_lerp_(self.params, source, 1 - d)', 'torch._foreach_lerp_(self.params, self.source, d)', 'test_ema_closed_form_after_1000_steps'),
         ('EMA without warm-up', 'd = min(self.decay, (1 + step) / (10 + step))', 'd = self.decay', 'test_ema_closed_form_after_1000_steps'),
         ('EMA copies frozen weights', 'twin = copy.deepcopy(module, frozen)', 'twin = copy.deepcopy(module)', 'test_ema_shares_frozen_weights'),
         ('weight decay on biases', 'weight_decay=0.)]', 'weight_decay=cfg.weight_decay)]', 'test_weight_decay_spares_vectors'),
@@ -219,6 +234,10 @@ PLANTED = {
         ('threads that wait keep their core', 'os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")', 'os.environ', 'test_threads_that_wait_leave_their_core'),
     ],
     ('sdcourse/engine/loop.py', 'tests/test_loop.py'): [
+        ('wide: epochs are cut off', 'math.ceil(cfg.epochs * len(', 'math.floor(cfg.epochs * len(', 'test_epochs_say_how_many_steps_and_a_resume_keeps_them'),
+        ('wide: steps forget the kernel of attention', '    with attention_by(run.cfg.attention):\n', '    if True:\n', 'test_attention_switch_holds_in_steps_and_validations'),
+        ('wide: the average is not kept on the CPU', 'EMA(self.module, cfg.ema_decay, cpu=cfg.ema_cpu)', 'EMA(self.module, cfg.ema_decay)', 'test_an_average_on_the_cpu_is_the_same_run'),
+        ('wide: 8-bit Adam is missed late', '        if cfg.optimizer == "adamw8bit": eight_bit()\n', '', 'test_what_a_machine_lacks_is_refused_before_a_model_is_built'),
         ('bad steps push out good checkpoints', 'keep=run.cfg.keep + bad)', 'keep=run.cfg.keep)', 'test_bad_steps_never_push_out_the_last_good_checkpoint'),
         ('each stop among bad steps leaves a checkpoint', '            if bad and run.doubtful not in (0, run.step): discard_checkpoint(root, run.doubtful)\n', '', 'test_a_stop_among_bad_steps_saves_and_replaces_nothing'),
         ('a resume forgets that it began among bad steps', '        if self.meter.bad[1] > 0: self.doubtful = self.step\n', '', 'test_a_stop_among_bad_steps_saves_and_replaces_nothing'),
@@ -380,7 +399,7 @@ PLANTED = {
         ('the home folder is a folder named ~', 'return os.path.expanduser(value) if path else value', 'return value', 'test_home_means_home_everywhere'),
         ('a resume is refused because ~ is spelt out', '{k: _home(v) for k, v in (', '{k: v for k, v in (', 'test_home_means_home_everywhere'),
         ('the second --config wins', '== name for word in argv) > 1:', '== name for word in argv) > 9:', 'test_two_files_or_presets_are_refused'),
-        ('--beta2 of another optimizer is ignored', 'lambda c: c.optimizer == "adamw", "with', 'lambda c: True, "with', 'test_beta2_of_another_optimizer_is_refused'),
+        ('--beta2 of another optimizer is ignored', 'lambda c: c.optimizer in OWN_OPTIMIZERS, "with', 'lambda c: True, "with', 'test_beta2_of_another_optimizer_is_refused'),
         ('a run is taken for a checkpoint', 'os.path.isdir(f"{c.resume}/checkpoints")', 'False', 'test_resume_with_a_run_says_what_to_give'),
         ('a long --out is a traceback', '    try: there = path.exists()\n    except OSError as e:', '    try: there = path.exists()\n    except KeyError as e:', 'test_an_out_that_no_file_system_takes_is_one_line'),
         ('unknown keys are ignored', '        if key not in known: raise UserError(f"{name}: unknown option; {nearest(str(key), known)}")', '        if key not in known: continue', 'test_yaml_mistakes_name_file_and_key'),
@@ -404,6 +423,7 @@ PLANTED = {
     ],
     ('sdcourse/engine/trackers.py', 'tests/test_trackers.py'): [
         ('card: everything is loaded by diffusers', 'dict(library_name=library,', 'dict(library_name="diffusers",', 'test_a_card_names_the_library_that_loads_the_model'),
+        ('wide: wandb has a name of its own', 'name = config.get("tracker_name") or folder.name', 'name = folder.name', 'test_project_and_name_of_a_run_in_wandb'),
         ('resume keeps rows after the checkpoint', 'if row["step"] <= step]', 'if True]', 'test_resume_drops_newer_rows_and_steps_stay_monotone'),
         ("resume drops the checkpoint's own row", 'if row["step"] <= step]', 'if row["step"] < step]', 'test_resume_drops_newer_rows_and_steps_stay_monotone'),
         ('torn last line is kept', 'text.split("\\n")[:-1]', 'filter(None, text.split("\\n"))', 'test_a_torn_last_line_is_dropped_and_the_rest_stays_byte_for_byte'),
@@ -792,6 +812,8 @@ PLANTED = {
         ('unsplash: stored after the stop', '        if stop.is_set(): raise Stopped("stopped")\n        if not pool', '        if not pool', 'test_a_photo_that_comes_after_the_stop_is_not_stored'),
     ],
     ('sdcourse/data/shards.py', 'tests/test_shards.py'): [
+        ('wide: a list of tars is the whole folder', '"tars": [known[n] for n in names]}', '"tars": list(known.values())}', 'test_a_json_list_of_tars_is_a_data_set'),
+        ('wide: tars without an index are a traceback', '    if not (home/"index.json").is_file():', '    if False:', 'test_a_json_list_of_tars_is_a_data_set'),
         ('tars: one long name takes the memory of all', '    if len(m.name) > NAME: raise', '    if False: raise', 'test_hostile_members'),
         ('shards: splits without a table stay behind', 'sources = {split: whole.open(split) for split in whole.splits}', 'sources = {split: whole.open(split) for split in whole.splits[:1]}', 'test_tars_hold_what_a_training_on_the_folder_would_see'),
         ('shards: two samples with one id', '        if twice := [i for i in numbers if many[source.ids[i]] > 1]:', '        if twice := []:', 'test_two_pictures_with_one_id_are_not_packed'),
@@ -957,6 +979,7 @@ PLANTED = {
         ('cache: half files of a kill stay', 'for p in folder.glob(".*.tmp"): p.unlink()', '', 'test_one_process_at_a_time_and_leftovers_go'),
     ],
     ('sdcourse/cache/fill.py', 'tests/test_fill.py'): [
+        ('wide: overwrite begins anew each time', 'if index and cfg.overwrite and (index["kind"], index["key"]) != (job.kind, key):', 'if index and cfg.overwrite:', 'test_overwrite_makes_a_cache_of_other_settings_again_and_leaves_an_equal_one'),
         ('cache: some labels are lost', 'if bare and len(bare) <', 'if False and len(bare) <', 'test_a_row_without_label_is_refused_before_anything_is_encoded'),
         ('cache: all splits, whatever is asked', 'for s in cfg.splits] or data.splits', 'for s in ()] or data.splits', 'test_a_row_without_label_is_refused_before_anything_is_encoded'),
         ('cache: a shard is computed to its end after a stop', 'if not go_on(len(some)): return False', 'go_on(len(some))', 'test_a_shard_is_left_between_two_batches'),
@@ -1188,7 +1211,11 @@ PLANTED = {
         ('export: adapters are taken for a part', 'if getattr(task.config, "lora_rank", 0):', 'if False:', 'test_lora_of_both_networks_comes_out_as_it_was_trained'),
     ],
     ('sdcourse/commands/generate.py', 'tests/test_generate.py'): [
-        ('generate: the seed is the place in the list', 'seeds = [key(cfg.seed, "picture", r["id"]) % 2**32 for r in rows]', 'seeds = [key(cfg.seed, "picture", i) % 2**32 for i, r in enumerate(rows)]', 'test_a_picture_depends_on_its_id_and_not_on_the_others'),
+        ('wide: a film of noise alone', 'frames.append(pipe.decode(x)) if i else None', 'frames.append(pipe.decode(x * 0)) if i else None', 'test_a_film_shows_what_the_sampler_has_after_each_step'),
+        ('wide: on the way noise changes', '"" if cfg.interpolate else row["id"]', 'row["id"]', 'test_pictures_on_the_way_from_a_prompt_to_the_next'),
+        ('wide: on the way nothing is mixed', 'return torch.lerp(a, b, shares', 'return torch.lerp(a, a, shares', 'test_pictures_on_the_way_from_a_prompt_to_the_next'),
+        ('wide: one prompt is a way', '    if len(rows) < 2: raise', '    if False: raise', 'test_pictures_on_the_way_from_a_prompt_to_the_next'),
+        ('generate: the seed is the place in the list', 'seeds = [_seed_of(r, cfg) for r in rows]', 'seeds = [key(cfg.seed, "picture", i) % 2**32 for i, r in enumerate(rows)]', 'test_a_picture_depends_on_its_id_and_not_on_the_others'),
         ('generate: one seed for each batch', 'image_generators([r["seed"] for r in rows])', 'image_generators([rows[0]["seed"]] * len(rows))', 'test_stable_diffusion_is_its_own_pipeline'),
         ('generate: --seed is ignored', 'key(cfg.seed, "picture"', 'key(0, "picture"', 'test_options_reach_the_pipeline'),
         ('generate: guidance is ignored', 'if cfg.guidance_scale >= 0:', 'if False:', 'test_options_reach_the_pipeline'),
@@ -1490,6 +1517,12 @@ PLANTED = {
         ('home: a schedule is whatever comes out', '        if not 0 <= abar.min() < abar.max() < 1: raise', '        if False: raise', 'test_noise_that_is_not_known'),
     ],
     ('sdcourse/models/files.py', 'tests/test_home.py'): [
+        ('wide: a variant is the usual file', '[*mine, *others]: (target / end.sub(r"\\1", f.name))', '[*mine, *others]: (target / f.name)', 'test_a_variant_of_the_files_is_read_by_its_name'),
+        ('wide: shards of a variant have no index', '        _write_index(part, target, variant, end)\n', '', 'test_a_variant_of_the_files_is_read_by_its_name'),
+        ('wide: a variant that lacks is not said', '            log.warning("%s: %s/ has no such files', '            log.debug("%s: %s/ has no such files', 'test_a_part_without_the_variant_is_said'),
+        ('wide: a revision is not heard', 'revision=revision or None, local', 'local', 'test_a_revision_is_read_from_the_cache_of_the_hub'),
+        ('wide: the other VAE is not the other', '    (home/"vae").symlink_to(other.resolve())', '    (home/"vae").symlink_to((root/"vae").resolve())', 'test_another_vae_than_that_of_the_pipeline'),
+        ('wide: a VAE of other channels', '        if own == new: continue\n', '        continue\n', 'test_another_vae_than_that_of_the_pipeline'),
         ('files: exports have the new names', 'return name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}"', 'return name', 'test_exports_are_in_the_layout_that_both_versions_of_transformers_read'),
         ('files: words are in one file only', 'for file in sorted(Path(folder).rglob("tokenizer.json")): _write_words(file)', 'pass', 'test_exports_are_in_the_layout_that_both_versions_of_transformers_read'),
         ('files: NaN in float32 passes', '    if bad:\n', '    if False:\n', 'test_weights_that_are_not_finite_are_refused_before_the_training'),
@@ -1540,6 +1573,7 @@ PLANTED = {
         ('run folder: an export does not know how its run draws', '    if said: write_text(Path(folder) / DRAWING', '    if not said: write_text(Path(folder) / DRAWING', 'test_what_is_not_given_is_as_the_run_says'),
     ],
     ('sdcourse/train/latent.py', 'tests/test_home.py'): [
+        ('wide: --vae is not heard', '        if config.vae: self.home', '        if False: self.home', 'test_another_vae_than_that_of_the_pipeline'),
         ('latent: a run does not say its size', 'return super().drawing() | dict(size=self.config.image_size)', 'return super().drawing()', 'test_adapters_are_drawn_as_their_run_says'),
     ],
     ('sdcourse/cache/latents.py', 'tests/test_options.py'): [
@@ -1619,8 +1653,8 @@ PLANTED = {
     ],
     ('sdcourse/models/files.py', 'tests/test_missing.py'): [
         ('U5: transformers come before the look', '    from huggingface_hub import snapshot_download\n', '    from huggingface_hub import snapshot_download\n    import transformers.modeling_utils, diffusers.models\n', 'test_all_of_it_takes_two_seconds'),
-        ('U5: the hub is asked', 'snapshot_download(str(where), local_files_only=True)', 'snapshot_download(str(where))', 'test_absent_weights_are_one_line_at_once'),
-        ('U5: the hub wins over a folder', '    if Path(where).is_dir(): return Path(where)\n    if str(where) in MODELS: return shipped_folder(str(where))\n    if not', '    if not', 'test_a_folder_wins_over_the_hub_of_the_same_name'),
+        ('U5: the hub is asked', 'snapshot_download(name, revision=revision or None, local_files_only=True)', 'snapshot_download(name, revision=revision or None)', 'test_absent_weights_are_one_line_at_once'),
+        ('U5: the hub wins over a folder', '    if Path(where).is_dir(): return Path(where)\n    if str(where) in MODELS: return shipped_folder(str(where))\n    name, _, variant', '    name, _, variant', 'test_a_folder_wins_over_the_hub_of_the_same_name'),
     ],
     ('sdcourse/train/vae.py', 'tests/test_cli.py'): [
         ('U2: a smoke run leaves no picture', 'image_grid(torch.cat([x, y]), ncols=len(x)).save(path)', 'pass', 'test_smoke_run_leaves_a_whole_run_folder_and_is_not_repeated'),
@@ -1791,6 +1825,7 @@ PLANTED = {
         ('look: only the first picture is cut', 'tuple(range(len(cfg.texts)))', '(0,)', 'test_pictures_in_one_graph_and_the_same_in_each_run'),
     ],
     ('sdcourse/cache/store.py', 'tests/test_fill.py'): [
+        ('wide: overwrite leaves the old shards', '        for end in ("safetensors", "json"): (folder', '        for end in ("json",): (folder', 'test_overwrite_makes_a_cache_of_other_settings_again_and_leaves_an_equal_one'),
         ('plan: a picture that is gone is waited for for ever', '    index["shards"] = [s for s in index["shards"] if s not in gone]\n', '', 'test_what_a_scan_leaves_out_is_no_dead_end'),
         ('plan: a split that is left out is waited for', '        mine = latest.get(shard["split"], {})', '        mine = latest.get(shard["split"], {r[0]: r for r in shard_plan(folder, shard)})', 'test_a_split_that_is_left_out_is_not_waited_for'),
         ('plan: a new part takes the name of an old one', 'enumerate(parts, numbers[split])', 'enumerate(parts)', 'test_a_changed_picture_is_computed_again_and_a_new_one_added'),

@@ -206,7 +206,22 @@ def test_a_cache_of_other_settings_is_refused(world, whole, tmp_path, monkeypatc
         over = {}
     with pytest.raises(UserError, match=words) as e:
         cache("latents", world[0], whole, options(model, **over))
-    assert "choose another OUT, or remove it" in str(e.value) and content(whole) == before
+    assert "choose another OUT, or give --overwrite" in str(e.value) and content(whole) == before
+
+
+def test_overwrite_makes_a_cache_of_other_settings_again_and_leaves_an_equal_one(world, whole, tmp_path):
+    import shutil
+
+    shutil.copytree(whole, tmp_path / "c")
+    again = dict(mirror=False, dtype="fp16", shard_bytes=100_000)
+    assert cache("latents", world[0], tmp_path / "c", options(world[1], **again, overwrite=True)) == 0
+    assert cache("latents", world[0], tmp_path / "new", options(world[1], **again)) == 0
+    first = content(tmp_path / "new")
+    assert content(tmp_path / "c") == first  # nothing of the old one is left
+    times = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "c").iterdir()}
+    assert cache("latents", world[0], tmp_path / "c", options(world[1], **again, overwrite=True)) == 0
+    kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "c").glob("*.safetensors")}
+    assert kept == {k: v for k, v in times.items() if k in kept}
 
 
 def test_a_moved_model_or_more_threads_are_the_same_cache(world, whole, tmp_path):

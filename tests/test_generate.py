@@ -115,6 +115,59 @@ def whole(run, tmp_path_factory):
     return out
 
 
+# ---- films, and pictures on the way
+def film(path):
+    with Image.open(path) as im:
+        return [im.seek(k) or im.convert("RGB").tobytes() for k in range(im.n_frames)], im.info["duration"]
+
+
+def test_a_film_shows_what_the_sampler_has_after_each_step(run, whole, sd15, tmp_path):
+    few = dict(per_class=1, classes=("3", "5"), gif=True, num_inference_steps=3)
+    assert generate(run, tmp_path / "a", options(**few)) == 0
+    films = sorted((tmp_path / "a/trajectories").iterdir())
+    assert [p.name for p in films] == ["0003-0000.gif", "0005-0000.gif"]
+    frames, last = film(films[0])
+    assert len(set(frames)) == 3 and last == 2000
+    shorter = options(**few | dict(num_inference_steps=2))
+    assert generate(run, tmp_path / "b", shorter) == 0
+    assert len(film(tmp_path / "b/trajectories/0003-0000.gif")[0]) == 2
+    (tmp_path / "p").write_text("a cat\n")
+    text = dict(classes=(), prompts=str(tmp_path / "p"), gif=True, num_inference_steps=4)
+    assert generate(sd15, tmp_path / "c", options(**text)) == 0
+    frames, _ = film(tmp_path / "c/trajectories/00000.gif")
+    assert len(set(frames)) == 4
+
+
+def test_pictures_on_the_way_from_a_prompt_to_the_next(run, sd15, tmp_path):
+    (tmp_path / "p").write_text("a cat\na red dog\n")
+    text = dict(classes=(), prompts=str(tmp_path / "p"), guidance_scale=3.0)
+    assert generate(sd15, tmp_path / "o", options(**text, interpolate=1)) == 0
+    rows = [json.loads(x) for x in (tmp_path / "o/test/metadata.jsonl").read_text().splitlines()]
+    assert [(r["text"], r["to"], r["share"]) for r in rows] == [
+        ("a cat", "a red dog", 0.0),
+        ("a cat", "a red dog", 0.5),
+        ("a red dog", "a red dog", 0.0),
+    ]
+    assert len({r["seed"] for r in rows}) == 1 and len(set(drawn(tmp_path / "o").values())) == 3
+    pipe, _ = open_pipeline(sd15, options(**text), "cpu")
+    both = [pipe.encode_prompt(r, pipe.device, 1, False)[0] for r in ("a cat", "a red dog")]
+    how = dict(
+        guidance_scale=3.0, num_inference_steps=2, generator=torch.Generator().manual_seed(rows[1]["seed"])
+    )
+    want = pipe(prompt_embeds=(both[0] + both[1]) / 2, **how).images[0]
+    found = Image.open(tmp_path / "o/test" / rows[1]["file_name"])
+    assert np.abs(np.asarray(want, float) - np.asarray(found, float)).max() <= 2
+    for over, words in (
+        (dict(images_per_prompt=2), "--interpolate: mixes captions, all from one noise; leave"),
+        (dict(classes=("3",), prompts=""), "--interpolate: mixes captions"),
+    ):
+        with pytest.raises(UserError, match=words):
+            generate(sd15, tmp_path / "x", options(**text | over, interpolate=1))
+    (tmp_path / "p").write_text("a cat\n")
+    with pytest.raises(UserError, match="--interpolate: there is one prompt; give two or more"):
+        generate(sd15, tmp_path / "y", options(**text, interpolate=1))
+
+
 # ---- what a picture depends on
 
 

@@ -559,3 +559,83 @@ def trains_a_step(one):
     loss, _ = module(batch, Draws(0, 0, range(2), device=torch.device("cpu")))
     loss.sum().backward()
     one.pipeline(module)
+
+
+# ---- a variant of the files, a revision, another VAE
+@pytest.fixture(scope="module")
+def twofold(model, tmp_path_factory):
+    "A model with two kinds of files; those of fp16 are other numbers, and the VAE has them in shards."
+    home = shutil.copytree(model, tmp_path_factory.mktemp("two") / "sd")
+    for file in sorted(home.rglob("*.safetensors")):
+        half = {k: (v + 0.25).half() for k, v in load_file(file).items()}
+        stem = file.name.removesuffix(".safetensors")
+        if file.parent.name != "vae":
+            save_file(half, file.parent / f"{stem}.fp16.safetensors", dict(format="pt"))
+            continue
+        where = {}
+        for n, names in enumerate((sorted(half)[::2], sorted(half)[1::2]), 1):
+            part = f"{stem}.fp16-0000{n}-of-00002.safetensors"
+            save_file({k: half[k] for k in names}, file.parent / part, dict(format="pt"))
+            where |= dict.fromkeys(names, part)
+        index = file.parent / f"{stem}.safetensors.index.fp16.json"
+        index.write_text(json.dumps(dict(metadata={}, weight_map=where)))
+    return home
+
+
+def test_a_variant_of_the_files_is_read_by_its_name(twofold, tmp_path):
+    plain, half = (task(where, data="scenes", image_size=32) for where in (twofold, f"{twofold}:fp16"))
+    for t in (plain, half):
+        t.check()
+    a, b = (t.build().state_dict() for t in (plain, half))
+    assert all(torch.equal((a[k] + 0.25).half().float(), b[k]) for k in a if k.startswith("unet."))
+    a, b = (t.autoencoder().state_dict() for t in (plain, half))
+    assert all(torch.equal((a[k] + 0.25).half().float(), b[k]) for k in a)
+    draw = GenerateOptions(prompts="x", device="cpu")
+    pipe, _ = open_pipeline(f"{twofold}:fp16", draw, "cpu")  # no network, no words: diffusers reads it too
+    assert torch.equal(next(pipe.unet.parameters()), next(half.unet().parameters()))
+    one_line(
+        lambda: task(f"{twofold}:bf16").home, r"sd:bf16: no weights are called \*.bf16.safetensors; leave"
+    )
+
+
+def test_a_part_without_the_variant_is_said(twofold, tmp_path, caplog):
+    home = shutil.copytree(twofold, tmp_path / "sd")
+    (home / "unet/diffusion_pytorch_model.fp16.safetensors").unlink()
+    assert model_home(f"{home}:fp16").is_dir()
+    assert "unet/ has no such files, and its usual ones are taken" in caplog.text
+
+
+def test_a_revision_is_read_from_the_cache_of_the_hub(twofold, tmp_path, monkeypatch):
+    from huggingface_hub import constants
+    from sdcourse.models.files import local_folder
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repo = tmp_path / "models--owner--sd"
+    for name, commit in (("main", "a" * 40), ("v2", "b" * 40)):
+        (repo / "refs").mkdir(parents=True, exist_ok=True)
+        (repo / "refs" / name).write_text(commit)
+        (repo / "snapshots" / commit).mkdir(parents=True)
+    found = [local_folder(f"owner/sd{end}").name for end in ("", "@v2", "@main", "@" + "b" * 40)]
+    assert found == ["a" * 40, "b" * 40, "a" * 40, "b" * 40]
+    one_line(lambda: local_folder("owner/sd@v3"), "hf download owner/sd --revision v3$")
+
+
+def test_another_vae_than_that_of_the_pipeline(model, twofold, tmp_path):
+    other = tmp_path / "vae"
+    other.mkdir()
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        shutil.copy(twofold / "vae" / name, other)
+    tensors = load_file(other / "diffusion_pytorch_model.safetensors")
+    half = {k: v + 0.25 for k, v in tensors.items()}
+    save_file(half, other / "diffusion_pytorch_model.safetensors", dict(format="pt"))
+    own, changed_ = task(model), task(model, vae=str(other))
+    changed_.check()
+    assert own.built_on["unet"] == changed_.built_on["unet"] and own.built_on != changed_.built_on
+    assert all(torch.equal(half[k], v) for k, v in changed_.autoencoder().state_dict().items())
+    from sdcourse.models.files import weights_id
+
+    assert changed_.latents.vae == changed_.home / "vae" and weights_id(other) == changed_.built_on["vae"]
+    changed(tmp_path, "vae/config.json", latent_channels=8)
+    one_line(
+        lambda: task(model, vae=str(other)), "--vae .*: has 8 channels, and that of the model 4; give another"
+    )

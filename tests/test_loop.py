@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 import warm
-from toy import ToyTask, config, run
+from toy import ToyNet, ToyTask, config, run
 
 import sdcourse.engine.loop as loop
 from sdcourse.core import UserError
@@ -611,3 +611,58 @@ def test_compiling_that_cannot_work_is_refused_before_a_model_is_built(tmp_path,
     with pytest.raises(UserError, match="--compile: does not work here .*No working C.* compiler") as e:
         run(tmp_path / "run", compile=True)
     assert "\n" not in str(e.value)
+
+
+def test_epochs_say_how_many_steps_and_a_resume_keeps_them(tmp_path, caplog):
+    result = run(tmp_path / "x", epochs=2.0, max_steps=3)
+    assert result.step == result.max_steps == 13  # 2 x 50 points in batches of 8
+    assert run(tmp_path / "x", epochs=2.0).stopped == "" and "learned by heart" not in caplog.text
+    with pytest.raises(UserError, match="epochs"):
+        run(tmp_path / "x", epochs=3.0)
+    run(tmp_path / "y", epochs=400.0, dry_run=True)
+    assert "2,500 steps show each of 50 pictures 400 times" in caplog.text
+    assert "give --epochs 300 or fewer" in caplog.text
+    cfg = config(tmp_path / "y", epochs=2.0)
+    cfg.given = frozenset({"epochs", "max_steps"})
+    with pytest.raises(UserError, match="--epochs 2: --max-steps 12 says how long, too; give one of them"):
+        cfg.check()
+
+
+def test_an_average_on_the_cpu_is_the_same_run(tmp_path, monkeypatch):
+    from sdcourse.engine.optim import EMA
+
+    used = []
+    at_hand = EMA.at_hand
+    monkeypatch.setattr(EMA, "at_hand", lambda self: used.append(self.cpu) or at_hand(self))
+    over = dict(max_steps=4, checkpoint_every=4, device="auto")
+    for cpu in (False, True):
+        run(tmp_path / str(cpu), ema_cpu=cpu, **over)
+    a, b = (weights(tmp_path / str(cpu)) for cpu in (False, True))
+    assert all(torch.equal(a[k][n], b[k][n]) for k in ("model", "ema") for n in a[k])
+    assert used == [False, False, True, True]  # for a validation and for the export
+    with pytest.raises(UserError, match="--ema-cpu: has no effect with --device cpu"):
+        config(tmp_path, ema_cpu=True).check()
+
+
+def test_attention_switch_holds_in_steps_and_validations(tmp_path, monkeypatch):
+    seen = set()
+    forward = ToyNet.forward
+
+    def looking(self, batch, draws):
+        seen.add((self.training, torch.backends.cuda.flash_sdp_enabled()))
+        return forward(self, batch, draws)
+
+    monkeypatch.setattr(ToyNet, "forward", looking)
+    run(tmp_path, max_steps=2, attention="math")
+    assert seen == {(True, False), (False, False)} and torch.backends.cuda.flash_sdp_enabled()
+    with pytest.raises(UserError, match="--attention cudnn: cannot compute this here"):
+        run(tmp_path / "x", max_steps=2, attention="cudnn")
+
+
+def test_what_a_machine_lacks_is_refused_before_a_model_is_built(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setattr(ToyTask, "build", None)
+    with pytest.raises(UserError, match="run: pip install bitsandbytes"):
+        run(tmp_path, optimizer="adamw8bit")
+    with pytest.raises(UserError, match="--tf32 on: .* leave it out"):
+        run(tmp_path, tf32="on", device="auto")

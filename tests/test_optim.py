@@ -1,6 +1,7 @@
 """Learning rate, AdamW with its guard, clipping, EMA, precision."""
 
 import math
+import sys
 from types import SimpleNamespace as NS
 
 import pytest
@@ -10,12 +11,15 @@ from torch import nn
 from sdcourse.core import UserError
 from sdcourse.engine.optim import (
     EMA,
+    attention_by,
     build_optimizer,
+    check_attention,
     check_master_weights,
     clip_gradients,
     guarded_step,
     lr_at,
     resolve_precision,
+    set_tf32,
 )
 
 CPU = torch.device("cpu")
@@ -214,3 +218,87 @@ def test_trying_an_optimizer_draws_nothing_and_trains_nothing():
     opt = build_optimizer(net, cfg(optimizer="torch.optim.NAdam"))
     assert torch.equal(state, torch.get_rng_state()) and not opt.state
     assert all(torch.equal(a, b) for a, b in zip(before, net.parameters()))
+
+
+def test_the_average_waits_on_the_cpu_and_has_the_same_bits():
+    torch.manual_seed(0)
+    one, asked = nn.Linear(8, 8), []
+    here, there = EMA(one, 0.9), EMA(one, 0.9, cpu=True)
+
+    class Away:  # a weight on another device
+        device = CPU
+
+        def __init__(self, p):
+            self.p = p
+
+        def to(self, device):
+            asked.append(str(device))
+            return self.p
+
+    there.source = [Away(p) for p in there.source]
+    for s in range(5):
+        with torch.no_grad():
+            one.weight += torch.randn(8, 8)
+        here.update(s)
+        there.update(s)
+    assert asked == ["cpu"] * 10  # each weight in each step
+    with there.at_hand() as module:
+        assert all(torch.equal(a, b) for a, b in zip(here.params, module.parameters()))
+
+
+def test_tf32_is_a_switch_and_no_wish_for_a_cpu():
+    gpu = torch.device("cuda")
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    found = []
+    try:
+        for wish, mixed in (("off", True), ("on", False), ("off", False), ("auto", False), ("auto", True)):
+            set_tf32(wish, gpu, mixed)
+            found.append((torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32))
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+    off, on = ("highest", False), ("high", True)
+    assert found == [off, on, off, off, ("high", False)]
+    set_tf32("auto", CPU, True)
+    assert torch.get_float32_matmul_precision() == before[0]
+    with pytest.raises(UserError, match="--tf32 on: is for NVIDIA's GPUs, and this run computes on cpu"):
+        set_tf32("on", CPU, False)
+
+
+def test_attention_is_computed_by_the_kernel_that_was_asked_for():
+    def on():
+        return torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.math_sdp_enabled()
+
+    with attention_by("math"):
+        assert on() == (False, True)
+    with attention_by("flash"):
+        assert on() == (True, False)
+    with attention_by("auto"):
+        assert on() == (True, True)
+    for kernel in ("auto", "math", "flash"):
+        check_attention(kernel, CPU, torch.float32)
+    for kernel in ("cudnn", "efficient"):
+        with pytest.raises(
+            UserError, match=f"--attention {kernel}: cannot compute this here; use auto or math"
+        ):
+            check_attention(kernel, CPU, torch.float32)
+
+
+def test_adam_with_8_bits_by_name(monkeypatch):
+    from types import ModuleType
+
+    lin = nn.Linear(2, 2)
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(UserError, match="adamw8bit: .* is not installed; run: pip install bitsandbytes"):
+        build_optimizer(lin, cfg(optimizer="adamw8bit"))
+
+    class AdamW8bit(torch.optim.AdamW):
+        pass
+
+    fake, inner = ModuleType("bitsandbytes"), ModuleType("bitsandbytes.optim")
+    inner.AdamW8bit = AdamW8bit
+    monkeypatch.setitem(sys.modules, "bitsandbytes", fake)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", inner)
+    found = build_optimizer(lin, cfg(optimizer="adamw8bit", adam_eps=1e-6))
+    assert type(found) is AdamW8bit and found.defaults["betas"] == (0.9, 0.99)
+    assert found.defaults["eps"] == 1e-6 and [g["weight_decay"] for g in found.param_groups] == [0.1, 0.0]

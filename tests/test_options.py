@@ -93,6 +93,7 @@ IDLE = dict(
         beta2=[(SGD, 0.9, "with --optimizer torch.optim.SGD")],
         lr_end=[(dict(lr_schedule="constant"), 1e-5, "--lr-schedule constant")],
         gradient_checkpointing=[({}, True, "networks are small")],
+        attention=[({}, "math", "networks have none")],
     ),
     vae=dict(
         beta2=[(SGD, 0.9, "with --optimizer torch.optim.SGD")],
@@ -120,13 +121,20 @@ for table in IDLE.values():
     table |= dict(
         beta1=[(SGD, 0.8, "with --optimizer torch.optim.SGD")],
         adam_eps=[(SGD, 1e-6, "with --optimizer torch.optim.SGD")],
+        tf32=[(dict(device="cpu"), "on", "with --device cpu")],
+        ema_cpu=[
+            (dict(device="cpu"), True, "with --device cpu"),
+            (dict(ema_decay=0.0), True, "with --ema-decay 0"),
+        ],
+        tracker_project=[({}, "mine", "with --tracker none")],
+        tracker_name=[(dict(tracker="tensorboard"), "first", "with --tracker tensorboard")],
         lr_power=[(dict(lr_schedule="linear"), 2.0, "with --lr-schedule linear")],
         lr_cycles=[(dict(lr_schedule="cosine"), 3, "with --lr-schedule cosine")],
     )
 
 # options that count in every setting
 ENGINE = set(
-    "out seed max_steps max_seconds stop_before requeue_code hang_seconds batch_size micro_batch optimizer lr "
+    "out seed max_steps epochs max_seconds stop_before requeue_code hang_seconds batch_size micro_batch optimizer lr "
     "lr_schedule warmup_steps weight_decay clip ema_decay precision num_workers threads log_every "
     "validate_every checkpoint_every keep max_bad_steps resume force device tracker push_to_hub dry_run".split()
 )
@@ -135,24 +143,24 @@ ALWAYS = dict(
     sd15=ENGINE
     | LATENTS
     | set(
-        "compile gradient_checkpointing prediction min_snr_gamma debiased zero_terminal_snr noise_offset "
+        "attention compile gradient_checkpointing prediction min_snr_gamma debiased zero_terminal_snr noise_offset "
         "input_perturbation dream buckets lora_rank caption_column latents prompts train_text model "
-        "from_scratch scale_lr channels_last validation_prompts".split()
+        "vae from_scratch scale_lr channels_last validation_prompts".split()
     ),
     flow_dit=ENGINE
     | LATENTS
     | set(
-        "compile gradient_checkpointing density density_shift loss_weight size position mlp qk_norm vae sampler".split()
+        "attention compile gradient_checkpointing density density_shift loss_weight size position mlp qk_norm vae sampler".split()
     ),
     sd3=ENGINE
     | LATENTS
     | set(
-        "compile gradient_checkpointing density density_shift loss_weight lora_rank caption_column latents "
-        "prompts model t5 t5_length validation_prompts".split()
+        "attention compile gradient_checkpointing density density_shift loss_weight lora_rank caption_column latents "
+        "prompts model vae t5 t5_length validation_prompts".split()
     ),
     nets=ENGINE | set("compile world widths depths patch share".split()),
-    vae=ENGINE | set("model side beta share".split()),
-    contrast=ENGINE | set("model kind share".split()),
+    vae=ENGINE | set("attention model side beta share".split()),
+    contrast=ENGINE | set("attention model kind share".split()),
 )
 ROWS = [(t, o, row) for t, table in IDLE.items() for o, rows in table.items() for row in rows]
 

@@ -2,7 +2,7 @@
 refused.
 """
 
-import gzip, io, json, os, pickle, re, resource, subprocess, sys, tarfile, time
+import gzip, io, json, os, pickle, re, resource, shutil, subprocess, sys, tarfile, time
 from collections import Counter
 from pathlib import Path
 
@@ -266,6 +266,30 @@ def test_an_unknown_split_is_refused(packed):
         sh.TarSet(packed[1], "tests")
     with pytest.raises(UserError, match="no such file"):
         sh.TarSet(packed[0])
+
+
+# ---- tars that a JSON file lists
+def test_a_json_list_of_tars_is_a_data_set(packed, tmp_path):
+    from sdcourse.dataset import DataSet
+
+    shutil.copytree(packed[1], tmp_path / "a/tars")
+    tars = sorted(p.name for p in (tmp_path / "a/tars").glob("train-*.tar"))
+    listed = tmp_path / "some.json"
+    listed.write_text(json.dumps([f"a/tars/{name}" for name in tars[:2]]))
+    whole, some = DataSet(tmp_path / "a/tars").pictures("train"), DataSet(listed)
+    found = some.pictures("train")
+    assert some.splits == ("train",) and 0 < len(found) < len(whole)
+    assert list(found.ids) == list(whole.ids)[: len(found)]
+    assert found.image(1).tobytes() == whole.image(1).tobytes() and found.row(1) == whole.row(1)
+    for text, words in (
+        ("{}", "is no list of tars"),
+        ("[3]", "is no list of tars"),
+        ('["a/tars/no.tar"]', "a/tars/no.tar is in no index.json beside it"),
+        ('["b/x.tar"]', "the tars in b/ have no index.json; make it with: sdcourse shards .*b .*b"),
+    ):
+        listed.write_text(text)
+        with pytest.raises(UserError, match=words):
+            DataSet(listed)
 
 
 # ---- tars of strangers

@@ -431,3 +431,21 @@ import sys, sdcourse.engine.trackers
 assert not {'torch', 'wandb', 'tensorboard', 'huggingface_hub'} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_project_and_name_of_a_run_in_wandb(tmp_path, monkeypatch):
+    from types import ModuleType, SimpleNamespace
+
+    asked = []
+    fake = ModuleType("wandb")
+    fake.__spec__ = SimpleNamespace(name="wandb")
+    fake.Image, fake.Settings = None, lambda **how: None
+    fake.init = lambda **how: asked.append((how["project"], how["name"])) or SimpleNamespace(id="a")
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    for more in ({}, dict(tracker_project="mine", tracker_name="first")):
+        tracker("wandb", tmp_path, more)
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    tracker("wandb", tmp_path, {})
+    assert asked == [("sdcourse", tmp_path.name), ("mine", "first"), ("theirs", tmp_path.name)]

@@ -19,7 +19,7 @@ import torch
 from .encoder import finite, fits
 from .encoders import open_encoder
 from sdcourse.cache.store import (
-    FORMAT, check_key, extend_plan, missing, read_index, row_bytes, shard_plan, write_shard,
+    FORMAT, check_key, extend_plan, missing, read_index, remove_cache, row_bytes, shard_plan, write_shard,
 )
 from ..config import Free, NonNegative, Positive
 from ..core import UserError, text_lines
@@ -43,6 +43,7 @@ class CacheOptions(JobOptions):
     max_samples: NonNegative[int] = 0 # only so many items of each split; 0: all
     shard_bytes: Free[Positive[int]] = 268_435_456 # of one file, about (256 MiB); a rank holds one in memory
     workers: Free[Positive[int]] = 2 # threads that read pictures ahead
+    overwrite: Free[bool] = False # make it again where OUT is a cache that was made with other settings (SD3-LoRA-CelebA)
 
     def check(self):
         "`UserError` for impossible values."
@@ -249,14 +250,20 @@ def prepare_plan(
     key = {"cache_code": job.code, "dtype": cfg.dtype, "encode_batch": cfg.encode_batch}
     key |= json.loads(json.dumps(job.key))
     index = read_index(out)
-    if index:
-        if index["kind"] != job.kind:
-            raise UserError(f"{out}: is a cache of {index['kind']}; choose another OUT")
-        check_key(out, index["key"], key | {k: None for k in index["key"] if k not in key})
+    if index and cfg.overwrite and (index["kind"], index["key"]) != (job.kind, key):
+        remove_cache(out, index)
+        index = None
+    if index: _check_index(out, index, job.kind, key)
     else: index = _new_index(job, rows, key)
     per_batch = row_bytes(index["columns"]) * cfg.encode_batch
     index["facts"] = job.facts
     return index, extend_plan(out, index, rows, max(1, cfg.shard_bytes // per_batch) * cfg.encode_batch)
+
+def _check_index(out, index, kind, key):
+    "`UserError` for a cache of something else."
+    remedy = "choose another OUT, or give --overwrite to make it again"
+    if index["kind"] != kind: raise UserError(f"{out}: is a cache of {index['kind']}; {remedy}")
+    check_key(out, index["key"], key | {k: None for k in index["key"] if k not in key}, remedy)
 
 def _new_index(job, rows, key):
     "An index without shards; one row is encoded to see the columns."

@@ -14,6 +14,8 @@ from inspect import signature
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from .export import newest, restored, task_of
 from ..config import NonNegative, Positive, fixed, load_config
 from sdcourse.core import (
@@ -52,6 +54,8 @@ class GenerateOptions(JobOptions):
     sampler: str = "" # of a flow DiT: euler, heun …; else a class of diffusers, as DDIMScheduler; empty: the run's, or the model's
     size: NonNegative[int] = 0 # side of the pictures, pixels; 0: what the model was trained on
     weights: Literal["ema", "raw"] = "ema" # of a checkpoint
+    interpolate: NonNegative[int] = 0 # pictures between each prompt and the next, all from one noise: embeddings are mixed; 0: none
+    gif: bool = False # also OUT/trajectories/ID.gif, what the sampler has after each step (Latent_Diffusion_Model_Imagenet2012)
     seed: NonNegative[int] = 0 # of all pictures
     batch: Positive[int] = 8 # pictures that are drawn together; the last bits of pictures depend on it
     precision: Literal["fp32", "bf16", "fp16"] = "fp32" # of the model
@@ -65,6 +69,9 @@ class GenerateOptions(JobOptions):
             raise UserError(f"give one of --data, --prompts and --classes, got {got}")
         if self.lora and not Path(self.lora).exists():
             raise UserError(f"--lora {self.lora}: no such file or folder")
+        if self.interpolate and (self.classes or self.images_per_prompt > 1):
+            what = "mixes captions, all from one noise"
+            raise UserError(f"--interpolate: {what}; leave --classes and --images-per-prompt out")
         own = GenerateOptions()
         for option, wants in NEEDED.items():
             if getattr(self, option) != getattr(own, option) and not any(getattr(self, w) for w in wants):
@@ -139,6 +146,7 @@ def plan_pictures(
 ) -> list: # dicts: id, file, seed, and text or label, and `of`, the id in the data set
     "Every picture to be drawn, in order, with its own seed."
     rows = _rows_of_classes(cfg, classes) if cfg.classes else _rows_of_source(cfg, classes)
+    if cfg.interpolate: rows = _on_the_way(rows, cfg, classes)
     if cfg.images_per_prompt > 1:
         rows = [r | dict(id=f"{r['id']}-{k}", of=r["id"]) for r in rows for k in range(cfg.images_per_prompt)]
     source = cfg.data or cfg.prompts
@@ -147,8 +155,19 @@ def plan_pictures(
     name, times = Counter(names).most_common(1)[0]
     if times > 1:
         raise UserError(f"{source}: two rows would be {name}; give each its own id")
-    seeds = [key(cfg.seed, "picture", r["id"]) % 2**32 for r in rows]
+    seeds = [_seed_of(r, cfg) for r in rows]
     return [r | dict(file_name=n, seed=s) for r, n, s in zip(rows, names, seeds)]
+
+def _seed_of(row, cfg): return key(cfg.seed, "picture", "" if cfg.interpolate else row["id"]) % 2**32
+
+def _on_the_way(rows, cfg, classes):
+    "From each row to the next: `share` of the way from `text` to `to`."
+    if classes: raise UserError("--interpolate: mixes captions, and this model draws classes; leave it out")
+    if len(rows) < 2: raise UserError("--interpolate: there is one prompt; give two or more")
+    shares = [k / (cfg.interpolate + 1) for k in range(cfg.interpolate + 1)]
+    def between(a, b, k): return dict(id=f"{a['id']}-{k:03}", text=a["text"], to=b["text"], share=shares[k])
+    found = [between(a, b, k) for a, b in zip(rows, rows[1:]) for k in range(len(shares))]
+    return [*found, between(rows[-1], rows[-1], 0)]
 
 def file_of(
     name: str, # id of a row
@@ -365,11 +384,13 @@ def draw(
     pipe, # of `open_pipeline`
     rows: list, # of the plan
     cfg: GenerateOptions, # guidance, steps, sampler, size
+    frames=None, # a list; what the sampler has after each step is added, one list of PIL images per step
     **more, # other arguments of the pipeline
 ) -> list: # PIL images
     "One picture per row, each from the generator of its own seed."
     from sdcourse.models.dit import FlowDiTPipeline
     options = dict(generator=image_generators([r["seed"] for r in rows]), output_type="pil", **more)
+    if frames is not None: options |= _watched(pipe, frames)
     if cfg.guidance_scale >= 0: options["guidance_scale"] = cfg.guidance_scale
     if cfg.num_inference_steps: options["num_inference_steps"] = cfg.num_inference_steps
     if isinstance(pipe, FlowDiTPipeline):
@@ -377,10 +398,47 @@ def draw(
         if cfg.size: options["size"] = (cfg.size, cfg.size)
         return pipe([r["label"] for r in rows], **options).images
     if cfg.size: options |= dict(height=cfg.size, width=cfg.size)
-    out = _asked(pipe, **_words(pipe, [r["text"] for r in rows], cfg), **options)
+    out = _asked(pipe, **_captioned(pipe, rows, cfg), **options)
     if any(getattr(out, "nsfw_content_detected", None) or []):
         raise UserError(f"{rows[0]['id']} …: the safety checker blackened pictures")
     return out.images
+
+def _captioned(pipe, rows, cfg):
+    return _mixed(pipe, rows, cfg) if cfg.interpolate else _words(pipe, [r["text"] for r in rows], cfg)
+
+def _watched(pipe, frames):
+    "Arguments by which a pipeline shows what it has after each step."
+    if not hasattr(pipe, "image_processor"): # a flow DiT, which calls before each step
+        return dict(on_step=lambda i, t, x, x0: frames.append(pipe.decode(x)) if i else None)
+    if "callback_on_step_end" not in signature(pipe.__call__).parameters:
+        raise UserError(f"--gif: a {type(pipe).__name__} does not show its steps; leave it out")
+    def keep(pipe, i, t, given):
+        if i + 1 == pipe.num_timesteps: return given # the picture itself
+        facts = pipe.vae.config
+        z = given["latents"] / facts.scaling_factor + (getattr(facts, "shift_factor", None) or 0.)
+        frames.append(pipe.image_processor.postprocess(pipe.vae.decode(z.to(pipe.vae.dtype)).sample))
+        return given
+    return dict(callback_on_step_end=keep)
+
+def _mixed(pipe, rows, cfg):
+    "Embeddings on the way between those of two captions."
+    ends = [_encoded(pipe, [r[k] for r in rows], cfg) for k in ("text", "to")]
+    shares = torch.tensor([r["share"] for r in rows], device=pipe.device)
+    def mix(a, b): return torch.lerp(a, b, shares.to(a.dtype).view(-1, *[1] * (a.ndim - 1)))
+    found = {k: mix(a, ends[1][k]) for k, a in ends[0].items()}
+    if not cfg.negative_prompt or cfg.prompt_cache: return found
+    return found | dict(negative_prompt=[cfg.negative_prompt] * len(rows))
+
+@torch.no_grad()
+def _encoded(pipe, texts, cfg):
+    "Embeddings of captions, as a pipeline takes them."
+    if cfg.prompt_cache: return _embeddings(pipe, texts, cfg)
+    how = dict(prompt=texts, device=pipe.device, num_images_per_prompt=1, do_classifier_free_guidance=False)
+    three = dict(prompt_2=None, prompt_3=None, max_sequence_length=cfg.t5_length or 256)
+    knows = signature(pipe.encode_prompt).parameters
+    found = pipe.encode_prompt(**how, **{k: v for k, v in three.items() if k in knows})
+    names = ("prompt_embeds", None, "pooled_prompt_embeds", None)
+    return {name: x for name, x in zip(names, found) if name}
 
 def _words(pipe, texts, cfg):
     "Captions as a pipeline takes them: texts, or what a cache holds of them."
@@ -466,6 +524,7 @@ class Drawing(LongWork):
         self.out = Path(out)
         self.cfg, self.more = as_the_run_says(source, cfg)
         self.home = self.out/cfg.split
+        self.films = self.out/"trajectories"
         self.pipe, facts = open_pipeline(source, self.cfg, device)
         self.facts = facts | self.more
         self.rows = plan_pictures(self.cfg, classes_of(self.pipe))
@@ -481,7 +540,7 @@ class Drawing(LongWork):
                 raise UserError(f"{self.out}: {what}; choose another OUT")
         elif any(not p.name.startswith((".", "STOP", "slurm-")) for p in self.out.iterdir()):
             raise UserError(f"{self.out}: is not empty and holds no generate.json; choose another OUT")
-        self.home.mkdir(exist_ok=True)
+        for place in (self.home, *[self.films] * self.cfg.gif): place.mkdir(exist_ok=True)
         for p in self.home.glob(".*.tmp"): p.unlink()
         write_json(path, now)
 
@@ -492,13 +551,17 @@ class Drawing(LongWork):
         units = range(0, len(self.rows), self.cfg.batch)
         return [i for i in units if self.lacking(self.batch(i))]
 
+    def _film(self, row): return self.films/Path(row["file_name"]).with_suffix(".gif")
     def size(self, unit): return len(self.batch(unit))
     def about(self, unit): return f"drawing {self.rows[unit]['id']}"
 
     def do(self, unit, go_on):
         "Each picture whole or absent."
         rows = self.batch(unit)
-        for row, image in zip(rows, draw(self.pipe, rows, self.cfg, **self.more)):
+        from sdcourse.plot import save_gif
+        frames = [] if self.cfg.gif else None
+        for k, (row, image) in enumerate(zip(rows, draw(self.pipe, rows, self.cfg, frames, **self.more))):
+            if self.cfg.gif: save_gif([step[k] for step in frames] + [image], self._film(row), hold=2)
             with atomic_path(self.home/row["file_name"], sync=False) as tmp: image.save(tmp, "PNG")
         go_on(len(rows))
 

@@ -244,9 +244,10 @@ INDEX_AGAIN = "make the index again (sdcourse shards)"
 _ENTRY = {"tar": str, "split": str, "index": str, "bytes": int} # what is known of each tar
 
 def read_tars(
-    folder, # with index.json
+    folder, # with index.json, or a JSON file with a list of tars
 ) -> dict: # quoted, and tars: a list of {"tar", "split", "index", "bytes"}
     "The index of all tars; `UserError` when index.json is that of something else."
+    if Path(folder).is_file(): return _listed(Path(folder))
     index = read_json(Path(folder)/"index.json")
     what = "is the index of a cache; give the data that it was made from"
     if isinstance(index, dict) and "shards" in index: raise UserError(f"{folder}: {what}")
@@ -255,8 +256,36 @@ def read_tars(
     if whole: return index
     raise UserError(f"{folder}/index.json: is no index of tars; {INDEX_AGAIN}, or remove it")
 
+def _listed(path):
+    "The index of the tars in a JSON file (MetaMorph's SigLIP visualizer), each indexed where it lies."
+    names = read_json(path)
+    if not (isinstance(names, list) and names and all(isinstance(n, str) for n in names)):
+        raise UserError(f"{path}: is no list of tars; give their places from its folder on, as [\"a/0.tar\"]")
+    names = list(dict.fromkeys(map(os.path.normpath, names)))
+    found = [_index_in(path, folder) for folder in sorted({Path(n).parent for n in names})]
+    known = {t["tar"]: t for index in found for t in index["tars"]}
+    lost = next((n for n in names if n not in known), None)
+    if lost: raise UserError(f"{path}: {shown(lost)} is in no index.json beside it; {INDEX_AGAIN}")
+    quoted = {index["quoted"] for index in found}
+    if len(quoted) > 1:
+        what = "lists tars of this package and of others, whose ids are written differently"
+        raise UserError(f"{path}: {what}; train on one kind")
+    return {"quoted": quoted.pop(), "tars": [known[n] for n in names]}
+
+def _index_in(path, folder):
+    "The index of the tars in a folder, by their places from that of the list on."
+    home = path.parent/folder
+    if not (home/"index.json").is_file():
+        remedy = f"make it with: sdcourse shards {home} {home}"
+        raise UserError(f"{path}: the tars in {folder}/ have no index.json; {remedy}")
+    def placed(t): return t | {k: os.path.normpath(folder/t[k]) for k in ("tar", "index")}
+    index = read_tars(home)
+    return index | {"tars": [placed(t) for t in index["tars"]]}
+
 def _is_entry(t):
     return isinstance(t, dict) and all(isinstance(t.get(k), kind) for k, kind in _ENTRY.items())
+
+def _home(folder): return Path(folder).parent if Path(folder).is_file() else Path(folder)
 
 def _inside(span, t):
     "A span of a tar; `ValueError` when it leads out of it."
@@ -271,9 +300,9 @@ class TarSet:
         split: str = "", # only tars of this split; empty: all
         *, open_files: int = 64, # kept open at a time, per process
     ):
-        self.folder = Path(folder)
+        self.folder = _home(folder)
         self.open_files = open_files
-        index = read_tars(self.folder)
+        index = read_tars(folder)
         self.quoted = index["quoted"]
         splits = {t["split"] for t in index["tars"]}
         if split and split not in splits:
@@ -408,8 +437,9 @@ class TarsSet:
     def __init__(self,
         folder, # of the tars
     ):
-        self.folder = Path(folder)
-        tars = read_tars(self.folder)["tars"]
+        self.source = folder
+        self.folder = _home(folder)
+        tars = read_tars(folder)["tars"]
         names = [t["split"] for t in tars]
         self.files = {t["tar"]: t["bytes"] for t in tars}
         self.names = {split_of(n) or n: n for n in names}
@@ -426,18 +456,19 @@ class TarsSet:
     ): # a `Source`
         "The samples of a split."
         if column: raise UserError(f"{self.folder}: tars have no column {column}; leave --image-column out")
-        return TarSource(self.folder, self.names[split], label, excluded(self.folder, self.files))
+        return TarSource(self.source, self.names[split], label, excluded(self.folder, self.files))
 
 # %% ../../nbs/data/11_shards.ipynb #786c4b6f
 class TarSource(Source):
     "The samples of one split of tars."
     def __init__(self,
-        folder: Path, # of the tars
+        folder: Path, # of the tars, or a JSON file that lists them
         name: str, # of the split, in the index
         label: str = "", # column with the class; empty: label
         bad=frozenset(), # names of samples that are left out
     ):
         self.set = TarSet(folder, name)
+        folder = self.set.folder
         if bad: self.set.leave(bad)
         self.scanned = str(folder)
         self.classes = class_names(folder)

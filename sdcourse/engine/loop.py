@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Task', 'Run', 'collate', 'step', 'scale_can_fall', 'held_out_sums', 'harmless', 'validation_loss', 'validate',
-           'find_start', 'save', 'train', 'close', 'dry_run']
+           'find_start', 'save', 'steps_of', 'train', 'close', 'dry_run']
 
 # %% ../../nbs/engine/09_loop.ipynb #338ddb1d
-import re, time
+import math, re, time
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -23,8 +23,8 @@ from .checkpoint import (checkpoint_bytes, discard_checkpoint, load_checkpoint, 
     save_checkpoint, saved_steps)
 from .dist import Ranks, job
 from .meter import Meter
-from .optim import (EMA, build_optimizer, check_master_weights, clip_gradients, guarded_step,
-    lr_at, odd_tensor, resolve_precision)
+from .optim import (EMA, attention_by, build_optimizer, check_attention, check_master_weights,
+    clip_gradients, eight_bit, guarded_step, lr_at, odd_tensor, resolve_precision, set_tf32)
 from .order import Draws, Plan, key, micro_rows, order_of, rank_rows
 from .preflight import check_compile, peak_memory, preflight
 from .run_folder import Recorder, Result, finish, last_row, picture_path, prepare_folder
@@ -106,7 +106,8 @@ class Run:
         # a resume keeps the number of threads, so that it keeps the bits
         use_cpu(cfg.threads or before.get("threads", 0), self.device.type)
         self.autocast_dtype, self.dtype = resolve_precision(cfg.precision, self.device)
-        if self.device.type == "cuda" and self.autocast_dtype: torch.set_float32_matmul_precision("high")
+        set_tf32(cfg.tf32, self.device, bool(self.autocast_dtype))
+        check_attention(cfg.attention, self.device, self.autocast_dtype or self.dtype)
         if cfg.compile: check_compile(self.device)
 
     def _build(self):
@@ -117,7 +118,7 @@ class Run:
         self.module = (module.double() if self.dtype == torch.float64 else module).train()
         check_master_weights(self.module, self.dtype)
         self.params = [p for p in self.module.parameters() if p.requires_grad]
-        self.ema = EMA(self.module, cfg.ema_decay) if cfg.ema_decay else None
+        self.ema = EMA(self.module, cfg.ema_decay, cpu=cfg.ema_cpu) if cfg.ema_decay else None
         self.optimizer = build_optimizer(self.module, cfg)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast_dtype == torch.float16)
         self.meter = Meter(self.device)
@@ -149,6 +150,10 @@ class Run:
     def best(self):
         "The module to sample from: the average where there is one."
         return self.ema.module if self.ema else self.module
+
+    def averaged(self):
+        "While `best` is used, it is where the run computes."
+        return self.ema.at_hand() if self.ema else nullcontext()
 
     def loader(self, data, plan):
         "A DataLoader that reads the item lists of `plan`."
@@ -250,6 +255,12 @@ def _add_gradient(run, i, rows):
         run.scaler.scale(loss.sum() * (run.ranks.world / cfg.batch_size)).backward()
     return loss.detach(), t.detach()
 
+def _add_gradients(run):
+    "Those of all micro-batches; the loss of each row, and the noise level."
+    with attention_by(run.cfg.attention):
+        parts = [_add_gradient(run, i, rows) for i, rows in enumerate(run.micros)]
+    return tuple(torch.cat(part) for part in zip(*parts))
+
 def step(
     run, # a `Run`; its `step` grows by one
 ):
@@ -257,8 +268,7 @@ def step(
     cfg = run.cfg
     s = run.step
     for group in run.optimizer.param_groups: group["lr"] = lr_at(s, cfg)
-    parts = [_add_gradient(run, i, rows) for i, rows in enumerate(run.micros)]
-    loss, t = (torch.cat(part) for part in zip(*parts))
+    loss, t = _add_gradients(run)
     total = run.ranks.total(loss.sum())
     run.scaler.unscale_(run.optimizer)
     norm = clip_gradients(run.params, cfg.clip)
@@ -333,19 +343,23 @@ def validation_loss(
     total, seen = run.ranks.total(sums).tolist()
     return total / n if n > 0 and seen == n else None
 
+def _draw(run, folder, stop, row):
+    "A picture; and to the row what the task measures."
+    with harmless(run), run.autocast():
+        run.beat(f"sampling after step {run.step}")
+        run.task.sample(run.best, picture_path(folder, run.step))
+        run.beat(f"measuring after step {run.step}")
+        if not stop(): row |= run.task.measure(run.best)
+
 def validate(
     run, # a `Run`
     folder, # run folder; the picture goes to samples/
     stop=lambda: False, # looked at between the parts
 ) -> dict: # val_loss and what the task measures
     "Held-out loss, a picture and the task's own numbers."
-    row = dict(val_loss=validation_loss(run, stop))
-    if run.ranks.main and not stop():
-        with harmless(run), run.autocast():
-            run.beat(f"sampling after step {run.step}")
-            run.task.sample(run.best, picture_path(folder, run.step))
-            run.beat(f"measuring after step {run.step}")
-            if not stop(): row |= run.task.measure(run.best)
+    with run.averaged(), attention_by(run.cfg.attention):
+        row = dict(val_loss=validation_loss(run, stop))
+        if run.ranks.main and not stop(): _draw(run, folder, stop, row)
     return {k: v for k, v in row.items() if v is not None}
 
 # %% ../../nbs/engine/09_loop.ipynb #590d3814
@@ -426,6 +440,13 @@ def _own(job, cfg, held):
     def lost(): job.flag.raise_("another process that has taken the folder")
     return held.enter_context(Owner(cfg.out, lost, job.flag.raised)).check
 
+def steps_of(
+    cfg, # a `TrainConfig` with epochs
+    task, # a `Task`
+) -> int: # optimizer steps, the last of which ends the last epoch
+    "How many steps --epochs are."
+    return max(1, math.ceil(cfg.epochs * len(task.dataset("train")) / cfg.batch_size))
+
 def _start(task, job, held):
     "Refuse what is wrong, on all ranks alike; the checkpoint to continue from, and the owner's check."
     cfg = task.config
@@ -436,6 +457,8 @@ def _start(task, job, held):
     with ranks.together():
         cfg.check(world=ranks.world)
         task.check()
+        if cfg.optimizer == "adamw8bit": eight_bit()
+        if cfg.epochs: cfg.max_steps = steps_of(cfg, task)
         check_tracker(cfg.tracker)
         check_hub(cfg.push_to_hub)
         if ranks.main: check_owner = _own(job, cfg, held)
@@ -529,7 +552,8 @@ def close(
         if run.ranks.main:
             run.check_owner()
             job.flag.clear_file()
-            if finished: finish(run, folder, row)
+            if finished:
+                with run.averaged(): finish(run, folder, row)
     if finished: return Result(folder, run.step, run.cfg.max_steps, metrics=row)
     asked = stopped == f"file {STOP_FILE}" # by a person, who does not want it to come back
     return Result(folder, run.step, run.cfg.max_steps, stopped, row, 0 if asked else run.cfg.requeue_code)

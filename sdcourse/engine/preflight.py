@@ -103,9 +103,10 @@ def _data_line(run):
     n = len(run.data)
     epochs = cfg.max_steps * cfg.batch_size / n
     if epochs > MANY:
-        enough = -(-MANY * n // cfg.batch_size)
+        enough = f"--max-steps {-(-MANY * n // cfg.batch_size)} are {MANY} epochs"
+        if cfg.epochs: enough = f"give --epochs {MANY} or fewer"
         what = f"{cfg.max_steps:,} steps show each of {n:,} pictures {epochs:,.0f} times"
-        log.warning("%s, and it will be learned by heart; --max-steps %d are %d epochs", what, enough, MANY)
+        log.warning("%s, and it will be learned by heart; %s", what, enough)
     cold = ", all of them warm-up: lower --warmup-steps" if cfg.warmup_steps >= cfg.max_steps else ""
     return f"data: {n} items; {cfg.max_steps} steps are {epochs:.3g} epochs{cold}"
 

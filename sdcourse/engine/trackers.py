@@ -89,9 +89,10 @@ class _WandB:
         self.image = wandb.Image
         kept = folder/"tracker.json"
         run_id = read_json(kept)["wandb_id"] if kept.is_file() else None
-        project = os.environ.get("WANDB_PROJECT", "sdcourse")
+        project = config.get("tracker_project") or os.environ.get("WANDB_PROJECT", "sdcourse")
+        name = config.get("tracker_name") or folder.name
         quiet = wandb.Settings(silent=True, console="off")
-        self.run = wandb.init(project=project, name=folder.name, dir=str(folder), id=run_id, resume="allow",
+        self.run = wandb.init(project=project, name=name, dir=str(folder), id=run_id, resume="allow",
                               config=config, settings=quiet)
         write_json(kept, {"wandb_id": self.run.id})
     def log(self, row, step): self.run.log(dict(_scalars(row)), step=step)

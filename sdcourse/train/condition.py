@@ -73,6 +73,7 @@ class CaptionSourceOptions:
     "Options of trainers whose pictures have captions, read by frozen encoders."
     caption_column: str = "" # column with captions; empty: texts, text, captions or caption
     latents: str = "" # cache of latents of these pictures (sdcourse cache latents); empty: encode in each step
+    vae: str = "" # folder or hub name of another autoencoder than the model's (MindONE: --pretrained_vae_model_name_or_path)
     prompts: str = "" # cache of prompts of these captions (sdcourse cache prompts); empty: encode in each step
     cond_drop: BelowOne[float] = 0.1 # probability of training without the caption (SD 1.5: 0.1; finetune-sd and MindONE: none)
 

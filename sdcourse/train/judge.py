@@ -94,6 +94,7 @@ class Config(TrainConfig):
     share: Annotated[float, Range(above=0, most=1)] = 1.0 # of the training pictures, for a try
     effects: ClassVar[tuple] = (
         (("gradient_checkpointing",), lambda c: False, "for nets, whose networks are small"),
+        (("attention",), lambda c: False, "for nets, whose networks have none"),
     )
     presets: ClassVar[dict] = _PRESETS
 

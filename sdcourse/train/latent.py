@@ -26,7 +26,7 @@ from ..data.sampling_weights import SamplingWeights
 from ..data.sets.worlds import world_named
 from ..dataset import DataSet, Transform
 from ..engine.loop import Task
-from ..models.files import vae_facts, weights_id
+from ..models.files import vae_facts, weights_id, with_vae
 from .condition import Captions
 
 # %% ../../nbs/train/02_latent.ipynb #89c9f4e1
@@ -223,6 +223,10 @@ class CaptionedTask(LatentTask):
     text_options: ClassVar[dict] = {} # of the encoders, such as t5_length
     network_part = "unet" # of the pipeline's folder
     pictures_only = ("image_column", "crop") # --max-samples counts for captions too
+
+    def __init__(self, config):
+        super().__init__(config)
+        if config.vae: self.home = with_vae(self.home, config.vae) # in place of what `home` found
 
     @cached_property
     def data(self): # opened once for captions and pictures
