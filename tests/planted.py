@@ -3,6 +3,9 @@
 `old` occurs exactly once in the file. `tests/mutants.py` plants them one at a time.
 """
 PLANTED = {
+    ('nbs/95_sources.ipynb', 'tests/test_printed.py'): [
+        ('wide: the table names an option that is not there', '`generate --gif`', '`generate --film`', 'test_our_names_in_the_table_of_options_are_there'),
+    ],
     ('README.md', 'tests/test_printed.py'): [
         ('wide: a printed training that cannot be drawn', '-m sdcourse.train flow_dit --preset full --vae sd-vae`', '-m sdcourse.train flow_dit --preset full`', 'test_what_is_trained_on_latents_can_be_drawn'),
         ('wide: a printed option that is not there', 'sdcourse shards data/photos data/tars ', 'sdcourse shards data/photos data/tars --tar-bytes 3 ', 'test_verbs_places_and_options_of_printed_commands_are_there[README.md]'),

@@ -54,11 +54,7 @@ def data(tmp_path_factory):
 
 
 def said(commands, home):
-<<<<<<< HEAD
     "(codes, seconds of each, heavy modules, questions to the network, seconds, all by torch); errors."
-=======
-    "(codes, seconds of each, heavy modules, what the network was asked, seconds, all by torch), and errors."
->>>>>>> rest16
     env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "TRANSFORMERS_"))}
     env |= dict(PYTHONPATH=str(files.__file__).rsplit("/sdcourse/", 1)[0], HF_HOME=str(home / "hub"))
     words = [sys.executable, "-c", CODE, json.dumps(commands)]

@@ -13,7 +13,7 @@ import pytest
 
 import tiny_models
 from sdcourse import cli
-from sdcourse.config import kinds
+from sdcourse.config import TrainConfig, kinds
 from sdcourse.core import named
 from sdcourse.train.__main__ import TASKS, task_module
 from test_mile import photo
@@ -211,6 +211,22 @@ def test_verbs_places_and_options_of_printed_commands_are_there(page):
             checked(some[:1] if bare and words[0] in cli.choices() else [] if bare else some)
 
 
+def test_our_names_in_the_table_of_options_are_there():
+    text = "".join(
+        "".join(c["source"]) for c in json.loads((ROOT / "nbs/95_sources.ipynb").read_text())["cells"]
+    )
+    ours = re.findall(r"`((?:train|cache|caption|prepare|generate|look|copy-images)[^`]*) --([\w-]+)`", text)
+    assert len(ours) > 100
+    for verb, option in ours:
+        words = verb.split()
+        if words[0] == "train":
+            cls = task_module(words[1]).Config if words[1:] else TrainConfig
+        else:
+            row = cli.VERBS[verb]
+            cls = named(f"{row.call.partition(':')[0]}:{row.options}")
+        assert option.replace("-", "_") in kinds(cls), (verb, option)
+
+
 # ---- and runs
 def exchanged(words, world):
     "What is run instead: other names, and the words that make it tiny."
@@ -282,6 +298,9 @@ def test_printed_commands_run(world, monkeypatch, capsys):
         if tuple(some) not in done:
             done.add(tuple(some))
             wrong += [(page, *w) for w in [is_fine(words, some, capsys)] if w]
+    # what was trained without --vae is given one later, and draws
+    assert cli.main(["export", "runs/photos", "out/whole", "--vae", str(world["vae"])]) == 0
+    assert (world["home"] / "out/whole/vae").is_dir()
     assert not wrong, "\n\n".join("\n  ".join(map(str, w)) for w in wrong)
 
 

@@ -107,7 +107,7 @@ def _whole(task, model): # the pipeline of a task whose weights are all its own
 
 def _add_vae(task, vae):
     "Let a model that was trained on latents draw pictures; `UserError` for a VAE that did not make them."
-    if getattr(task.config, "vae", None) is None:
+    if task.name != "flow_dit":
         raise UserError(f"--vae {vae}: a {task.name} has its own; leave it out")
     task.config.vae = vae
     task.check()
