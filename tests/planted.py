@@ -174,7 +174,7 @@ PLANTED = {
         ('floors: two modules know each other', 'import torch\n', 'import torch\nfrom .loop import step\n', 'test_no_circle'),
     ],
     ('sdcourse/models/shipped.py', 'tests/test_floors.py'): [
-        ('floors: a name above, as a text', 'LIMIT = 40_000_000', 'QUALITY = "sdcourse.train.vae:vae_quality"\nLIMIT = 40_000_000', 'test_no_arrow_leads_up'),
+        ('floors: a name above, as a text', 'LIMIT = 51_000_000', 'QUALITY = "sdcourse.train.vae:vae_quality"\nLIMIT = 51_000_000', 'test_no_arrow_leads_up'),
     ],
     ('sdcourse/data/scan.py', 'tests/test_floors.py'): [
         ('floors: above, inside a function', '    from PIL import', '    from ..dataset import pictures\n    from PIL import', 'test_no_arrow_leads_up'),
@@ -1325,6 +1325,7 @@ PLANTED = {
         ('vae: pictures are cut down to bytes instead of rounded', '((y.clamp(-1, 1) + 1) * 127.5).round()', '((y.clamp(-1, 1) + 1) * 127.5)', 'test_pictures_come_back_as_bytes'),
     ],
     ('sdcourse/models/tiny_sd.py', 'tests/test_sd15.py'): [
+        ('tiny sd: words that nobody has read', 'tokenizer, text = _read_words(words) if words else _new_words(width)', 'tokenizer, text = _new_words(width)', 'test_the_larger_untrained_one_has_the_words_of_tiny_clip'),
         ('tiny sd: the tokenizer does not know its limit', ', model_max_length=LENGTH)', ')', 'test_tokenizer_is_clips_own'),
         ('tiny sd: equally frequent pairs are merged by chance', 'special_tokens=ending,', 'special_tokens=[],', 'test_equally_frequent_pairs_are_merged_in_the_same_order'),
         ('tiny sd: weights do not depend on the seed', 'torch.manual_seed(seed)', 'torch.manual_seed(0)', 'test_the_same_seed_gives_the_same_bytes'),
@@ -1347,7 +1348,7 @@ PLANTED = {
         ('sd15: prompts of any text encoder', 'if known["weights"] != weights_id(home/part):', 'if False:', 'test_prompts_of_another_text_encoder_are_refused'),
     ],
     ('sdcourse/models/lora.py', 'tests/test_lora.py'): [
-        ('lora: kohya has the rank for alpha', 'torch.tensor(float(alpha))', 'torch.tensor(float(len(t) if side == "lora_down" else t.shape[1]))', 'test_after_real_steps_every_reader_has_the_same_function[8.0]'),
+        ('lora: a real run writes the rank for alpha', 'torch.tensor(float(alpha))', 'torch.tensor(float(len(t) if side == "lora_down" else t.shape[1]))', 'test_after_real_steps_every_reader_has_the_same_function[8.0]'),
         ('lora: what the header says is another alpha', 'lora_alpha=alpha or rank,', 'lora_alpha=(alpha or rank) / 2,', 'test_after_real_steps_every_reader_has_the_same_function[8.0]'),
         ('lora: only the first kind of layer', 'target_modules=list(only or modules))', 'target_modules=list(only or modules)[:1])', 'test_the_published_size'),
         ('lora: the size is that of one side', 'total += r * (base.weight.shape[1] * k + base.weight.shape[0])', 'total += 2 * r * base.weight.shape[0]', 'test_the_published_size'),

@@ -12,12 +12,12 @@ from sdcourse.commands import generate
 real, rank = generate.draw, int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
 
 
-def slow(pipe, rows, cfg, **more):
+def slow(pipe, rows, cfg, *rest, **more):
     time.sleep(float(os.environ.get("SLOW", 0)))
     if notes := os.environ.get("NOTES"):
         with open(f"{notes}.{rank}", "a") as f:
             f.write("".join(f"{r['id']}\n" for r in rows))
-    return real(pipe, rows, cfg, **more)
+    return real(pipe, rows, cfg, *rest, **more)
 
 
 generate.draw = slow

@@ -298,7 +298,7 @@ def test_every_shared_option_is_marked_as_agreed():
     free = """
         out max_seconds stop_before requeue_code hang_seconds micro_batch compile gradient_checkpointing
         num_workers threads log_every validate_every checkpoint_every keep max_bad_steps resume force
-        device tracker push_to_hub dry_run
+        device tracker tracker_project tracker_name push_to_hub dry_run ema_cpu attention
     """
     marked = [f.name for f in fields(TrainConfig) if "free" in getattr(f.type, "__metadata__", ())]
     assert set(marked) == set(free.split()) and Free[int].__metadata__ == ("free",)

@@ -346,11 +346,12 @@ def test_pictures_in_a_column_of_bytes_are_refused_with_a_remedy(tmp_path):
 def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
     import sys
 
-    (tmp_path / "train-0.parquet").write_bytes(b"")
+    (tmp_path / "hub").mkdir()
+    (tmp_path / "hub/train-0.parquet").write_bytes(b"")
     for name in ("pyarrow", "pyarrow.parquet"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match="pip install -c constraints.txt pyarrow"):
-        cli.run(["prepare", "imagenet", str(tmp_path), str(tmp_path / "o")])
+        cli.run(["prepare", "imagenet", str(tmp_path / "hub"), str(tmp_path / "o")])
     with pytest.raises(UserError, match="pip install -c constraints.txt pyarrow"):
         cli.run(["prepare", "digits", str(tmp_path / "d"), "--layout", "parquet"])
 

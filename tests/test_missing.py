@@ -113,4 +113,4 @@ def test_the_hub_is_asked_for_what_is_there_and_for_nothing_else(tmp_path, monke
     monkeypatch.setattr(huggingface_hub, "snapshot_download", absent)
     with pytest.raises(UserError, match="owner/gated: no such folder, .*hf download owner/gated"):
         files.local_folder("owner/gated")
-    assert asked == [{"local_files_only": True}]
+    assert asked == [{"local_files_only": True, "revision": None}]

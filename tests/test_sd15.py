@@ -224,6 +224,27 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path, model):
         tiny_sd.make_pipeline(tmp_path / "a")
 
 
+def test_the_larger_untrained_one_has_the_words_of_tiny_clip(tmp_path):
+    from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+
+    made = tiny_sd.make_pipeline(tmp_path / "a", **tiny_sd.UNTRAINED["new64"])
+    clip, text = (
+        cls.from_pretrained(folder).state_dict()
+        for cls, folder in ((CLIPModel, shipped_folder("tiny-clip")), (CLIPTextModel, made / "text_encoder"))
+    )
+    words = {k.removeprefix("text_model."): v for k, v in clip.items() if k.startswith("text_model.")}
+    found = {k.removeprefix("text_model."): v for k, v in text.items()}
+    assert found.keys() == words.keys() and all(torch.equal(v, words[k].float()) for k, v in found.items())
+    known, mine = (
+        CLIPTokenizer.from_pretrained(p) for p in (shipped_folder("tiny-clip"), made / "tokenizer")
+    )
+    asked = "a 3d emoji of a woman firefighter with dark skin"
+    assert known(asked).input_ids == mine(asked).input_ids and mine.model_max_length == tiny_sd.LENGTH
+    unet = json.loads((made / "unet/config.json").read_text())
+    assert (unet["sample_size"], len(unet["block_out_channels"])) == (16, 3)
+    assert unet["cross_attention_dim"] == words["embeddings.token_embedding.weight"].shape[1]
+
+
 def test_the_shipped_model_draws_what_is_asked():
     """Through plain diffusers, from the float16 files; each fact in nine of ten objects, pairs of shape and
     colour that were never trained included.
