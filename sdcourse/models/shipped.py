@@ -29,9 +29,10 @@ MODELS = {
     "tiny-scenes": Row("nets", "scenes", CLASSIFIER, 800_000, "reads drawn scenes and faces, 32 x 32"),
     "tiny-photos": Row("nets", "photos", CLASSIFIER, 650_000, "reads crops of nine photographs, 64 x 64"),
     "tiny-sd15": Row("sd15", "places scenes", "diffusers:StableDiffusionPipeline", 12_000_000, "draws captioned scenes, 32 x 32"),
+    "tiny-sd15-64": Row("sd15", "drawings", "diffusers:StableDiffusionPipeline", 28_000_000, "draws scenes and 3-D emoji, 64 x 64"),
     "tiny-vae": Row("vae", "small worlds", "diffusers:AutoencoderKL", 2_000_000, "encodes pictures of all worlds, 64 x 64"),
 }
-LIMIT = 40_000_000 # bytes of all shipped models, now and later
+LIMIT = 51_000_000 # bytes of all shipped models; 40 when tiny-sd15 draws 64 pixels and its elder is gone
 
 def shipped_home() -> Path: # the folder of all shipped models
     "Where they lie in the package."
