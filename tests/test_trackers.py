@@ -339,8 +339,8 @@ def test_a_card_names_the_library_that_loads_the_model(tmp_path):
     text = card(tmp_path, library="transformers", tags=("clip",))
     head = yaml.safe_load(text.split("---\n")[1])
     assert head["library_name"] == "transformers" and head["tags"] == ["sdcourse", "clip"]
-    for name in MODELS:
-        kind = "diffusers" if name in ("tiny-sd15", "tiny-vae") else "transformers"
+    for name, row in MODELS.items():
+        kind = row.loader.partition(":")[0]
         assert f"library_name: {kind}\n" in (shipped_folder(name) / "README.md").read_text()
 
 
