@@ -5,7 +5,9 @@
 """
 
 import json
+import tarfile
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import torch
@@ -117,6 +119,10 @@ def test_every_reader_reads_what_every_writer_wrote(tmp_path_factory, rows):
     for name, of in (("tars", source), ("tars of a copy", home / "copied")):
         assert make_shards(of, home / name, Shards()) == 0
         assert sorted(seen(home / name)) == sorted(seen(of))
+    members = [n for tar in (home / "tars").glob("*.tar") for n in tarfile.open(tar).getnames()]
+    assert {unquote(n.partition(".")[0]) for n in members} == {
+        k for k, *_ in found
+    }  # as webdataset cuts them
     assert copy_images(home / "tars", home / "unpacked", CopyOptions(split="train")) == 0
     assert sorted(seen(home / "unpacked")) == sorted(first_only(found))
     texts, cache = cached(home / "cache", found)
